@@ -1,0 +1,295 @@
+"""The rules: who may register, what logs in, what a session is, and when a token dies.
+
+Read this one file to audit them. In come plain strings from the desk, out go hashes and unix seconds to the
+vault. Knows no HTTP and no SQL.
+
+- A session id or a reset token is random, handed out once, and kept only as its SHA-256.
+- A session ends ``session_idle`` seconds after its last use, ``session_lifetime`` after its start, at logout,
+  when newer ones take its place, and with any change of the password.
+- A reset token ends after ``reset_lifetime`` seconds, when used, and when a newer one is made.
+- A time more than 300 s ahead of the clock is invalid: a clock that jumped back extends nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import unicodedata
+import uuid
+from collections.abc import Callable
+
+import passwords
+from settings import Settings
+from storage import DB, AlreadyExists, NoResultFound, User
+
+LONGEST_EMAIL = 254  # bytes (RFC 5321 4.5.3.1.3, less the angle brackets)
+LONGEST_USER_AGENT = 200  # characters that are kept of it
+CLOCK_TOLERANCE = 300  # seconds
+SEEN_INTERVAL = 60  # seconds between two records of a session's use: reading must not write each time
+
+
+class AuthError(ValueError):
+    """A refusal by the rules. ``message`` is fit to be shown to whoever asked; ``str()`` may say more."""
+
+    message = "refused"
+
+    def __init__(self, message: str | None = None, *, text: str | None = None) -> None:
+        self.message = message or self.message
+        super().__init__(text or self.message)
+
+
+class EmailTaken(AuthError):
+    """The email has an account, perhaps in other letters."""
+
+    message = "email already registered"
+
+
+class EmailRejected(AuthError):
+    """This cannot be an email; the message says why."""
+
+
+class PasswordRejected(AuthError):
+    """This cannot become a password; the message says why."""
+
+
+class UnknownEmail(AuthError):
+    """Nobody has this email."""
+
+    message = "unknown email"
+
+
+class LoginFailed(AuthError):
+    """Wrong password or unknown email; which one is not said."""
+
+    message = "wrong email or password"
+
+
+class TokenRejected(AuthError):
+    """A reset token that is unknown, spent, replaced, expired or another user's."""
+
+    message = "invalid reset token"
+
+
+class SessionRequired(AuthError):
+    """There is no live session."""
+
+    message = "not logged in"
+
+
+def _hash_password(password: str, cost: int | None = None) -> bytes:
+    """Return a salted hash of the password, with the cost of the settings unless another is given."""
+    return passwords.hash_password(password, Settings.from_environ().bcrypt_cost if cost is None else cost)
+
+
+def _generate_uuid() -> str:
+    """Return a new random UUID as text, 36 characters with 122 random bits."""
+    return str(uuid.uuid4())
+
+
+def _at_once(task: Callable[[], object]) -> None:
+    task()
+
+
+class Auth:
+    """The rules over one store. Safe to use from many threads.
+
+    ``clock`` tells unix seconds; ``defer`` runs a write that nobody waits for, at once unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        db: DB | None = None,
+        settings: Settings | None = None,
+        clock: Callable[[], float] = time.time,
+        defer: Callable[[Callable[[], object]], object] = _at_once,
+    ) -> None:
+        self._settings = settings or Settings.from_environ()
+        self._db = db or DB(self._settings.database)
+        self._clock = clock
+        self._defer = defer
+
+    # Accounts
+
+    def register_user(self, email: str, password: str) -> User:
+        """Make an account.
+
+        Raises:
+            EmailRejected: blank, too long, or with control characters.
+            PasswordRejected: empty or too long.
+            EmailTaken: there is one already, in whatever letter case.
+        """
+        _check_email(email)
+        hashed = self._new_hash(password)
+        try:
+            return self._db.add_user(email, hashed)
+        except AlreadyExists:
+            raise EmailTaken(text=f"User {email} already exists") from None
+
+    def valid_login(self, email: str, password: str) -> bool:
+        """Say whether this is the password of this email, in the same time whether or not the email is known."""
+        return self._verified_user(email, password) is not None
+
+    # Sessions
+
+    def log_in(
+        self, email: str, password: str, *, replaced: str | None = None, address: str = "", user_agent: str = ""
+    ) -> str:
+        """Check the password and start a session; return its id. The ``replaced`` session of this client ends.
+
+        Raises:
+            LoginFailed: wrong password or unknown email.
+        """
+        while user := self._verified_user(email, password):
+            session_id = self._start_session(user, replaced, address, user_agent)
+            if session_id:
+                return session_id
+            # The password changed while we compared with the old one: compare again.
+        raise LoginFailed
+
+    def create_session(self, email: str) -> str | None:
+        """Start a session without a password and return its id, or None when nobody has this email."""
+        while user := self._find_user(email):
+            if session_id := self._start_session(user):
+                return session_id
+        return None
+
+    def get_user_from_session_id(self, session_id: str | None) -> User | None:
+        """Return the user of a live session, or None."""
+        if not session_id:
+            return None
+        now, session_hash = self._now(), _digest(session_id)
+        found = self._db.find_session(
+            session_hash,
+            now=now,
+            idle_since=now - self._settings.session_idle,
+            latest=now + CLOCK_TOLERANCE,
+        )
+        if not found:
+            return None
+        user, last_seen_at = found
+        if last_seen_at <= now - min(SEEN_INTERVAL, self._settings.session_idle // 2):
+            self._defer(lambda: self._db.touch_session(session_hash, now))
+        return user
+
+    def log_out(self, session_id: str | None) -> None:
+        """End this session and no other.
+
+        Raises:
+            SessionRequired: it is not live.
+        """
+        if not session_id or not self.get_user_from_session_id(session_id):
+            raise SessionRequired
+        if not self._db.end_session(_digest(session_id)):
+            raise SessionRequired
+
+    def destroy_session(self, user_id: int) -> None:
+        """End all sessions of a user; nothing happens where there is none."""
+        self._db.end_sessions(user_id)
+
+    # Reset
+
+    def get_reset_password_token(self, email: str) -> str:
+        """Return a new reset token, which replaces the former one.
+
+        Raises:
+            UnknownEmail: nobody has this email.
+        """
+        user = self._find_user(email)
+        token = _generate_uuid()
+        if not user or not self._db.set_reset_token(
+            user.email, _digest(token), self._now() + self._settings.reset_lifetime
+        ):
+            raise UnknownEmail
+        return token
+
+    def update_password(self, reset_token: str, password: str, email: str | None = None) -> None:
+        """Set a new password, spend the token and end all sessions, in one step.
+
+        Raises:
+            PasswordRejected: empty or too long; the token stays good.
+            TokenRejected: not a live token, or not that of ``email`` where one is given.
+        """
+        token_hash = _digest(reset_token or "")
+        user = self._find_reset(token_hash)  # first, so that a guess costs no bcrypt
+        if email is not None and user.email.casefold() != email.casefold():
+            raise TokenRejected
+        hashed = self._new_hash(password)
+        if not self._db.spend_reset(token_hash, hashed, **self._reset_window()):
+            raise TokenRejected  # somebody spent it while we hashed
+
+    # Details
+
+    def _now(self) -> int:
+        return int(self._clock())
+
+    def _find_user(self, email: str) -> User | None:
+        try:
+            return self._db.find_user_by(email=email)
+        except NoResultFound:
+            return None
+
+    def _verified_user(self, email: str, password: str) -> User | None:
+        user = self._find_user(email)
+        cost = self._settings.bcrypt_cost
+        if not passwords.verify(password, user.hashed_password if user else None, cost) or not user:
+            return None
+        return self._with_current_cost(user, password)
+
+    def _with_current_cost(self, user: User, password: str) -> User | None:
+        # Only now is the password at hand to be hashed anew after the operator has changed the cost.
+        if passwords.cost_of(user.hashed_password) == self._settings.bcrypt_cost:
+            return user
+        self._db.replace_hash(user.id, user.hashed_password, self._new_hash(password))
+        return self._find_user(user.email)
+
+    def _new_hash(self, password: str) -> bytes:
+        if reason := passwords.objection(password):
+            raise PasswordRejected(reason)
+        return _hash_password(password, self._settings.bcrypt_cost)
+
+    def _start_session(
+        self, user: User, replaced: str | None = None, address: str = "", user_agent: str = ""
+    ) -> str | None:
+        now, session_id = self._now(), _generate_uuid()
+        started = self._db.add_session(
+            user.id,
+            _digest(session_id),
+            verified=user.hashed_password,
+            replaced=_digest(replaced) if replaced else None,
+            now=now,
+            idle_since=now - self._settings.session_idle,
+            expires_at=now + self._settings.session_lifetime,
+            address=address,
+            user_agent=user_agent[:LONGEST_USER_AGENT],
+            most=self._settings.sessions_per_user,
+        )
+        return session_id if started else None
+
+    def _find_reset(self, token_hash: str) -> User:
+        user = self._db.find_reset(token_hash, **self._reset_window())
+        if not user:
+            raise TokenRejected
+        return user
+
+    def _reset_window(self) -> dict[str, int]:
+        now = self._now()
+        return {"now": now, "latest": now + self._settings.reset_lifetime + CLOCK_TOLERANCE}
+
+
+def _check_email(email: str) -> None:
+    # Nothing more is asked: spaces, quotes and letters of any script register.
+    try:
+        size = len(email.encode())
+    except UnicodeEncodeError:
+        raise EmailRejected("email is not valid text") from None
+    if not email.strip():
+        raise EmailRejected("email must not be blank")
+    if size > LONGEST_EMAIL:
+        raise EmailRejected(f"email must be at most {LONGEST_EMAIL} bytes")
+    if any(unicodedata.category(character) == "Cc" for character in email):
+        raise EmailRejected("email must not contain control characters")
+
+
+def _digest(secret: str) -> str:
+    # Plain SHA-256 is enough for what has 122 random bits: there is nothing to guess.
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,345 @@
+"""The desk: routes, forms in, JSON and cookies out; and the program that serves them.
+
+``python authsvc.py`` serves with waitress on two lanes; ``authsvc:app`` is the WSGI callable for another server.
+Importing this opens nothing. Knows HTTP and the rules' names, no SQL and no hash.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+from urllib.parse import parse_qsl
+
+from bottle import Bottle, HTTPError, HTTPResponse, request, response
+
+import guard
+import lanes
+import passwords
+from auth import (
+    Auth,
+    AuthError,
+    EmailRejected,
+    EmailTaken,
+    LoginFailed,
+    PasswordRejected,
+    SessionRequired,
+    TokenRejected,
+    UnknownEmail,
+)
+from settings import Settings, SettingsError
+from storage import DB, ENGINE, DatabaseRefused, StorageUnavailable
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+MOST_FIELDS = 8
+COOKIE = "session_id"
+COOKIE_ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax"  # no Secure: over plain http it would not come back
+
+# The one map from what the rules refuse to what the client is told.
+STATUS: dict[type[AuthError], int] = {
+    EmailRejected: 400,
+    EmailTaken: 400,
+    PasswordRejected: 400,
+    LoginFailed: 401,
+    SessionRequired: 403,
+    TokenRejected: 403,
+    UnknownEmail: 403,
+}
+
+MESSAGES = {404: "not found", 405: "method not allowed"}  # Bottle's own quote the path
+
+
+class Desk:
+    """The handlers. Each takes a form or a cookie from the request and gives plain strings to the rules."""
+
+    def __init__(self, auth: Auth) -> None:
+        self._auth = auth
+
+    def welcome(self) -> HTTPResponse:
+        """GET /"""
+        return _answer(200, message="Bienvenue")
+
+    def register(self) -> HTTPResponse:
+        """POST /users"""
+        email, password = _form("email", "password")
+        self._auth.register_user(email, password)
+        return _answer(200, email=email, message="user created")
+
+    def log_in(self) -> HTTPResponse:
+        """POST /sessions"""
+        email, password = _form("email", "password")
+        session_id = self._auth.log_in(
+            email,
+            password,
+            replaced=_cookie(),
+            address=request.environ.get("REMOTE_ADDR", ""),
+            user_agent=request.environ.get("HTTP_USER_AGENT", ""),
+        )
+        return _with_cookie(_answer(200, email=email, message="logged in"), session_id)
+
+    def log_out(self) -> HTTPResponse:
+        """DELETE /sessions"""
+        self._auth.log_out(_cookie())
+        # Not redirect(): it says 303 and repeats the Host header.
+        answer = _answer(302, message="logged out")
+        answer.set_header("Location", "/")
+        return _with_cookie(answer, "", "; Max-Age=0")
+
+    def profile(self) -> HTTPResponse:
+        """GET /profile"""
+        user = self._auth.get_user_from_session_id(_cookie())
+        if not user:
+            raise SessionRequired
+        return _answer(200, email=user.email)
+
+    def request_reset(self) -> HTTPResponse:
+        """POST /reset_password"""
+        (email,) = _form("email")
+        # Who holds the token holds the account.
+        if not guard.is_direct(request.environ):
+            _refuse(403, "reset tokens are given only to this machine, and through no proxy")
+        return _answer(200, email=email, reset_token=self._auth.get_reset_password_token(email))
+
+    def reset(self) -> HTTPResponse:
+        """PUT /reset_password"""
+        email, reset_token, new_password = _form("email", "reset_token", "new_password")
+        self._auth.update_password(reset_token, new_password, email)
+        return _answer(200, email=email, message="Password updated")
+
+
+HASHES = True  # the route may hash: see lanes.py
+
+# Every route there is.
+ROUTES: tuple[tuple[str, str, Callable[[Desk], HTTPResponse], bool], ...] = (
+    ("GET", "/", Desk.welcome, not HASHES),
+    ("POST", "/users", Desk.register, HASHES),
+    ("POST", "/sessions", Desk.log_in, HASHES),
+    ("DELETE", "/sessions", Desk.log_out, not HASHES),
+    ("GET", "/profile", Desk.profile, not HASHES),
+    ("POST", "/reset_password", Desk.request_reset, not HASHES),
+    ("PUT", "/reset_password", Desk.reset, HASHES),
+)
+HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
+
+
+def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
+    """Return the service as a WSGI callable.
+
+    Raises:
+        DatabaseRefused: the database of the settings cannot be opened.
+    """
+    desk = Desk(auth or Auth(DB(settings.database), settings))
+    bottle = Bottle()
+    bottle.config["catchall"] = False  # guard.py answers what nobody foresaw
+    bottle.config["json.disable"] = True
+    bottle.install(_refusals)
+    bottle.default_error_handler = _error
+    for method, path, handler, _ in ROUTES:
+        bottle.route(path, method, functools.partial(handler, desk))
+    return guard.Guard(bottle, settings)
+
+
+def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+    """The WSGI callable for another server; made from the environment with the first request."""
+    try:
+        application = _shared_app()
+    except (SettingsError, DatabaseRefused) as error:
+        guard.log("sys_startup_failed", reason=str(error))
+        body = guard.json_body({"message": "service not configured"})
+        start_response("503 Service Unavailable", guard.json_headers(body) + guard.common_headers("-"))
+        return [body]
+    return application(environ, start_response)
+
+
+_shared_app_lock = threading.Lock()
+
+
+def _shared_app() -> WSGIApplication:
+    with _shared_app_lock:  # two first requests must not open two
+        return _make_shared_app()
+
+
+@functools.cache
+def _make_shared_app() -> WSGIApplication:
+    return create_app(Settings.from_environ())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM or Ctrl-C; return the exit code, 2 when the service cannot start."""
+    parser = argparse.ArgumentParser(
+        prog="authsvc.py",
+        description="Serve the user authentication service.",
+        epilog="It is set up with environment variables, AUTHSVC_…; the README lists them. "
+        "AUTHSVC_LISTEN and AUTHSVC_DATABASE say where. Exit code 0 after SIGTERM or Ctrl-C, 2 when it cannot start.",
+    )
+    parser.parse_args(arguments)
+    try:
+        settings = Settings.from_environ()
+        # The port first: a start that fails must leave no file behind.
+        listener = _bind(settings)
+        serving = lanes.Lanes(HASHING, passwords.CORES)
+        db = DB(settings.database)
+    except (SettingsError, DatabaseRefused) as error:
+        print(f"authsvc: {error}", file=sys.stderr)
+        return 2
+    server = lanes.Server(create_app(settings, Auth(db, settings, defer=serving.defer)), listener, serving)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.stop)
+    host, port = listener.getsockname()[:2]
+    print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
+    guard.log("sys_startup", database=ENGINE)
+    server.run()
+    db.close()
+    return 0
+
+
+def _bind(settings: Settings) -> socket.socket:
+    host, port = settings.address
+    try:
+        return lanes.bind(str(host), port)
+    except OSError as error:
+        raise SettingsError(f"AUTHSVC_LISTEN={settings.listen}: {os.strerror(error.errno or 0).lower()}") from None
+
+
+# Answers
+
+
+def _answer(status: int, **content: str) -> HTTPResponse:
+    body = guard.json_body(content)
+    return HTTPResponse(body, status, dict(guard.json_headers(body)))
+
+
+def _refuse(status: int, message: str) -> NoReturn:
+    raise _answer(status, message=message)
+
+
+def _refusals(handler: Callable[[], HTTPResponse]) -> Callable[[], HTTPResponse]:
+    """Return the handler as a Bottle plugin does: what the layers below refuse becomes an answer."""
+
+    def answered() -> HTTPResponse:
+        try:
+            return handler()
+        except AuthError as error:
+            return _answer(STATUS[type(error)], message=error.message)
+        except StorageUnavailable as error:
+            guard.log("sys_storage_unavailable", request_id=_request_id(), reason=str(error))
+            answer = _answer(503, message="storage unavailable, try again later")
+            answer.set_header("Retry-After", str(guard.RETRY_AFTER))
+            return answer
+
+    return answered
+
+
+def _error(error: HTTPError) -> bytes:
+    """Return what Bottle says itself, 404 and 405, as JSON; it keeps its Allow header."""
+    response.content_type = "application/json"
+    return guard.json_body({"message": MESSAGES.get(error.status_code, "refused")})
+
+
+def _request_id() -> str:
+    return str(request.environ["authsvc.request_id"])
+
+
+# Cookies: Bottle's own reader fails on a malformed neighbour of ours, and its writer spells SameSite its own way.
+
+
+def _cookie() -> str | None:
+    """Return the session id that the client holds; None when there is none, or two of them."""
+    found = [
+        value
+        for name, _, value in (
+            pair.strip(" \t").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")
+        )
+        if name == COOKIE
+    ]
+    # Two are ambiguous: a neighbour under the same name may have planted one.
+    return found[0] if len(found) == 1 and re.fullmatch("[A-Za-z0-9_-]{1,128}", found[0], re.ASCII) else None
+
+
+def _with_cookie(answer: HTTPResponse, value: str, attributes: str = "") -> HTTPResponse:
+    answer.add_header("Set-Cookie", f"{COOKIE}={value}; {COOKIE_ATTRIBUTES}{attributes}")
+    return answer
+
+
+# Forms: only the body counts, each field once. Bottle's own reader takes any content type and repairs what is broken.
+
+
+def _form(*names: str) -> tuple[str, ...]:
+    """Return the named fields of the body, each given once and not empty; or refuse the request."""
+    body = request.environ["wsgi.input"].read(lanes.LARGEST_BODY + 1)
+    if len(body) > lanes.LARGEST_BODY:
+        _refuse(413, lanes.MESSAGES[413])
+    try:
+        pairs = _fields(body, request.environ.get("CONTENT_TYPE", ""))
+    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        _refuse(400, "malformed body")
+    if len(pairs) > MOST_FIELDS:
+        _refuse(400, f"at most {MOST_FIELDS} fields")
+    return tuple(_field(pairs, name) for name in names)
+
+
+def _fields(body: bytes, content_type: str) -> list[tuple[str, Any]]:
+    kind, _, parameters = content_type.partition(";")
+    kind = kind.strip().lower()
+    if kind == "application/x-www-form-urlencoded" or not (body or kind):
+        text = body.decode()
+        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=2 * MOST_FIELDS)
+    if kind == "application/json":
+        pairs = json.loads(body.decode(), object_pairs_hook=list)
+        if not isinstance(pairs, list):
+            raise ValueError
+        return pairs
+    if kind == "multipart/form-data":
+        return _multipart(body, parameters)
+    _refuse(415, "send a form (application/x-www-form-urlencoded, multipart/form-data) or a JSON object")
+
+
+def _multipart(body: bytes, parameters: str) -> list[tuple[str, str]]:
+    # RFC 7578, of which a form of plain fields needs little: no files, no encodings, no nesting.
+    boundary = re.search(r"""boundary=(?:"([^"]{1,70})"|([^\s";]{1,70}))""", parameters, re.ASCII | re.IGNORECASE)
+    if not boundary:
+        raise ValueError
+    preamble, *parts, end = (b"\r\n" + body).split(b"\r\n--" + (boundary[1] or boundary[2]).encode())
+    if preamble or end.rstrip(b"\r\n") != b"--":
+        raise ValueError
+    pairs = []
+    for part in parts:
+        head, blank, value = part.partition(b"\r\n\r\n")
+        name = re.search(
+            rb"""\r\nContent-Disposition: *form-data; *name="([^"\r\n]*)"(?:\r\n|$)""", head, re.IGNORECASE
+        )
+        if not (blank and name):
+            raise ValueError
+        pairs.append((name[1].decode(), value.decode()))
+    return pairs
+
+
+def _field(pairs: list[tuple[str, Any]], name: str) -> str:
+    values = [value for key, value in pairs if key == name]
+    if not values:
+        _refuse(400, f"{name} is missing")
+    if len(values) > 1:
+        _refuse(400, f"{name} is given more than once")
+    value = values[0]
+    if not isinstance(value, str):
+        _refuse(400, f"{name} must be text")
+    if not value:
+        _refuse(400, f"{name} is empty")
+    # A lone surrogate, from JSON, is no text. NUL is good in a password, where every byte counts, and nowhere else.
+    if any("\ud800" <= character <= "\udfff" for character in value) or ("\0" in value and "password" not in name):
+        _refuse(400, f"{name} is not valid text")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

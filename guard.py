@@ -1,0 +1,135 @@
+"""The gate: what every request passes before a route sees it, and what every answer carries.
+
+A WSGI wrapper, because Bottle's hooks miss its own errors. Knows no user, no password and no SQL.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+import json
+import secrets
+import sys
+import traceback
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from settings import Settings
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+SECURITY_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Vary", "Cookie"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+)
+
+# Any of these says that somebody stands between us and the caller, whatever the peer's address.
+FORWARDING = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
+
+RETRY_AFTER = 5  # seconds that a client is asked to wait when we cannot serve it
+
+
+class Guard:
+    """Wraps the application: refuses what must not reach a route, and completes every answer."""
+
+    def __init__(self, application: WSGIApplication, settings: Settings) -> None:
+        self._application = application
+        self._settings = settings
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer one request; whatever goes wrong is a JSON object and one line in the log."""
+        environ["authsvc.request_id"] = request_id = new_request_id()
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            return start_response(status, [*headers, *common_headers(request_id)], exc_info)
+
+        refusal = self._refusal(environ)
+        if refusal is None:
+            try:
+                return self._application(environ, start)
+            except Exception as error:
+                log_crash(error, request_id)
+                refusal = HTTPStatus.INTERNAL_SERVER_ERROR, "internal error"
+        status, message = refusal
+        body = json_body({"message": message})
+        start(f"{status.value} {status.phrase}", json_headers(body))
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+
+    def _refusal(self, environ: WSGIEnvironment) -> tuple[HTTPStatus, str] | None:
+        if not (self._settings.unsafe_listen or is_loopback(environ.get("REMOTE_ADDR"))):
+            return HTTPStatus.FORBIDDEN, "this is a development service, for its own machine only"
+        if not _is_plain_path(environ):
+            return HTTPStatus.NOT_FOUND, "not found"
+        return None
+
+
+def is_direct(environ: WSGIEnvironment) -> bool:
+    """Say whether a program on this machine asks by itself, not for somebody else as a proxy does."""
+    return is_loopback(environ.get("REMOTE_ADDR")) and not any(
+        name in FORWARDING or name.startswith("HTTP_X_FORWARDED_") for name in environ
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def is_loopback(address: str | None) -> bool:
+    """Say whether a peer is on this machine; one without an address is not on a network."""
+    if address is None or address == "localhost":  # what waitress says of a unix socket
+        return True
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+def new_request_id() -> str:
+    """Return what ties an answer to its lines in the log."""
+    return secrets.token_hex(8)
+
+
+def common_headers(request_id: str) -> list[tuple[str, str]]:
+    """Return the headers that every answer carries."""
+    return [*SECURITY_HEADERS, ("X-Request-ID", request_id)]
+
+
+def json_body(content: dict[str, Any]) -> bytes:
+    """Return JSON in ASCII, which reads the same in any encoding and cannot end a script or a line."""
+    return json.dumps(content).encode()
+
+
+def json_headers(body: bytes) -> list[tuple[str, str]]:
+    """Return the headers that describe a JSON body; clients compare the type, so it has no parameters."""
+    return [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+
+
+def log(event: str, **details: Any) -> None:
+    """Write one line of ASCII JSON to standard error; a log that cannot be written stops nobody."""
+    stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    try:
+        sys.stderr.write(json.dumps({"time": stamp, "event": event, **details}) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):  # a closed pipe, a closed file
+        pass
+
+
+def log_crash(error: BaseException, request_id: str | None = None) -> None:
+    """Log where an unforeseen error came from. Its text is left out: it may quote what a client sent."""
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    log("sys_crash", request_id=request_id, error=type(error).__name__, frames=frames[-5:])
+
+
+def _is_plain_path(environ: WSGIEnvironment) -> bool:
+    # Servers and frameworks tidy paths up, each in its own way (//profile, /pro%fffile, /%70rofile), so a rule that
+    # a proxy has for /profile could be walked around. What was asked for must be the route, letter for letter.
+    path = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
+    asked = environ.get("REQUEST_URI")  # absent under some servers and in unit tests
+    return path.isascii() and (asked is None or asked.partition("?")[0] == path)

@@ -1,0 +1,236 @@
+"""The lanes: which request runs where.
+
+A hash costs a quarter of a second of a core by design, everything else a fraction of a millisecond. On one pool
+of threads the quick would wait behind the slow, so there are three places to run:
+
+- **quick**: GET and HEAD, and whatever is refused, on waitress's I/O thread itself, with no hand-off. Nothing
+  there may write: a locked database must not stop the thread that serves everybody.
+- **writing**: all other methods, on two ordinary threads; also the writes that nobody waits for.
+- **hashing**: the routes named so, on as many threads as cores, at niceness 10 so that they yield to the others.
+  Requests wait in a queue, not on threads. Past 128 of them, or 15 s, the answer is 503 at once.
+
+Built on waitress's dispatcher and channel, which it keeps private: hence ``waitress<4`` in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from waitress import create_server, wasyncore
+from waitress.channel import HTTPChannel
+from waitress.task import ErrorTask
+from waitress.utilities import Error
+
+import guard
+
+if TYPE_CHECKING:
+    from wsgiref.types import WSGIApplication
+
+HASHING_QUEUE = 128  # requests; 128 × 0.24 s on two cores is the 15 s below
+HASHING_WAIT = 15.0  # seconds
+HASHING_NICENESS = 10
+WRITERS = 2  # threads; SQLite writes one at a time, the second is for the one that waits on a client
+DEFERRED = 1000  # writes that nobody waits for; past that they are dropped and come again with the next request
+DRAIN = 8.0  # seconds from SIGTERM to the end of the last answer
+
+LARGEST_BODY = 16_384  # bytes
+LARGEST_HEADER = 16_384  # bytes, with the request line
+CONNECTIONS = 512
+
+# What a client is told of an error that never reached the application. waitress's own texts quote the request.
+MESSAGES = {
+    400: "malformed request",
+    413: "request body too large",
+    431: "request headers too large",
+    501: "transfer encoding not supported",
+    503: "busy, try again later",
+}
+
+
+class Busy(Error):  # type: ignore[misc]
+    """What stands in a request's ``error`` when there is no room to serve it."""
+
+    code = 503
+    reason = "Service Unavailable"
+
+
+class JSONErrorTask(ErrorTask):  # type: ignore[misc]
+    """Answers what never reached the application as every other answer: JSON, with the same headers."""
+
+    def execute(self) -> None:
+        error = self.request.error
+        body = guard.json_body({"message": MESSAGES.get(error.code, "internal error")})
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers += guard.json_headers(body) + guard.common_headers(guard.new_request_id())
+        if error.code == Busy.code:
+            self.response_headers.append(("Retry-After", str(guard.RETRY_AFTER)))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    """A connection whose quick requests are served by the thread that read them."""
+
+    error_task_class = JSONErrorTask
+    serve_now = False  # set by Lanes.add_task
+
+    def received(self, data: bytes) -> bool:
+        # waitress calls add_task from in here while it holds requests_lock, which service() takes as well: so
+        # add_task leaves word, and the request is served when the lock is free. A pipelined one leaves word again.
+        accepted: bool = super().received(data)
+        while self.serve_now:
+            self.serve_now = False
+            self.service()
+        return accepted
+
+
+class Lanes:
+    """waitress's dispatcher. To be made on the thread that will serve.
+
+    ``hashing`` names the routes that may hash, as (method, path).
+    """
+
+    def __init__(self, hashing: Collection[tuple[str, str]], cores: int) -> None:
+        self._hashing = hashing
+        self._io_thread = threading.get_ident()
+        self._hashing_queue: queue.SimpleQueue[tuple[float, Channel]] = queue.SimpleQueue()
+        self._writing_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._stopping = False
+        for target, count in ((self._hash, cores), (self._write, WRITERS)):
+            for _ in range(count):
+                threading.Thread(target=target, daemon=True).start()
+
+    def add_task(self, channel: Channel) -> None:
+        """Send the first request of a connection to its lane. Called by waitress, which holds requests_lock."""
+        request = channel.requests[0]
+        if not request.error and (request.command, request.path) in self._hashing:
+            if not self._stopping and self._hashing_queue.qsize() < HASHING_QUEUE:
+                self._hashing_queue.put((time.monotonic(), channel))
+                return
+            request.error = Busy("")
+        quick = request.error or request.command in ("GET", "HEAD")
+        if quick and threading.get_ident() == self._io_thread:
+            channel.serve_now = True
+        else:
+            self._writing_queue.put(channel.service)
+
+    def defer(self, write: Callable[[], object]) -> None:
+        """Run a write that nobody waits for, soon, or not at all when too many are waiting."""
+        if self._writing_queue.qsize() < DEFERRED:
+            self._writing_queue.put(write)
+
+    def drain(self) -> None:
+        """Answer 503 to what waits for a hash, now and from now on. On the thread that serves."""
+        self._stopping = True
+        while not self._hashing_queue.empty():
+            try:
+                _, channel = self._hashing_queue.get_nowait()
+            except queue.Empty:  # a worker was faster
+                break
+            _refuse(channel)
+
+    def shutdown(self) -> None:
+        """Nothing to do: what waitress would stop here has been drained."""
+
+    def _hash(self) -> None:
+        if sys.platform == "linux":  # where niceness belongs to a thread
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASHING_NICENESS)
+        while True:
+            since, channel = self._hashing_queue.get()
+            late = time.monotonic() - since > HASHING_WAIT
+            _run(functools.partial(_refuse, channel) if late else channel.service)
+
+    def _write(self) -> None:
+        while True:
+            _run(self._writing_queue.get())
+
+
+class Server:
+    """One listening socket, its lanes, and an end that answers what was asked."""
+
+    def __init__(self, application: WSGIApplication, listener: socket.socket, lanes: Lanes) -> None:
+        logging.getLogger("waitress").addHandler(_LogHandler())
+        self._lanes = lanes
+        self._stopping = False
+        self._server = create_server(
+            application,
+            sockets=[listener],
+            _dispatcher=lanes,
+            asyncore_use_poll=True,  # select() cannot see past descriptor 1023
+            clear_untrusted_proxy_headers=False,  # guard.is_direct must see them; nobody believes them
+            connection_limit=CONNECTIONS,
+            ident=None,
+            max_request_body_size=LARGEST_BODY + 1,  # waitress refuses this size itself
+            max_request_header_size=LARGEST_HEADER,
+        )
+        self._server.channel_class = Channel
+
+    def stop(self, number: int, _frame: object) -> None:
+        """Ask the loop to end. A signal handler; the second signal of its kind ends it the hard way."""
+        signal.signal(number, signal.SIG_DFL)
+        self._stopping = True
+        self._server.pull_trigger()
+
+    def run(self) -> None:
+        """Serve until stopped, then finish what was asked, within 10 s."""
+        while not self._stopping:
+            self._turn(1.0)
+        wasyncore.dispatcher.close(self._server)  # accepts no more
+        self._lanes.drain()
+        end = time.monotonic() + DRAIN
+        while self._in_hand() and time.monotonic() < end:
+            self._turn(0.05)
+
+    def _turn(self, timeout: float) -> None:
+        wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
+
+    def _in_hand(self) -> bool:
+        return any(channel.requests or channel.total_outbufs_len for channel in self._server.active_channels.values())
+
+
+class _LogHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            guard.log_crash(record.exc_info[1])
+        else:
+            guard.log("sys_server", level=record.levelname.lower(), message=str(record.msg))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take the address, without accepting anything yet.
+
+    Raises:
+        OSError: it is in use, or not ours.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()  # a second service must fail here, before it touches the database
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _refuse(channel: Any) -> None:
+    channel.requests[0].error = Busy("")
+    channel.service()
+
+
+def _run(task: Callable[[], object]) -> None:
+    try:
+        task()
+    except Exception as error:
+        guard.log_crash(error)

@@ -1,0 +1,105 @@
+"""Walk a running service through every route and assert each answer; silent when all is well.
+
+``AUTHSVC_URL`` names the service, http://127.0.0.1:5000 unless set. The account is made new, so a second run
+needs a fresh database. Importing this sends nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import requests
+
+URL = os.environ.get("AUTHSVC_URL", "http://127.0.0.1:5000").rstrip("/")
+TIMEOUT = 30  # seconds; a hash may wait its turn
+
+EMAIL = "guillaume@holberton.io"
+PASSWD = "b4l0u"
+NEW_PASSWD = "t4rt1fl3tt3"
+
+
+def register_user(email: str, password: str) -> None:
+    """Register once, and see a second try refused."""
+    form = {"email": email, "password": password}
+    answer = requests.post(f"{URL}/users", data=form, timeout=TIMEOUT)
+    assert (answer.status_code, answer.json()) == (200, {"email": email, "message": "user created"}), answer.text
+    answer = requests.post(f"{URL}/users", data=form, timeout=TIMEOUT)
+    assert (answer.status_code, answer.json()) == (400, {"message": "email already registered"}), answer.text
+
+
+def log_in_wrong_password(email: str, password: str) -> None:
+    """See a wrong password refused."""
+    answer = requests.post(f"{URL}/sessions", data={"email": email, "password": password}, timeout=TIMEOUT)
+    assert answer.status_code == 401, answer.text
+    assert "session_id" not in answer.cookies
+
+
+def log_in(email: str, password: str) -> str:
+    """Log in and return the session id."""
+    answer = requests.post(f"{URL}/sessions", data={"email": email, "password": password}, timeout=TIMEOUT)
+    assert (answer.status_code, answer.json()) == (200, {"email": email, "message": "logged in"}), answer.text
+    return answer.cookies["session_id"]
+
+
+def profile_unlogged() -> None:
+    """See the profile refused without a session."""
+    answer = requests.get(f"{URL}/profile", timeout=TIMEOUT)
+    assert answer.status_code == 403, answer.text
+
+
+def profile_logged(session_id: str) -> None:
+    """See the profile of the session's user."""
+    answer = requests.get(f"{URL}/profile", cookies={"session_id": session_id}, timeout=TIMEOUT)
+    assert answer.status_code == 200, answer.text
+    assert list(answer.json()) == ["email"], answer.text
+
+
+def log_out(session_id: str) -> None:
+    """Log out, follow the redirect to the welcome, and see the session ended."""
+    cookies = {"session_id": session_id}
+    answer = requests.delete(f"{URL}/sessions", cookies=cookies, timeout=TIMEOUT)
+    assert [step.status_code for step in answer.history] == [302], answer.text
+    assert (answer.status_code, answer.json()) == (200, {"message": "Bienvenue"}), answer.text
+    answer = requests.get(f"{URL}/profile", cookies=cookies, timeout=TIMEOUT)
+    assert answer.status_code == 403, answer.text
+
+
+def reset_password_token(email: str) -> str:
+    """Ask for a reset token and return it."""
+    answer = requests.post(f"{URL}/reset_password", data={"email": email}, timeout=TIMEOUT)
+    assert answer.status_code == 200, answer.text
+    content = answer.json()
+    assert content == {"email": email, "reset_token": content.get("reset_token")}, answer.text
+    token: str = content["reset_token"]
+    assert token
+    return token
+
+
+def update_password(email: str, reset_token: str, new_password: str) -> None:
+    """Set a new password, and see that the token is spent."""
+    form = {"email": email, "reset_token": reset_token, "new_password": new_password}
+    answer = requests.put(f"{URL}/reset_password", data=form, timeout=TIMEOUT)
+    assert (answer.status_code, answer.json()) == (200, {"email": email, "message": "Password updated"}), answer.text
+    answer = requests.put(f"{URL}/reset_password", data=form, timeout=TIMEOUT)
+    assert answer.status_code == 403, answer.text
+
+
+def main() -> None:
+    """Walk all of it in the order of a user's life."""
+    register_user(EMAIL, PASSWD)
+    log_in_wrong_password(EMAIL, NEW_PASSWD)
+    profile_unlogged()
+    session_id = log_in(EMAIL, PASSWD)
+    profile_logged(session_id)
+    log_out(session_id)
+    reset_token = reset_password_token(EMAIL)
+    update_password(EMAIL, reset_token, NEW_PASSWD)
+    log_in(EMAIL, NEW_PASSWD)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except requests.ConnectionError:
+        sys.exit(f"main.py: no service answers at {URL}; start one, or set AUTHSVC_URL")

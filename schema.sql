@@ -1,0 +1,28 @@
+-- The ledger. Times are unix seconds. Nothing here logs anybody in: secrets are held as their SHA-256.
+
+CREATE TABLE users (
+    id               INTEGER PRIMARY KEY AUTOINCREMENT,  -- never reused: a deleted user's number is nobody's
+    email            TEXT NOT NULL,                      -- as it was registered
+    email_key        TEXT NOT NULL UNIQUE,               -- email.casefold(): one account in any letter case, É and é too
+    hashed_password  ANY NOT NULL                        -- $2b$… or $bcrypt-sha256$…, text or bytes as it was given
+                     CHECK (typeof(hashed_password) IN ('text', 'blob')),
+    session_id       TEXT,                               -- SHA-256 hex of the newest live session's id
+    reset_token      TEXT,                               -- SHA-256 hex
+    reset_expires_at INTEGER                             -- live while now < reset_expires_at
+) STRICT;
+
+CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;
+CREATE INDEX users_reset_token ON users (reset_token) WHERE reset_token IS NOT NULL;
+
+CREATE TABLE sessions (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,  -- in the order of the logins
+    session_hash TEXT NOT NULL UNIQUE,               -- SHA-256 hex of what the client holds
+    user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    created_at   INTEGER NOT NULL,
+    last_seen_at INTEGER NOT NULL,                   -- at most a minute behind
+    expires_at   INTEGER NOT NULL,                   -- live while now < expires_at
+    address      TEXT NOT NULL,                      -- the client's, at login
+    user_agent   TEXT NOT NULL                       -- the client's, at login, 200 characters at most
+) STRICT;
+
+CREATE INDEX sessions_user_id ON sessions (user_id);

@@ -1,0 +1,205 @@
+"""What the tests share: a hand-turned clock, a store on a real file, the application in-process, a real process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from auth import Auth
+from authsvc import create_app
+from settings import Settings
+from storage import DB
+
+HERE = Path(__file__).resolve().parent.parent
+COST = 4  # log2 of the bcrypt rounds, 1 ms
+
+
+class Clock:
+    """Unix seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Answer:
+    """What a WSGI application said."""
+
+    def __init__(self, status: str, headers: list[tuple[str, str]], body: bytes) -> None:
+        self.status = int(status.split()[0])
+        self.headers = {name.title(): value for name, value in headers}
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def session_id(self) -> str:
+        """The id in the cookie that was set."""
+        return self.headers["Set-Cookie"].partition(";")[0].partition("=")[2]
+
+
+class Client:
+    """Calls a WSGI application as a server would."""
+
+    def __init__(self, application: Any) -> None:
+        self.application = application
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        form: Any = None,
+        *,
+        cookie: str | None = None,
+        body: bytes | None = None,
+        content_type: str = "application/x-www-form-urlencoded",
+        **environ: Any,
+    ) -> Answer:
+        path, _, query = path.partition("?")
+        if body is None:
+            body = urlencode(form or {}).encode()
+        environ = {
+            "REQUEST_METHOD": method,
+            "SCRIPT_NAME": "",
+            "PATH_INFO": path,
+            "QUERY_STRING": query,
+            "SERVER_NAME": "localhost",
+            "SERVER_PORT": "80",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "CONTENT_TYPE": content_type,
+            "CONTENT_LENGTH": str(len(body)),
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": sys.stderr,
+            "wsgi.url_scheme": "http",
+            **({"HTTP_COOKIE": cookie} if cookie is not None else {}),
+            **environ,
+        }
+        said: list[Any] = []
+        chunks = self.application(environ, lambda status, headers, exc_info=None: said.extend((status, headers)))
+        return Answer(said[0], said[1], b"".join(chunks))
+
+
+class Service:
+    """A real ``python authsvc.py`` on a free port of this machine."""
+
+    def __init__(self, folder: Path, **environ: str) -> None:
+        self.folder = folder
+        self.environ = {
+            "AUTHSVC_LISTEN": "127.0.0.1:0",
+            "AUTHSVC_DATABASE": str(folder / "authsvc.db"),
+            "AUTHSVC_BCRYPT_COST": str(COST),
+            **environ,
+        }
+        self.log_file = folder / "log"
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait for the line that says it accepts requests."""
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(HERE / "authsvc.py")],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd=self.folder,
+                env={**clean_environ(), **self.environ},
+                text=True,
+            )
+        assert self.process.stdout
+        self.url = self.process.stdout.readline().strip()
+        assert self.url.startswith("http://"), self.log
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.url.removeprefix("http://").rpartition(":")
+        return host, int(port)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end; return the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(timeout=20)
+        assert self.process.stdout
+        self.process.stdout.close()
+        return code
+
+
+def clean_environ() -> dict[str, str]:
+    """The environment of this process without any setting of the service."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AUTHSVC_")}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(database=str(tmp_path / "authsvc.db"), bcrypt_cost=COST)
+
+
+@pytest.fixture
+def db(settings: Settings) -> Iterator[DB]:
+    store = DB(settings.database)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def auth(db: DB, settings: Settings, clock: Clock) -> Auth:
+    return Auth(db, settings, clock)
+
+
+@pytest.fixture
+def call(auth: Auth, settings: Settings) -> Client:
+    """The application, in this process."""
+    return Client(create_app(settings, auth))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """Start a real process with these settings (AUTHSVC_… names); it is ended after the test."""
+    started: list[Service] = []
+
+    def start_one(**environ: str) -> Service:
+        started.append(Service(tmp_path, **environ))
+        return started[-1]
+
+    yield start_one
+    for service in started:
+        service.end()
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One real process for all tests that only talk to it; use an email of your own."""
+    one = Service(tmp_path_factory.mktemp("service"))
+    yield one
+    one.end()
