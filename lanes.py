@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from waitress import create_server, wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask
 from waitress.utilities import Error
 
@@ -79,9 +80,20 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
+class StrictParser(HTTPRequestParser):  # type: ignore[misc]
+    """Answers a refused request at once, where waitress would first say 100 Continue and ask for the body."""
+
+    def received(self, data: bytes) -> int:
+        consumed: int = super().received(data)
+        if self.error:
+            self.expect_continue = False
+        return consumed
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A connection whose quick requests are served by the thread that read them."""
 
+    parser_class = StrictParser
     error_task_class = JSONErrorTask
     serve_now = False  # set by Lanes.add_task
 
