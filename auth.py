@@ -12,6 +12,7 @@ vault. Knows no HTTP and no SQL.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 import unicodedata
@@ -235,12 +236,13 @@ class Auth:
             return None
         return self._with_current_cost(user, password)
 
-    def _with_current_cost(self, user: User, password: str) -> User | None:
+    def _with_current_cost(self, user: User, password: str) -> User:
         # Only now is the password at hand to be hashed anew after the operator has changed the cost.
         if passwords.cost_of(user.hashed_password) == self._settings.bcrypt_cost:
             return user
-        self._db.replace_hash(user.id, user.hashed_password, self._new_hash(password))
-        return self._find_user(user.email)
+        hashed = self._new_hash(password)
+        self._db.replace_hash(user.id, user.hashed_password, hashed)
+        return dataclasses.replace(user, hashed_password=hashed)  # where it was not stored, no session starts from it
 
     def _new_hash(self, password: str) -> bytes:
         if reason := passwords.objection(password):

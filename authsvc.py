@@ -7,6 +7,7 @@ Importing this opens nothing. Knows HTTP and the rules' names, no SQL and no has
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -152,7 +153,8 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """The WSGI callable for another server; made from the environment with the first request."""
     try:
-        application = _shared_app()
+        with _opening:
+            application = _shared_app()
     except (SettingsError, DatabaseRefused) as error:
         guard.log("sys_startup_failed", reason=str(error))
         body = guard.json_body({"message": "service not configured"})
@@ -161,16 +163,11 @@ def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[byt
     return application(environ, start_response)
 
 
-_shared_app_lock = threading.Lock()
-
-
-def _shared_app() -> WSGIApplication:
-    with _shared_app_lock:  # two first requests must not open two
-        return _make_shared_app()
+_opening = threading.Lock()  # two first requests must not open two
 
 
 @functools.cache
-def _make_shared_app() -> WSGIApplication:
+def _shared_app() -> WSGIApplication:
     return create_app(Settings.from_environ())
 
 
@@ -198,15 +195,17 @@ def main(arguments: list[str] | None = None) -> int:
     host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
     guard.log("sys_startup", database=ENGINE)
-    server.run()
-    db.close()
+    if server.run():
+        with contextlib.suppress(StorageUnavailable):  # then the next start tidies up
+            db.close()
     return 0
 
 
 def _bind(settings: Settings) -> socket.socket:
     host, port = settings.address
     try:
-        return lanes.bind(str(host), port)
+        # It listens from here on: a second service must fail before it touches the database.
+        return socket.create_server((str(host), port), family=socket.AF_INET if host.version == 4 else socket.AF_INET6)
     except OSError as error:
         raise SettingsError(f"AUTHSVC_LISTEN={settings.listen}: {os.strerror(error.errno or 0).lower()}") from None
 
@@ -276,7 +275,10 @@ def _with_cookie(answer: HTTPResponse, value: str, attributes: str = "") -> HTTP
 
 def _form(*names: str) -> tuple[str, ...]:
     """Return the named fields of the body, each given once and not empty; or refuse the request."""
-    body = request.environ["wsgi.input"].read(lanes.LARGEST_BODY + 1)
+    # -1: no length was said, and only a server that ends the stream itself can be asked for all of it.
+    length = request.content_length if request.content_length >= 0 else request.environ.get("wsgi.input_terminated", 0)
+    size = lanes.LARGEST_BODY + 1 if length is True else min(length, lanes.LARGEST_BODY + 1)
+    body = request.environ["wsgi.input"].read(size)
     if len(body) > lanes.LARGEST_BODY:
         _refuse(413, lanes.MESSAGES[413])
     try:
@@ -295,17 +297,17 @@ def _fields(body: bytes, content_type: str) -> list[tuple[str, Any]]:
         text = body.decode()
         return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=2 * MOST_FIELDS)
     if kind == "application/json":
-        pairs = json.loads(body.decode(), object_pairs_hook=list)
-        if not isinstance(pairs, list):
+        pairs = json.loads(body.decode(), object_pairs_hook=tuple)  # a dict would hide what is given twice
+        if not isinstance(pairs, tuple):
             raise ValueError
-        return pairs
+        return list(pairs)
     if kind == "multipart/form-data":
         return _multipart(body, parameters)
     _refuse(415, "send a form (application/x-www-form-urlencoded, multipart/form-data) or a JSON object")
 
 
-def _multipart(body: bytes, parameters: str) -> list[tuple[str, str]]:
-    # RFC 7578, of which a form of plain fields needs little: no files, no encodings, no nesting.
+def _multipart(body: bytes, parameters: str) -> list[tuple[str, str | None]]:
+    # RFC 7578, of which a form of plain fields needs little: no encodings, no nesting; a file is no text.
     boundary = re.search(r"""boundary=(?:"([^"]{1,70})"|([^\s";]{1,70}))""", parameters, re.ASCII | re.IGNORECASE)
     if not boundary:
         raise ValueError
@@ -316,11 +318,11 @@ def _multipart(body: bytes, parameters: str) -> list[tuple[str, str]]:
     for part in parts:
         head, blank, value = part.partition(b"\r\n\r\n")
         name = re.search(
-            rb"""\r\nContent-Disposition: *form-data; *name="([^"\r\n]*)"(?:\r\n|$)""", head, re.IGNORECASE
+            rb"""\r\nContent-Disposition: *form-data; *name=("?)([^"\r\n;]*)\1(;|\r\n|$)""", head, re.IGNORECASE
         )
         if not (blank and name):
             raise ValueError
-        pairs.append((name[1].decode(), value.decode()))
+        pairs.append((name[2].decode(), None if name[3] == b";" else value.decode()))
     return pairs
 
 

@@ -75,7 +75,7 @@ class Guard:
 def is_direct(environ: WSGIEnvironment) -> bool:
     """Say whether a program on this machine asks by itself, not for somebody else as a proxy does."""
     return is_loopback(environ.get("REMOTE_ADDR")) and not any(
-        name in FORWARDING or name.startswith("HTTP_X_FORWARDED_") for name in environ
+        name in FORWARDING or name.startswith("HTTP_X_FORWARDED") for name in environ
     )
 
 
@@ -117,7 +117,7 @@ def log(event: str, **details: Any) -> None:
     try:
         sys.stderr.write(json.dumps({"time": stamp, "event": event, **details}) + "\n")
         sys.stderr.flush()
-    except (OSError, ValueError):  # a closed pipe, a closed file
+    except (OSError, ValueError, AttributeError):  # a closed pipe, a closed file, none at all
         pass
 
 

@@ -14,6 +14,7 @@ Built on waitress's dispatcher and channel, which it keeps private: hence ``wait
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from waitress import create_server, wasyncore
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask
 from waitress.utilities import Error
 
@@ -45,6 +46,7 @@ DEFERRED = 1000  # writes that nobody waits for; past that they are dropped and 
 DRAIN = 8.0  # seconds from SIGTERM to the end of the last answer
 
 LARGEST_BODY = 16_384  # bytes
+LARGEST_REST = 4 * 2**20  # bytes that are read and thrown away after a refusal
 LARGEST_HEADER = 16_384  # bytes, with the request line
 CONNECTIONS = 512
 
@@ -76,18 +78,25 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         if error.code == Busy.code:
             self.response_headers.append(("Retry-After", str(guard.RETRY_AFTER)))
         self.set_close_on_finish()
+        self.channel.rest = LARGEST_REST
         self.content_length = len(body)
         self.write(body)
 
 
 class StrictParser(HTTPRequestParser):  # type: ignore[misc]
-    """Answers a refused request at once, where waitress would first say 100 Continue and ask for the body."""
+    """Mends what waitress 3.0.2 does with an odd request."""
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
-        if self.error:
+        if self.error or self.body_rcv is None:  # else it says 100 Continue first, and waits for what is not wanted
             self.expect_continue = False
         return consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        try:
+            super().parse_header(header_plus)
+        except ValueError as error:  # from urlsplit("http://["): else the connection closes without an answer
+            raise ParsingError("malformed request") from error
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
@@ -96,15 +105,41 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = StrictParser
     error_task_class = JSONErrorTask
     serve_now = False  # set by Lanes.add_task
+    rest = 0  # bytes that may still come when the last answer is sent
+    lingering = False
+    close_when_flushed: bool = False  # waitress's
 
     def received(self, data: bytes) -> bool:
         # waitress calls add_task from in here while it holds requests_lock, which service() takes as well: so
-        # add_task leaves word, and the request is served when the lock is free. A pipelined one leaves word again.
+        # add_task leaves word, and the request is served when the lock is free.
         accepted: bool = super().received(data)
-        while self.serve_now:
-            self.serve_now = False
+        if self.serve_now:
             self.service()
+            self.serve_now = False
         return accepted
+
+
+    # Who sends a body that we refuse may still be sending. To close a socket with bytes unread resets the connection,
+    # and the reset can overtake our answer: so end our side only, and read on for a while (RFC 9112 9.6).
+
+    def handle_write(self) -> None:
+        if self.rest and self.close_when_flushed and not self.total_outbufs_len and not self.will_close:
+            self.close_when_flushed = False
+            self.lingering = True
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+        else:
+            super().handle_write()
+
+    def readable(self) -> bool:
+        return self.lingering or bool(super().readable())
+
+    def handle_read(self) -> None:
+        if not self.lingering:
+            super().handle_read()
+        else:
+            self.rest -= len(self.recv(65_536))  # closes by itself at the end of the stream
+            self.will_close = self.rest <= 0
 
 
 class Lanes:
@@ -132,7 +167,9 @@ class Lanes:
                 return
             request.error = Busy("")
         quick = request.error or request.command in ("GET", "HEAD")
-        if quick and threading.get_ident() == self._io_thread:
+        # One of a connection's requests at a time: hundreds may have come pipelined in one read, and meanwhile this
+        # thread would not see to anybody else, nor empty the pipe by which waitress wakes it.
+        if quick and threading.get_ident() == self._io_thread and not channel.serve_now:
             channel.serve_now = True
         else:
             self._writing_queue.put(channel.service)
@@ -151,9 +188,6 @@ class Lanes:
             except queue.Empty:  # a worker was faster
                 break
             _refuse(channel)
-
-    def shutdown(self) -> None:
-        """Nothing to do: what waitress would stop here has been drained."""
 
     def _hash(self) -> None:
         if sys.platform == "linux":  # where niceness belongs to a thread
@@ -194,8 +228,8 @@ class Server:
         self._stopping = True
         self._server.pull_trigger()
 
-    def run(self) -> None:
-        """Serve until stopped, then finish what was asked, within 10 s."""
+    def run(self) -> bool:
+        """Serve until stopped, then finish what was asked, within 10 s; say whether nothing was left undone."""
         while not self._stopping:
             self._turn(1.0)
         wasyncore.dispatcher.close(self._server)  # accepts no more
@@ -203,12 +237,14 @@ class Server:
         end = time.monotonic() + DRAIN
         while self._in_hand() and time.monotonic() < end:
             self._turn(0.05)
+        return not self._in_hand()
 
     def _turn(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
 
     def _in_hand(self) -> bool:
-        return any(channel.requests or channel.total_outbufs_len for channel in self._server.active_channels.values())
+        channels = list(self._server.active_channels.values())  # a worker may close one meanwhile
+        return any(channel.requests or channel.total_outbufs_len for channel in channels)
 
 
 class _LogHandler(logging.Handler):
@@ -217,23 +253,6 @@ class _LogHandler(logging.Handler):
             guard.log_crash(record.exc_info[1])
         else:
             guard.log("sys_server", level=record.levelname.lower(), message=str(record.msg))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take the address, without accepting anything yet.
-
-    Raises:
-        OSError: it is in use, or not ours.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen()  # a second service must fail here, before it touches the database
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _refuse(channel: Any) -> None:

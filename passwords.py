@@ -24,8 +24,10 @@ LONGEST_PLAIN = 72  # bytes that bcrypt reads
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-PLAIN = re.compile(rb"\$2[aby]\$(\d\d)\$[./A-Za-z0-9]{53}")
-SHA256 = re.compile(rb"\$bcrypt-sha256\$v=2,t=2b,r=(\d\d?)\$([./A-Za-z0-9]{22})\$([./A-Za-z0-9]{31})")
+# bcrypt's own base64: the salt's last character has two bits to say, and bcrypt refuses any other.
+_COST, _SALT, _DIGEST = rb"(0[4-9]|[12]\d|3[01])", rb"[./A-Za-z0-9]{21}[.Oeu]", rb"[./A-Za-z0-9]{31}"
+PLAIN = re.compile(rb"\$2[aby]\$" + _COST + rb"\$" + _SALT + _DIGEST)
+SHA256 = re.compile(rb"\$bcrypt-sha256\$v=2,t=2b,r=([4-9]|[12]\d|3[01])\$(" + _SALT + rb")\$(" + _DIGEST + rb")")
 
 # bcrypt lets go of the interpreter while it works: as many hashes as cores is the most that helps, more
 # only take time from each other. Under our own server the hashing lane already keeps to it.
@@ -73,7 +75,7 @@ def cost_of(hashed: str | bytes) -> int | None:
 
 
 def _comparable(password: str, hashed: str | bytes | None) -> tuple[bytes, bytes] | None:
-    if hashed is None or objection(password):
+    if hashed is None or not isinstance(password, str) or objection(password):
         return None
     raw, stored = password.encode(), _bytes(hashed)
     if PLAIN.fullmatch(stored):

@@ -93,7 +93,7 @@ class Settings:
             raise SettingsError("AUTHSVC_DATABASE: PostgreSQL is not in this release; give the path of a file")
         if not self.database:
             raise SettingsError("AUTHSVC_DATABASE must name a file")
-        if not (self.unsafe_listen or self.address[0].is_loopback):
+        if not (self.address[0].is_loopback or self.unsafe_listen):
             raise SettingsError(
                 f"AUTHSVC_LISTEN={self.listen} is reachable from other machines, and a development service gives "
                 "reset tokens to whoever asks; AUTHSVC_UNSAFE_LISTEN=1 overrides this"

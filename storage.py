@@ -8,12 +8,13 @@ One connection writes, each thread reads through one of its own. Any number of p
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,22 +79,24 @@ class DB:
         self._path = os.path.abspath(chosen)
         self._write_lock = threading.Lock()
         self._readers: dict[int, sqlite3.Connection] = {}  # by thread id; a new thread with an old id takes it over
-        if chosen == ":memory:":
-            raise DatabaseRefused(":memory: cannot be shared between threads; give the path of a file")
         try:
-            _make_private(self._path)
-            _refuse_foreign(self._path)
-            self._lock_file = os.open(self._path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._writer = self._connect()
-            with self._exclusive():
-                self._writer.execute("PRAGMA journal_mode = WAL")
-                self._migrate()
-        except (OSError, sqlite3.Error, StorageUnavailable) as error:
+            with _opening, ExitStack() as opened:
+                if chosen == ":memory:":
+                    raise DatabaseRefused("threads cannot share it; give the path of a file")
+                _make_private(self._path)
+                self._writer = opened.enter_context(closing(self._connect()))
+                self._check_version()  # before anything is written
+                self._lock_file = os.open(self._path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                opened.callback(os.close, self._lock_file)
+                with self._exclusive():
+                    self._migrate()
+                opened.pop_all()
+        except (OSError, sqlite3.Error, StorageUnavailable, DatabaseRefused) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise DatabaseRefused(f"cannot open the database {chosen}: {reason}") from error
 
     def close(self) -> None:
-        """Write everything into the one file and let go of it; the object cannot be used afterwards."""
+        """Write everything into the one file and let go of it. No thread may be using it then or later."""
         with self._exclusive():
             for reader in self._readers.values():
                 reader.close()
@@ -107,7 +110,9 @@ class DB:
 
         Raises:
             AlreadyExists: the email has an account, in whatever letter case.
+            ValueError: one of them is no text.
         """
+        _refuse_unfit(email=email, hashed_password=hashed_password)
         with self._transaction() as db:
             (user_id,) = db.execute(
                 """
@@ -119,7 +124,7 @@ class DB:
             ).fetchone()
         return User(user_id, email, hashed_password)
 
-    def find_user_by(self, **sought: Any) -> User:
+    def find_user_by(self, /, **sought: Any) -> User:
         """Return the first user in whom all the named attributes have these values; an email in any letter case.
 
         Raises:
@@ -144,7 +149,7 @@ class DB:
             raise NoResultFound
         return User(*row)
 
-    def update_user(self, user_id: int, **changed: Any) -> None:
+    def update_user(self, /, user_id: int, **changed: Any) -> None:
         """Store new values in one user's row; None stores NULL.
 
         Raises:
@@ -156,8 +161,9 @@ class DB:
             raise ValueError(f"a user has {', '.join(sorted(CHANGED))} to change")
         if not _can_match("id", user_id):
             raise NoResultFound
+        _refuse_unfit(**changed)
         columns = dict(changed)
-        if isinstance(changed.get("email"), str):
+        if "email" in changed:
             columns["email_key"] = changed["email"].casefold()
         columns["id"] = user_id
         with self._transaction() as db:
@@ -219,17 +225,12 @@ class DB:
             db.execute(
                 """
                 DELETE FROM sessions
-                 WHERE user_id = :user_id AND (expires_at <= :now OR last_seen_at <= :idle_since)
-                """,
-                {"user_id": user_id, "now": now, "idle_since": idle_since},
-            )
-            db.execute(
-                """
-                DELETE FROM sessions
                  WHERE user_id = :user_id
-                   AND id NOT IN (SELECT id FROM sessions WHERE user_id = :user_id ORDER BY id DESC LIMIT :most)
+                   AND id NOT IN (SELECT id FROM sessions
+                                   WHERE user_id = :user_id AND expires_at > :now AND last_seen_at > :idle_since
+                                   ORDER BY id DESC LIMIT :most)
                 """,
-                {"user_id": user_id, "most": most},
+                {"user_id": user_id, "now": now, "idle_since": idle_since, "most": most},
             )
             _point_at_newest_session(db, user_id)
         return True
@@ -362,22 +363,37 @@ class DB:
     def _exclusive(self) -> Iterator[None]:
         # The file lock: SQLite 3.7.0 to 3.51.2 can damage the file when two connections write and checkpoint at
         # the same moment (fixed in 3.51.3), so one process at a time does either.
-        with self._write_lock:
+        if not self._write_lock.acquire(timeout=BUSY_TIMEOUT):
+            raise StorageUnavailable("another thread keeps the write lock")
+        try:
             _lock(self._lock_file)
-            try:
-                yield
-            finally:
+            yield
+        finally:
+            with suppress(OSError):  # closed
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            self._write_lock.release()
 
-    def _migrate(self) -> None:
+    def _check_version(self) -> int:
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
         (tables,) = self._writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        _refuse_version(self._path, version)
-        if version == 0 and tables:
-            raise DatabaseRefused(f"{self._path} is the database of another program")
+        if version > VERSION:
+            raise DatabaseRefused(f"it is of a newer release (schema {version}, this one knows {VERSION})")
+        (ours,) = self._writer.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'sessions'").fetchone()
+        if tables and not (version and ours):
+            raise DatabaseRefused("it is the database of another program")
+        return int(version)
+
+    def _migrate(self) -> None:
+        version = self._check_version()  # again: another process may have been faster
+        self._writer.execute("PRAGMA journal_mode = WAL")
         if version < VERSION:
             steps = MIGRATIONS[version - 1 :] if version else (SCHEMA.read_text(),)
             self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+# To close any descriptor of a file gives up all locks that this process holds on it (fcntl(2)), SQLite's too: while
+# one thread makes the file, no other may have it open.
+_opening = threading.Lock()
 
 
 def _lock(file: int) -> None:
@@ -394,21 +410,10 @@ def _make_private(path: str) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))  # a file that cannot be written is refused now
-
-
-def _refuse_foreign(path: str) -> None:
-    # From the bytes (SQLite file format, 1.3): to open the file might already change it.
-    with open(path, "rb") as file:
-        header = file.read(100)
-    if header and not header.startswith(b"SQLite format 3\0"):
-        raise DatabaseRefused(f"{path} is not a SQLite database")
-    _refuse_version(path, int.from_bytes(header[60:64], "big"))
-
-
-def _refuse_version(path: str, version: int) -> None:
-    if version > VERSION:
-        raise DatabaseRefused(f"{path} is of a newer release (schema {version}, this one knows {VERSION})")
+        if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):  # not open(): see _opening
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        if 0 < os.path.getsize(path) < 512:  # less than a page, which SQLite would take for nothing and write over
+            raise DatabaseRefused("it is not a database") from None
 
 
 def _can_match(name: str, value: object) -> bool:
@@ -418,6 +423,12 @@ def _can_match(name: str, value: object) -> bool:
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
     return name == "hashed_password" and isinstance(value, bytes)
+
+
+def _refuse_unfit(**values: object) -> None:
+    for name, value in values.items():
+        if not (_can_match(name, value) or (value is None and name in ("session_id", "reset_token"))):
+            raise ValueError(f"{name} cannot be {type(value).__name__}")
 
 
 def _end_session(db: sqlite3.Connection, session_hash: str) -> bool:
@@ -453,7 +464,7 @@ def _translated(error: sqlite3.Error) -> Exception:
     name = getattr(error, "sqlite_errorname", "")  # absent where Python's own driver raises
     if name == "SQLITE_CONSTRAINT_UNIQUE":
         return AlreadyExists(str(error))
-    if name.startswith("SQLITE_CONSTRAINT"):
+    if isinstance(error, sqlite3.IntegrityError):
         return ValueError(str(error))
     if name in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours or a value of no use: not the file's fault
         return error

@@ -1,0 +1,922 @@
+"""The desk: what every route answers and refuses, forms, cookies, and the WSGI callable for another server."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+import authsvc
+import storage
+from auth import Auth, AuthError
+from settings import Settings
+from storage import DB
+from tests.conftest import COST, HERE, Answer, Client, clean_environ
+
+BOB = {"email": "bob@x.io", "password": "b4l0u"}
+UUID4 = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax"
+
+# What each route reads.
+FORMS = [
+    ("POST", "/users", ("email", "password")),
+    ("POST", "/sessions", ("email", "password")),
+    ("POST", "/reset_password", ("email",)),
+    ("PUT", "/reset_password", ("email", "reset_token", "new_password")),
+]
+FIELDS = [(method, path, field) for method, path, fields in FORMS for field in fields]
+
+
+@dataclass
+class Home:
+    """One application in which Bob is logged in and has a reset token, for all that must change nothing."""
+
+    call: Client
+    session_id: str
+    reset_token: str
+    ledger: sqlite3.Connection
+
+    @property
+    def form(self) -> dict[str, str]:
+        """Fields that every route but POST /users would accept; extra ones are ignored."""
+        return {**BOB, "reset_token": self.reset_token, "new_password": "t4rt1fl3tt3"}
+
+    def refuses(self, status: int, method: str, path: str, form: Any = None, **rest: Any) -> str:
+        """Assert that a request is refused and changes nothing; return the reason that is given."""
+        before = self.rows()
+        answer = self.call(method, path, form, **rest)
+        assert answer.status == status, (method, path, form, answer.body)
+        assert "Set-Cookie" not in answer.headers
+        assert answer.headers["Content-Type"] == "application/json"
+        assert list(answer.json) == ["message"]
+        assert self.rows() == before
+        return str(answer.json["message"])
+
+    def rows(self) -> list[Any]:
+        return [*self.ledger.execute("SELECT * FROM users"), *self.ledger.execute("SELECT * FROM sessions")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    settings = Settings(database=str(tmp_path_factory.mktemp("home") / "authsvc.db"), bcrypt_cost=COST)
+    db = DB(settings.database)
+    call = Client(authsvc.create_app(settings, Auth(db, settings)))
+    register(call)
+    session_id = call("POST", "/sessions", BOB).session_id
+    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+        yield Home(call, session_id, token_of(call), ledger)
+    db.close()
+
+
+def register(call: Client, email: str = "bob@x.io", password: str = "b4l0u") -> None:
+    assert call("POST", "/users", {"email": email, "password": password}).status == 200
+
+
+def log_in(call: Client, email: str = "bob@x.io", password: str = "b4l0u", **rest: Any) -> Answer:
+    return call("POST", "/sessions", {"email": email, "password": password}, **rest)
+
+
+def token_of(call: Client, email: str = "bob@x.io") -> str:
+    return str(call("POST", "/reset_password", {"email": email}).json["reset_token"])
+
+
+def profile(call: Client, cookie: str) -> int:
+    return call("GET", "/profile", cookie=cookie).status
+
+
+def as_json(content: Any) -> dict[str, Any]:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return {"body": text.encode(), "content_type": "application/json"}
+
+
+def assert_200(answer: Answer, content: dict[str, str]) -> None:
+    assert (answer.status, answer.json) == (200, content)
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Content-Length"] == str(len(answer.body))
+
+
+# Routes
+
+
+def test_welcome(call: Client) -> None:
+    assert_200(call("GET", "/"), {"message": "Bienvenue"})
+
+
+def test_registering(call: Client) -> None:
+    answer = call("POST", "/users", BOB)
+    assert_200(answer, {"email": "bob@x.io", "message": "user created"})
+    assert "Set-Cookie" not in answer.headers
+
+
+def test_logging_in(call: Client) -> None:
+    register(call)
+    answer = log_in(call)
+    assert_200(answer, {"email": "bob@x.io", "message": "logged in"})
+    assert re.fullmatch(f"session_id={UUID4}; {ATTRIBUTES}", answer.headers["Set-Cookie"])
+
+
+def test_the_profile(home: Home) -> None:
+    answer = home.call("GET", "/profile", cookie=f"session_id={home.session_id}")
+    assert_200(answer, {"email": "bob@x.io"})
+
+
+def test_logging_out(call: Client) -> None:
+    register(call)
+    cookie = f"session_id={log_in(call).session_id}"
+    answer = call("DELETE", "/sessions", cookie=cookie, HTTP_HOST="evil.example", HTTP_X_FORWARDED_HOST="evil.example")
+    assert (answer.status, answer.headers["Location"]) == (302, "/")
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Set-Cookie"] == f"session_id=; {ATTRIBUTES}; Max-Age=0"
+    assert b"evil" not in answer.body
+    assert profile(call, cookie) == 403
+    assert call("DELETE", "/sessions", cookie=cookie).status == 403
+
+
+def test_resetting_the_password(call: Client) -> None:
+    register(call)
+    cookie = f"session_id={log_in(call).session_id}"
+    answer = call("POST", "/reset_password", {"email": "bob@x.io"})
+    token = answer.json["reset_token"]
+    assert re.fullmatch(UUID4, token)
+    assert_200(answer, {"email": "bob@x.io", "reset_token": token})
+    form = {"email": "bob@x.io", "reset_token": token, "new_password": "t4rt1fl3tt3"}
+    assert_200(call("PUT", "/reset_password", form), {"email": "bob@x.io", "message": "Password updated"})
+    assert profile(call, cookie) == 403
+    assert (log_in(call).status, log_in(call, password="t4rt1fl3tt3").status) == (401, 200)
+
+
+def test_a_spent_token_is_refused(call: Client) -> None:
+    register(call)
+    form = {"email": "bob@x.io", "reset_token": token_of(call), "new_password": "t4rt1fl3tt3"}
+    answers = [call("PUT", "/reset_password", form) for _ in range(2)]
+    assert [answer.status for answer in answers] == [200, 403]
+    assert answers[1].json == {"message": "invalid reset token"}
+
+
+def test_the_token_of_another_email_is_refused_and_not_spent(call: Client) -> None:
+    register(call)
+    register(call, "eve@x.io")
+    form = {"email": "bob@x.io", "reset_token": token_of(call, "eve@x.io"), "new_password": "t4rt1fl3tt3"}
+    assert call("PUT", "/reset_password", form).status == 403
+    assert log_in(call).status == 200
+    assert call("PUT", "/reset_password", {**form, "email": "eve@x.io"}).status == 200
+
+
+@pytest.mark.parametrize("email", ["BOB@x.io", "bob@X.IO"])
+def test_the_email_in_an_answer_is_the_one_that_was_sent(call: Client, email: str) -> None:
+    register(call, "Bob@X.io")
+    answer = log_in(call, email)
+    assert answer.json["email"] == email
+    assert call("GET", "/profile", cookie=f"session_id={answer.session_id}").json == {"email": "Bob@X.io"}
+    token = token_of(call, email)
+    form = {"email": email, "reset_token": token, "new_password": "t4rt1fl3tt3"}
+    assert call("PUT", "/reset_password", form).json["email"] == email
+
+
+def test_an_odd_email_registers(call: Client) -> None:
+    for email in (
+        "nope",
+        "unknown@email",
+        "a b@x.io",
+        '"q"@x.io',
+        "o'brien@x.io",
+        "é@x.io",
+        "用户@例子",
+        "🐟",
+        "É" * 127,
+    ):
+        form = {"email": email, "password": "b4l0u"}
+        assert_200(call("POST", "/users", form), {"email": email, "message": "user created"})
+        answer = call("POST", "/sessions", form)
+        assert_200(answer, {"email": email, "message": "logged in"})
+        assert call("GET", "/profile", cookie=f"session_id={answer.session_id}").json == {"email": email}
+        assert call("POST", "/reset_password", form).json["email"] == email
+
+
+@pytest.mark.parametrize("email", ["bob@x.io", "BOB@X.IO"])
+def test_a_taken_email_is_refused(home: Home, email: str) -> None:
+    form = {"email": email, "password": "other"}
+    assert home.refuses(400, "POST", "/users", form) == "email already registered"
+
+
+@pytest.mark.parametrize(
+    "email", [" ", " \t ", "a\nb@x.io", "a\r@x.io", "a\x1b@x.io", "a\x7f@x.io", "a\x85@x.io", "a" * 255, "é" * 128]
+)
+def test_what_cannot_be_an_email_is_refused(home: Home, email: str) -> None:
+    reason = home.refuses(400, "POST", "/users", {"email": email, "password": "p"})
+    assert reason.startswith("email must ")
+
+
+def test_a_password_has_at_most_1024_bytes(home: Home) -> None:
+    form = {"email": "long@x.io", "password": "é" * 512 + "a"}
+    assert home.refuses(400, "POST", "/users", form) == "password must be at most 1024 bytes"
+
+
+@pytest.mark.parametrize(
+    ("email", "password"), [("bob@x.io", "wrong"), ("bob@x.io", "B4L0U"), ("bob@x.io", "a" * 2000)]
+)
+def test_a_wrong_password_and_an_unknown_email_are_answered_alike(home: Home, email: str, password: str) -> None:
+    answers = [log_in(home.call, email, password), log_in(home.call, "nobody@x.io", password)]
+    assert answers[0].status == answers[1].status == 401
+    assert answers[0].body == answers[1].body
+    for answer in answers:
+        del answer.headers["X-Request-Id"]
+    assert answers[0].headers == answers[1].headers
+
+
+@pytest.mark.parametrize("email", ["nope", "unknown@email", " ", "a\nb", "a" * 255, "@", "%", "*"])
+def test_an_odd_email_is_an_unknown_one(home: Home, email: str) -> None:
+    form = {**home.form, "email": email}
+    assert home.refuses(401, "POST", "/sessions", form) == "wrong email or password"
+    assert home.refuses(403, "POST", "/reset_password", form) == "unknown email"
+    assert home.refuses(403, "PUT", "/reset_password", form) == "invalid reset token"
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/profile"), ("DELETE", "/sessions")])
+@pytest.mark.parametrize("cookie", [None, "", "session_id=", "session_id=00000000-0000-4000-8000-000000000000"])
+def test_without_a_session_it_is_refused(home: Home, method: str, path: str, cookie: str | None) -> None:
+    assert home.refuses(403, method, path, cookie=cookie) == "not logged in"
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/users/", "/users/1", "/Users", "/profile/..", "/authsvc.db"])
+def test_another_path_is_not_found(home: Home, path: str) -> None:
+    assert home.refuses(404, "GET", path) == "not found"
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", {"GET"}),
+        ("/users", {"POST"}),
+        ("/sessions", {"POST", "DELETE"}),
+        ("/profile", {"GET"}),
+        ("/reset_password", {"POST", "PUT"}),
+    ],
+)
+def test_another_method_is_not_allowed(home: Home, path: str, allowed: set[str]) -> None:
+    for method in {"GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"} - allowed:
+        assert home.refuses(405, method, path) == "method not allowed"
+        assert set(home.call(method, path).headers["Allow"].split(",")) - {"HEAD"} == allowed
+
+
+@pytest.mark.parametrize(("status", "path"), [(200, "/"), (403, "/profile"), (404, "/nowhere"), (405, "/users")])
+def test_head_answers_as_get_without_a_body(home: Home, status: int, path: str) -> None:
+    got, headed = home.call("GET", path), home.call("HEAD", path)
+    assert (headed.status, headed.body) == (status, b"")
+    assert headed.headers["Content-Length"] == got.headers["Content-Length"]
+
+
+@pytest.mark.parametrize(
+    "rest", [{"body": b"\xff", "content_type": "text/plain"}, as_json("["), {"body": b"a" * 20_000}]
+)
+def test_path_and_method_are_refused_before_the_body(home: Home, rest: dict[str, Any]) -> None:
+    home.refuses(404, "POST", "/nowhere", **rest)
+    home.refuses(405, "PUT", "/users", **rest)
+
+
+# Fields
+
+
+@pytest.mark.parametrize(("method", "path", "field"), FIELDS)
+def test_a_missing_field_is_refused(home: Home, method: str, path: str, field: str) -> None:
+    form = {name: value for name, value in home.form.items() if name != field}
+    assert home.refuses(400, method, path, form) == f"{field} is missing"
+
+
+@pytest.mark.parametrize(("method", "path", "field"), FIELDS)
+def test_an_empty_field_is_refused(home: Home, method: str, path: str, field: str) -> None:
+    assert home.refuses(400, method, path, {**home.form, field: ""}) == f"{field} is empty"
+
+
+@pytest.mark.parametrize(("method", "path", "field"), FIELDS)
+def test_a_repeated_field_is_refused(home: Home, method: str, path: str, field: str) -> None:
+    for again in ("", "other", home.form[field]):
+        for pairs in ([*home.form.items(), (field, again)], [(field, again), *home.form.items()]):
+            assert home.refuses(400, method, path, pairs) == f"{field} is given more than once"
+
+
+@pytest.mark.parametrize("junk", [b"\xff", b"\xc3", b"%ff", b"%C3", b"%ED%A0%80", b"a%FFb", b"%c0%80"])
+def test_an_undecodable_field_is_refused(home: Home, junk: bytes) -> None:
+    for method, path, field in FIELDS:
+        others = [f"{name}={value}".encode() for name, value in home.form.items() if name != field]
+        body = b"&".join([*others, field.encode() + b"=" + junk])
+        assert home.refuses(400, method, path, body=body) == "malformed body"
+
+
+@pytest.mark.parametrize("value", [None, 1, 1.5, True, ["bob@x.io"], {"a": "b"}, [], {}])
+def test_a_json_field_that_is_no_text_is_refused(home: Home, value: Any) -> None:
+    for method, path, field in FIELDS:
+        assert home.refuses(400, method, path, **as_json({**home.form, field: value})) == f"{field} must be text"
+
+
+def test_a_lone_surrogate_is_refused(home: Home) -> None:
+    for method, path, field in FIELDS:
+        reason = home.refuses(400, method, path, **as_json({**home.form, field: "a\ud800"}))
+        assert reason == f"{field} is not valid text"
+
+
+@pytest.mark.parametrize("where", ["\0{}", "{}\0", "\0"])
+def test_nul_is_refused_in_all_but_a_password(home: Home, where: str) -> None:
+    for method, path, field in FIELDS:
+        if "password" not in field:
+            reason = home.refuses(400, method, path, {**home.form, field: where.format(home.form[field])})
+            assert reason == f"{field} is not valid text"
+
+
+@pytest.mark.parametrize(("password", "other"), [("a", "a\0a"), ("a\0a", "a"), ("a\0b", "a\0c"), ("\0", "\0\0")])
+def test_nul_counts_in_a_password(call: Client, password: str, other: str) -> None:
+    register(call, password=password)
+    assert (log_in(call, password=password).status, log_in(call, password=other).status) == (200, 401)
+    form = {"email": "bob@x.io", "reset_token": token_of(call), "new_password": other}
+    assert call("PUT", "/reset_password", form).status == 200
+    assert (log_in(call, password=password).status, log_in(call, password=other).status) == (401, 200)
+
+
+def test_a_password_is_taken_as_it_is(call: Client) -> None:
+    register(call, password=" é+%20&=\r\n ")
+    assert log_in(call, password=" é+%20&=\r\n ").status == 200
+    assert log_in(call, password="é+%20&=").status == 401
+
+
+def test_a_refused_put_does_not_spend_the_token(call: Client) -> None:
+    register(call)
+    form = {"email": "bob@x.io", "reset_token": token_of(call), "new_password": "t4rt1fl3tt3"}
+    for status, refused in [
+        (400, {**form, "new_password": ""}),
+        (400, {**form, "new_password": "a" * 1025}),
+        (400, [*form.items(), ("new_password", "other")]),
+        (403, {**form, "email": "eve@x.io"}),
+    ]:
+        assert call("PUT", "/reset_password", refused).status == status
+    assert call("PUT", "/reset_password", form).status == 200
+
+
+def test_extra_fields_set_nothing(call: Client, settings: Settings) -> None:
+    planted = {"id": "99", "hashed_password": "x", "session_id": "planted", "reset_token": "planted"}
+    assert_200(call("POST", "/users", {**planted, **BOB}), {"email": "bob@x.io", "message": "user created"})
+    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+        columns = "id, session_id, reset_token, reset_expires_at"
+        assert ledger.execute(f"SELECT {columns} FROM users").fetchall() == [(1, None, None, None)]
+    assert profile(call, "session_id=planted") == 403
+    answer = log_in(call)
+    assert call("POST", "/sessions", {**planted, **BOB}).session_id not in ("planted", answer.session_id)
+
+
+def test_more_than_8_fields_are_refused(home: Home) -> None:
+    padding = [(f"extra{number}", "") for number in range(6)]
+    eight = [*BOB.items(), *padding]
+    nine = [*eight, ("extra", "")]
+    assert home.call("POST", "/sessions", [("email", "nobody"), *eight[1:]]).status == 401
+    for rest in ({"form": nine}, {"form": nine * 3}, as_json(dict(nine)), multipart(nine)):
+        assert home.refuses(400, "POST", "/sessions", **rest) in ("at most 8 fields", "malformed body")
+
+
+@pytest.mark.parametrize(("method", "path", "fields"), FORMS)
+def test_the_query_string_never_counts(home: Home, method: str, path: str, fields: tuple[str, ...]) -> None:
+    query = "&".join(f"{name}={value}" for name, value in home.form.items())
+    assert home.refuses(400, method, f"{path}?{query}") == "email is missing"
+
+
+def test_the_query_string_adds_nothing_to_the_body(call: Client) -> None:
+    register(call)
+    assert call("POST", "/sessions?email=eve@x.io&password=b", BOB).json["email"] == "bob@x.io"
+    assert call("GET", f"/profile?session_id={log_in(call).session_id}").status == 403
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/x-www-form-urlencoded; charset=utf-8",
+        "APPLICATION/X-WWW-FORM-URLENCODED",
+        "application/x-www-form-urlencoded ; charset=UTF-8",
+    ],
+)
+def test_a_form_may_say_its_charset(home: Home, content_type: str) -> None:
+    assert home.call("POST", "/sessions", {"email": "nobody", "password": "p"}, content_type=content_type).status == 401
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
+@pytest.mark.parametrize("text", [json.dumps(BOB), '{"email": "\\u0062ob@x.io", "password": "b4l0u", "n": [1, {}]}'])
+def test_a_json_object_is_welcome(call: Client, content_type: str, text: str) -> None:
+    answer = call("POST", "/users", body=text.encode(), content_type=content_type)
+    assert_200(answer, {"email": "bob@x.io", "message": "user created"})
+    assert log_in(call).status == 200
+
+
+def test_json_in_raw_utf_8_is_welcome(call: Client) -> None:
+    answer = call("POST", "/users", **as_json('{"email": "é@x.io", "password": "ü"}'))
+    assert answer.json["email"] == "é@x.io"
+    assert log_in(call, "é@x.io", "ü").status == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "{}{}",
+        "[]",
+        "[1]",
+        '["x"]',
+        '["ab"]',
+        '[["email", "array@x.io"], ["password", "p"]]',
+        '[{"email": "nobody"}]',
+        "1",
+        "null",
+        '"email"',
+        "9" * 5000,
+        "[" * 16_000,
+        '{"a":' * 3000,
+        "email=nobody&password=p",
+        '\ufeff{"email": "nobody", "password": "p"}',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_json_that_is_no_object_is_refused(home: Home, text: str) -> None:
+    assert home.refuses(400, "POST", "/users", **as_json(text)) == "malformed body"
+
+
+def test_json_that_is_not_utf_8_is_refused(home: Home) -> None:
+    body = '{"email": "é", "password": "p"}'.encode("latin-1")
+    assert home.refuses(400, "POST", "/users", body=body, content_type="application/json") == "malformed body"
+
+
+def test_a_repeated_json_key_is_refused(home: Home) -> None:
+    text = '{"email": "nobody", "password": "p", "email": "bob@x.io"}'
+    assert home.refuses(400, "POST", "/users", **as_json(text)) == "email is given more than once"
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["", "text/plain", "text/plain; charset=utf-8", "text/html", "application/xml", "application/octet-stream", "a"],
+)
+def test_another_content_type_is_refused(home: Home, content_type: str) -> None:
+    for method, path, _ in FORMS:
+        home.refuses(415, method, path, home.form, content_type=content_type)
+
+
+@pytest.mark.parametrize(("method", "path", "fields"), FORMS)
+def test_no_body_and_no_content_type_is_a_missing_field(
+    home: Home, method: str, path: str, fields: tuple[str, ...]
+) -> None:
+    assert home.refuses(400, method, path, body=b"", content_type="") == "email is missing"
+
+
+def padded(size: int) -> bytes:
+    body = b"email=big@x.io&password=b4l0u&padding="
+    return body + b"a" * (size - len(body))
+
+
+def test_a_body_of_16_kib_is_read(call: Client) -> None:
+    assert call("POST", "/users", body=padded(16_384)).status == 200
+
+
+def test_a_larger_body_is_not_read_to_its_end(home: Home) -> None:
+    stream = io.BytesIO(padded(100_000))
+    environ: dict[str, Any] = {"wsgi.input": stream}
+    home.refuses(413, "POST", "/users", CONTENT_LENGTH="100000", **environ)
+    assert stream.tell() == 16_385
+
+
+def test_a_body_is_read_no_further_than_its_length(home: Home) -> None:
+    # Not every server ends the stream there: to ask for more may wait for ever.
+    stream: dict[str, Any] = {"wsgi.input": io.BytesIO(b"email=nobody&password=p&email=next request")}
+    assert home.call("POST", "/sessions", CONTENT_LENGTH="23", **stream).status == 401
+
+
+def test_a_body_without_a_length_is_read_where_the_server_ends_it(home: Home) -> None:
+    body = b"email=nobody&password=p"
+    assert home.call("POST", "/sessions", body=body, CONTENT_LENGTH="").json == {"message": "email is missing"}
+    ended: dict[str, Any] = {"wsgi.input_terminated": True}
+    assert home.call("POST", "/sessions", body=body, CONTENT_LENGTH="", **ended).status == 401
+    assert home.refuses(413, "POST", "/users", body=padded(16_385), CONTENT_LENGTH="", **ended)
+
+
+@pytest.mark.parametrize("size", [16_385, 100_000])
+def test_a_larger_body_is_refused(home: Home, size: int) -> None:
+    assert home.refuses(413, "POST", "/users", body=padded(size)) == "request body too large"
+
+
+# Multipart
+
+BOUNDARY = "------------------------d8485b124768d608"
+
+
+def multipart(pairs: Any, content_type: str = f"multipart/form-data; boundary={BOUNDARY}") -> dict[str, Any]:
+    """What ``curl -F`` sends."""
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in pairs
+    ]
+    return {"body": "".join([*parts, f"--{BOUNDARY}--\r\n"]).encode(), "content_type": content_type}
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        f"multipart/form-data; boundary={BOUNDARY}",
+        f'multipart/form-data; boundary="{BOUNDARY}"',
+        f"Multipart/Form-Data; charset=utf-8; Boundary={BOUNDARY}",
+        f'multipart/form-data;boundary="{BOUNDARY}"; charset=utf-8',
+    ],
+)
+def test_multipart_from_curl(call: Client, content_type: str) -> None:
+    answer = call("POST", "/users", **multipart(BOB.items(), content_type))
+    assert_200(answer, {"email": "bob@x.io", "message": "user created"})
+    assert log_in(call).status == 200
+
+
+def test_multipart_from_curl_with_a_type_for_a_field(call: Client) -> None:
+    # curl -F 'email=bob@x.io;type=text/plain' -F password=b4l0u
+    rest = multipart(BOB.items())
+    rest["body"] = rest["body"].replace(b'name="email"\r\n', b'name="email"\r\nContent-Type: text/plain\r\n')
+    assert call("POST", "/users", **rest).status == 200
+
+
+def test_multipart_from_requests(call: Client) -> None:
+    files = {name: (None, value) for name, value in BOB.items()}
+    sent = requests.Request("POST", "http://127.0.0.1/users", files=files).prepare()
+    assert isinstance(sent.body, bytes)
+    answer = call("POST", "/users", body=sent.body, content_type=sent.headers["Content-Type"])
+    assert_200(answer, {"email": "bob@x.io", "message": "user created"})
+    assert log_in(call).status == 200
+
+
+def test_a_multipart_value_is_taken_as_it_is(call: Client) -> None:
+    for password in ("é用🐟", "one\r\ntwo", "\r\n", "a\r\n\r\nb", f"a--{BOUNDARY}", "a\n--b", "a\0b", " "):
+        email = f"é{password.encode().hex()}"
+        assert call("POST", "/users", **multipart({"email": email, "password": password}.items())).status == 200
+        assert log_in(call, email, password).status == 200
+
+
+@pytest.mark.parametrize("field", ["email", "password"])
+def test_multipart_fields_are_checked_as_all_others(home: Home, field: str) -> None:
+    missing, empty = ([(name, value) for name, value in BOB.items() if name != field], {**BOB, field: ""}.items())
+    repeated = [*BOB.items(), (field, "other")]
+    assert home.refuses(400, "POST", "/users", **multipart(missing)) == f"{field} is missing"
+    assert home.refuses(400, "POST", "/users", **multipart(empty)) == f"{field} is empty"
+    assert home.refuses(400, "POST", "/users", **multipart(repeated)) == f"{field} is given more than once"
+
+
+def test_a_file_is_no_text(home: Home) -> None:
+    # curl -F email=@a.txt -F password=b4l0u
+    rest = multipart(BOB.items())
+    file = b'name="email"; filename="a.txt"\r\nContent-Type: text/plain\r\n'
+    rest["body"] = rest["body"].replace(b'name="email"\r\n', file)
+    assert home.refuses(400, "POST", "/sessions", **rest) == "email must be text"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"bob", b"\xff"),
+        (b' name="email"', b""),
+        (b' name="email"', b' filename="a.txt"; name="email"'),
+        (b"form-data", b"attachment"),
+        (b"Content-Disposition", b"Content-Type"),
+        (b"\r\n\r\n", b"\r\n"),
+        (b"--\r\n", b""),
+        (b"--\r\n", b"\r\n"),
+        (b"d608--", b"d6"),
+        (BOUNDARY.encode(), b"other"),
+    ],
+)
+def test_malformed_multipart_is_refused(home: Home, old: bytes, new: bytes) -> None:
+    rest = multipart([("email", "bob2@x.io"), ("password", "p")])
+    assert old in rest["body"]
+    assert home.refuses(400, "POST", "/users", **{**rest, "body": rest["body"].replace(old, new)}) == "malformed body"
+
+
+def test_a_file_is_no_text_and_where_none_is_asked_for_it_is_ignored(call: Client, home: Home) -> None:
+    rest = multipart([("email", "file@x.io"), ("password", "p"), ("extra", "e")])
+    for name, quoted in (("email", b'"email"'), ("extra", b'"extra"')):
+        body = (
+            rest["body"]
+            .replace(b"name=" + quoted, b"name=" + quoted + b'; filename="a.bin"')
+            .replace(b"\r\ne\r\n", b"\r\n\xff\r\n")
+        )
+        if name == "email":
+            assert (
+                home.refuses(400, "POST", "/users", **{**rest, "body": body.replace(b"\xff", b"e")})
+                == "email must be text"
+            )
+        else:
+            assert call("POST", "/users", **{**rest, "body": body}).status == 200
+
+
+def test_a_multipart_name_needs_no_quotes(call: Client) -> None:
+    rest = multipart([("email", "bare@x.io"), ("password", "p")])
+    assert call("POST", "/users", **{**rest, "body": rest["body"].replace(b'"', b"")}).status == 200
+
+
+@pytest.mark.parametrize(("before", "after"), [(b"preamble\r\n", b""), (b"", b"epilogue")])
+def test_nothing_may_stand_around_the_parts(home: Home, before: bytes, after: bytes) -> None:
+    rest = multipart([("email", "bob2@x.io"), ("password", "p")])
+    assert home.refuses(400, "POST", "/users", **{**rest, "body": before + rest["body"] + after}) == "malformed body"
+
+
+@pytest.mark.parametrize("length", [0, 1, 60, 150])
+def test_multipart_that_is_cut_short_is_refused(home: Home, length: int) -> None:
+    rest = multipart([("email", "bob2@x.io"), ("password", "p")])
+    assert home.refuses(400, "POST", "/users", **{**rest, "body": rest["body"][:length]}) == "malformed body"
+
+
+@pytest.mark.parametrize("parameters", ["", ";", "; boundary=", '; boundary=""', "; boundary=other", "; charset=utf-8"])
+def test_multipart_without_its_boundary_is_refused(home: Home, parameters: str) -> None:
+    rest = multipart([("email", "bob2@x.io"), ("password", "p")], f"multipart/form-data{parameters}")
+    assert home.refuses(400, "POST", "/users", **rest) == "malformed body"
+
+
+def test_multipart_without_a_part_is_a_missing_field(home: Home) -> None:
+    assert home.refuses(400, "POST", "/users", **multipart([])) == "email is missing"
+
+
+# Injection
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "' OR 1=1--",
+        "' OR '1'='1",
+        '" OR ""="',
+        "bob@x.io'--",
+        "bob@x.io'/*",
+        "') OR ('1'='1",
+        "' UNION SELECT 1,2,3,4,5--",
+        "'; DROP TABLE users;--",
+        "1' AND (SELECT count(*) FROM users)>0--",
+        "%' OR email LIKE '%",
+        "\\'; UPDATE users SET email='x'--",
+    ],
+)
+def test_sql_in_a_field_or_cookie_is_a_plain_wrong_value(home: Home, text: str) -> None:
+    for status, method, path, fields in [
+        (401, "POST", "/sessions", ("email", "password")),
+        (403, "POST", "/reset_password", ("email",)),
+        (403, "PUT", "/reset_password", ("email", "reset_token")),
+    ]:
+        for field in fields:
+            plain = home.refuses(status, method, path, {**home.form, field: "wrong"})
+            assert home.refuses(status, method, path, {**home.form, field: text}) == plain
+    for cookie in (f"session_id={text}", f"session_id={home.session_id}{text}"):
+        assert home.refuses(403, "GET", "/profile", cookie=cookie) == "not logged in"
+        assert home.refuses(403, "DELETE", "/sessions", cookie=cookie) == "not logged in"
+
+
+def test_sql_is_kept_as_plain_text(call: Client) -> None:
+    text = "'; DROP TABLE users;--"
+    register(call)
+    register(call, text, text)
+    assert log_in(call, text, text).json["email"] == text
+    form = {"email": text, "reset_token": token_of(call, text), "new_password": text + text}
+    assert call("PUT", "/reset_password", form).status == 200
+    assert (log_in(call, text, text + text).status, log_in(call).status) == (200, 200)
+
+
+# Cookies
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "a=1; {}; b=2",
+        "a=1;{};b=2",
+        "a{{b}}=1; {}",
+        "x=\xc3\xa9; {}",
+        "\xc3\xa9; {}",
+        "foo; {}",
+        "{}; foo",
+        "bad[key]=1; {}",
+        'q="; {}',
+        'q="a b"; {}; r="',
+        "=; {}",
+        "; ; {};",
+        "a=b=c; {}",
+        "a,b=1; {}",
+        "$Version=1; {}; $Path=/",
+        "xsession_id=evil; {}",
+        "Session_Id=evil; {}; session_id2=evil; session_id[0]=evil; __Host-session_id=evil",
+    ],
+)
+def test_the_cookie_is_read_among_malformed_ones(home: Home, around: str) -> None:
+    assert profile(home.call, around.format(f"session_id={home.session_id}")) == 200
+
+
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        "session_id={0}; session_id=evil",
+        "session_id=evil; session_id={0}",
+        "session_id={0}; session_id={0}",
+        "session_id={0}; session_id",
+        "session_id=; session_id={0}",
+        'session_id="{0}"',
+        "session_id='{0}'",
+        "session_id= {0}",
+        "session_id ={0}",
+        "session_id={0} x",
+        "session_id={0}\x00",
+        "session_id={0}\n",
+        "session_id={0}\xe9",
+        "session_id={0}, b=1",
+        "session_id=%7B{0}%7D",
+        "session_id=urn:uuid:{0}",
+        "session_id={{{0}}}",
+        "session_id=" + "a" * 10_000,
+        "session_id",
+        "session_id;",
+        "Session_ID={0}",
+        "xsession_id={0}",
+        "session_id2={0}",
+        "__Host-session_id={0}",
+        "x=session_id={0}",
+        'x="; y=session_id={0}"',
+    ],
+    ids=lambda cookie: cookie[:30],
+)
+def test_an_ambiguous_or_odd_cookie_is_no_session(home: Home, cookie: str) -> None:
+    cookie = cookie.format(home.session_id)
+    assert home.refuses(403, "GET", "/profile", cookie=cookie) == "not logged in"
+    assert home.refuses(403, "DELETE", "/sessions", cookie=cookie) == "not logged in"
+
+
+@pytest.mark.parametrize("alter", [str.upper, lambda text: text.replace("-", "")])
+def test_another_spelling_of_the_session_id_is_no_session(home: Home, alter: Any) -> None:
+    assert profile(home.call, f"session_id={alter(home.session_id)}") == 403
+
+
+def test_what_the_database_holds_is_no_session_and_no_token(home: Home) -> None:
+    session_hash, token_hash = home.ledger.execute("SELECT session_id, reset_token FROM users").fetchone()
+    assert profile(home.call, f"session_id={session_hash}") == 403
+    home.refuses(403, "PUT", "/reset_password", {**home.form, "reset_token": token_hash})
+
+
+def test_a_chosen_session_id_is_not_taken_over(call: Client) -> None:
+    register(call)
+    chosen = "11111111-1111-4111-8111-111111111111"
+    answer = log_in(call, cookie=f"session_id={chosen}")
+    assert answer.session_id != chosen
+    assert profile(call, f"session_id={chosen}") == 403
+    assert profile(call, f"session_id={answer.session_id}") == 200
+
+
+def test_a_login_ends_the_session_whose_cookie_came_along(call: Client) -> None:
+    register(call)
+    register(call, "eve@x.io")
+    bobs = f"session_id={log_in(call).session_id}"
+    assert log_in(call, "eve@x.io", "wrong", cookie=bobs).status == 401
+    assert profile(call, bobs) == 200
+    assert log_in(call, "eve@x.io", cookie=bobs).status == 200
+    assert profile(call, bobs) == 403
+
+
+def test_logging_out_ends_the_session_of_the_caller_only(call: Client) -> None:
+    register(call)
+    register(call, "eve@x.io")
+    bobs, eves = (f"session_id={log_in(call, email).session_id}" for email in ("bob@x.io", "eve@x.io"))
+    assert call("DELETE", "/sessions", cookie=bobs).status == 302
+    assert (profile(call, bobs), profile(call, eves)) == (403, 200)
+
+
+# Reset tokens stay on this machine
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"REMOTE_ADDR": "10.0.0.1"},
+        {"REMOTE_ADDR": "::ffff:10.0.0.1"},
+        {"REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_FOR": "127.0.0.1"},
+        {"REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_PROTO": "https"},
+        {"REMOTE_ADDR": "127.0.0.1", "HTTP_FORWARDED": "for=127.0.0.1"},
+        {"REMOTE_ADDR": "127.0.0.1", "HTTP_VIA": "1.1 proxy"},
+    ],
+)
+def test_a_reset_token_goes_only_to_a_direct_caller_on_this_machine(
+    auth: Auth, settings: Settings, environ: dict[str, Any]
+) -> None:
+    call = Client(authsvc.create_app(replace(settings, unsafe_listen=True), auth))
+    register(call)
+    answers = [call("POST", "/reset_password", {"email": email}, **environ) for email in ("bob@x.io", "nobody@x.io")]
+    reason = {"message": "reset tokens are given only to this machine, and through no proxy"}
+    assert [(answer.status, answer.json) for answer in answers] == [(403, reason)] * 2
+    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+        assert ledger.execute("SELECT reset_token FROM users").fetchall() == [(None,)]
+    assert log_in(call, **environ).status == 200
+
+
+# The vault is shut
+
+
+def test_a_locked_database_is_503_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(storage, "BUSY_TIMEOUT", 0.02)
+    with contextlib.closing(DB(settings.database)) as db:
+        call = Client(authsvc.create_app(settings, Auth(db, settings)))
+        with contextlib.closing(sqlite3.connect(settings.database)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            answer = call("POST", "/users", BOB)
+        assert (answer.status, answer.json) == (503, {"message": "storage unavailable, try again later"})
+        assert (answer.headers["Content-Type"], answer.headers["Retry-After"]) == ("application/json", "5")
+        line = json.loads(capsys.readouterr().err)
+        assert (line["event"], line["request_id"]) == ("sys_storage_unavailable", answer.headers["X-Request-Id"])
+        assert call("POST", "/users", BOB).status == 200
+
+
+def test_every_refusal_by_the_rules_has_a_status() -> None:
+    def below(kind: type[AuthError]) -> set[type[AuthError]]:
+        return {kind for child in kind.__subclasses__() for kind in (child, *below(child))}
+
+    assert authsvc.STATUS.keys() == below(AuthError)
+
+
+# The WSGI callable for another server
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[DB]]:
+    """The databases that ``authsvc.app`` opens, as from its first request on."""
+    dbs: list[DB] = []
+    both = threading.Barrier(2)
+
+    def open_one(path: str) -> DB:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.05)  # long enough for a second opener, if there is one
+        dbs.append(DB(path))
+        return dbs[-1]
+
+    monkeypatch.setattr(authsvc, "DB", open_one)
+    monkeypatch.setenv("AUTHSVC_DATABASE", str(tmp_path / "authsvc.db"))
+    monkeypatch.setenv("AUTHSVC_BCRYPT_COST", str(COST))
+    authsvc._shared_app.cache_clear()
+    yield dbs
+    authsvc._shared_app.cache_clear()
+    for db in dbs:
+        db.close()
+
+
+def test_the_callable_serves_from_one_database(opened: list[DB]) -> None:
+    call = Client(authsvc.app)
+    assert opened == []
+    register(call)
+    assert log_in(call).status == 200
+    assert len(opened) == 1
+
+
+def test_two_first_requests_at_once_open_one_database(opened: list[DB]) -> None:
+    threads = [threading.Thread(target=Client(authsvc.app), args=("GET", "/")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AUTHSVC_BCRYPT_COST", "99"),
+        ("AUTHSVC_NO_SUCH", "1"),
+        ("AUTHSVC_LISTEN", "0.0.0.0:5000"),
+        ("AUTHSVC_DATABASE", "/nowhere/at/all.db"),
+    ],
+)
+def test_the_callable_says_503_with_a_wrong_setting(
+    opened: list[DB], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    answer = Client(authsvc.app)("GET", "/")
+    assert (answer.status, answer.json) == (503, {"message": "service not configured"})
+    assert (answer.headers["Content-Type"], answer.headers["Cache-Control"]) == ("application/json", "no-store")
+    line = json.loads(capsys.readouterr().err)
+    assert line["event"] == "sys_startup_failed"
+    assert (value if name == "AUTHSVC_DATABASE" else name) in line["reason"]
+
+
+def test_importing_opens_and_starts_nothing(tmp_path: Path) -> None:
+    program = "import os, threading, authsvc; print(os.listdir(), threading.active_count())"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**clean_environ(), "PYTHONPATH": str(HERE), "AUTHSVC_LISTEN": "rubbish"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("[] 1\n", "")

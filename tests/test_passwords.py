@@ -1,0 +1,255 @@
+"""What is stored of a password, and what verifies against it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import bcrypt
+import pytest
+
+import passwords
+from tests.conftest import COST
+
+PLAIN = re.compile(rb"\$2b\$04\$[./A-Za-z0-9]{53}")
+LONG = re.compile(rb"\$bcrypt-sha256\$v=2,t=2b,r=4\$[./A-Za-z0-9]{22}\$[./A-Za-z0-9]{31}")
+
+CYRILLIC = "пароль" * 43  # 258 letters, 516 bytes
+
+# Made by other programs: passlib's documentation, and the test vectors of crypt_blowfish, whose three
+# prefixes stand for the same bcrypt where the password is ASCII.
+PASSLIB = "$bcrypt-sha256$v=2,t=2b,r=12$n79VH.0Q2TMWmt3Oqt9uku$Kq4Noyk3094Y2QlB8NdRT8SvGiI4ft2"
+CRYPT_BLOWFISH = "$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"
+
+UNREADABLE = [
+    b"",
+    b"nothash",
+    b"plain text of the password",
+    b"5f4dcc3b5aa765d61d8327deb882cf99",
+    b"$1$salt$qJH7.N4xYta3aEG/dfqo/0",
+    b"$2b$04$",
+    b"$2b$04$" + b"." * 52,
+    b"$2b$04$" + b"." * 54,
+    b"$2b$04$" + b"." * 53 + b"\n",
+    b"$2b$04$" + b"." * 52 + b"\xff",
+    b"$2b$04$" + b"." * 21 + b"/" + b"." * 31,  # bits set where the salt has none
+    b"$2b$03$" + b"." * 53,
+    b"$2b$32$" + b"." * 53,
+    b"$2b$99$" + b"." * 53,
+    b"$2z$04$" + b"." * 53,
+    b"$bcrypt-sha256$v=1,t=2b,r=4$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$v=2,t=2b,r=3$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$v=2,t=2b,r=99$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$v=2,t=2b,r=4$" + b"." * 21 + b"/$" + b"." * 31,
+    b"$bcrypt-sha256$v=2,t=2b,r=4$" + b"." * 22 + b"$" + b"." * 30,
+]
+
+
+def hashed(password: str) -> bytes:
+    return passwords.hash_password(password, COST)
+
+
+def verifies(password: str, stored: str | bytes | None) -> bool:
+    return passwords.verify(password, stored, COST)
+
+
+@pytest.mark.parametrize("password", ["a" * 71, "a" * 72, "é" * 36, " ", "b4l0u"])
+def test_up_to_72_bytes_are_stored_as_plain_bcrypt(password: str) -> None:
+    stored = hashed(password)
+    assert PLAIN.fullmatch(stored)
+    assert bcrypt.checkpw(password.encode(), stored)
+
+
+@pytest.mark.parametrize("password", ["a" * 73, "a" * 74, "é" * 36 + "a", "a\0", "\0", CYRILLIC, "a" * 1024])
+def test_longer_ones_and_those_with_nul_are_stored_as_bcrypt_sha256(password: str) -> None:
+    assert LONG.fullmatch(hashed(password))
+
+
+@pytest.mark.parametrize("length", [1, 71, 72, 73, 74, 1023, 1024])
+def test_every_byte_counts(length: int) -> None:
+    password = "a" * length
+    stored = hashed(password)
+    assert verifies(password, stored)
+    assert not verifies(password[:-1] + "b", stored)
+    assert not verifies(password[:-1], stored)
+    assert not verifies(password + "a", stored)
+
+
+def test_the_last_of_many_cyrillic_letters_counts() -> None:
+    stored = hashed(CYRILLIC)
+    assert verifies(CYRILLIC, stored)
+    assert not verifies(CYRILLIC[:-1] + "я", stored)
+
+
+@pytest.mark.parametrize(
+    ("password", "other"),
+    [
+        ("a", "a\0a"),  # bcrypt repeats its key, with a NUL between: these pairs are one password to it
+        ("ab", "ab\0ab\0ab"),
+        ("abc\0def", "abc\0xyz"),
+        ("abc", "abc\0"),
+        ("pass", " pass"),
+        ("pass", "pass "),
+        ("pass", "pass\n"),
+        ("\u00e9", "e\u0301"),
+        ("fi", "\ufb01"),
+        ("a", "A"),
+    ],
+)
+def test_these_are_two_passwords(password: str, other: str) -> None:
+    for one, another in ((password, other), (other, password)):
+        stored = hashed(one)
+        assert verifies(one, stored)
+        assert not verifies(another, stored)
+
+
+@pytest.mark.parametrize("password", ["b4l0u", "a" * 73])
+def test_a_hash_is_salted(password: str) -> None:
+    assert hashed(password) != hashed(password)
+
+
+@pytest.mark.parametrize("password", ["b4l0u", "a" * 73])
+def test_a_hash_verifies_as_text_and_as_bytes(password: str) -> None:
+    stored = hashed(password)
+    assert verifies(password, stored)
+    assert verifies(password, stored.decode())
+
+
+def test_a_hash_made_by_passlib_verifies() -> None:
+    assert passwords.verify("password", PASSLIB, COST)
+
+
+@pytest.mark.parametrize("prefix", ["$2a", "$2b", "$2y"])
+def test_a_bcrypt_hash_made_elsewhere_verifies(prefix: str) -> None:
+    assert verifies("U*U", prefix + CRYPT_BLOWFISH)
+    assert not verifies("U*V", prefix + CRYPT_BLOWFISH)
+
+
+@pytest.mark.parametrize("stored", UNREADABLE)
+def test_nothing_verifies_against_an_unreadable_hash(stored: bytes) -> None:
+    assert verifies("", stored) is False
+    assert verifies("password", stored) is False
+    assert verifies("password", stored.decode("latin-1")) is False
+
+
+@pytest.mark.parametrize("password", ["", "a", "\0", "." * 53, "a" * 73])
+def test_nothing_verifies_where_there_is_no_hash(password: str) -> None:
+    assert verifies(password, None) is False
+
+
+@pytest.mark.parametrize(
+    ("password", "why"),
+    [
+        ("", "empty"),
+        ("a" * 1025, "1024 bytes"),
+        ("é" * 513, "1024 bytes"),
+        ("a\ud800", "text"),
+    ],
+)
+def test_what_cannot_be_a_password_is_refused_with_the_reason(password: str, why: str) -> None:
+    assert why in (passwords.objection(password) or "")
+
+
+@pytest.mark.parametrize("password", ["a", " ", "\0", "b4l0u", "a" * 1024, "é" * 512, CYRILLIC])
+def test_any_other_text_may_be_a_password(password: str) -> None:
+    assert passwords.objection(password) is None
+
+
+def test_an_empty_password_verifies_against_nothing() -> None:
+    assert verifies("", bcrypt.hashpw(b"", bcrypt.gensalt(COST))) is False
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The cost of each bcrypt that is run."""
+    spent: list[int] = []
+
+    def counted(original: Callable[[bytes, bytes], object]) -> Callable[[bytes, bytes], object]:
+        def run(secret: bytes, salt: bytes) -> object:
+            result = original(secret, salt)
+            spent.append(int(salt[4:6]))
+            return result
+
+        return run
+
+    monkeypatch.setattr(bcrypt, "checkpw", counted(bcrypt.checkpw))
+    monkeypatch.setattr(bcrypt, "hashpw", counted(bcrypt.hashpw))
+    return spent
+
+
+SHORT_STORED = bcrypt.hashpw(b"password", bcrypt.gensalt(5))
+LONG_STORED = passwords.hash_password("a" * 73, 5)
+
+
+@pytest.mark.parametrize(
+    ("password", "stored"),
+    [
+        pytest.param("password", SHORT_STORED, id="right"),
+        pytest.param("wrong", SHORT_STORED, id="wrong"),
+        pytest.param("a" * 73, LONG_STORED, id="right, long"),
+        pytest.param("wrong", LONG_STORED, id="short against long"),
+        pytest.param("a" * 73, SHORT_STORED, id="long against short"),
+        pytest.param("a" * 1025, LONG_STORED, id="too long"),
+        pytest.param("a" * 100_000, None, id="far too long, unknown"),
+        pytest.param("a\0a", SHORT_STORED, id="nul"),
+        pytest.param("", SHORT_STORED, id="empty"),
+        pytest.param("\ud800", SHORT_STORED, id="surrogate"),
+        pytest.param("password", None, id="unknown"),
+        pytest.param("", None, id="empty, unknown"),
+        *(pytest.param("password", stored, id=f"unreadable {n}") for n, stored in enumerate(UNREADABLE)),
+    ],
+)
+def test_every_check_costs_one_bcrypt_of_the_configured_cost(
+    costs: list[int], password: str, stored: bytes | None
+) -> None:
+    passwords.verify(password, stored, 5)
+    assert costs == [5]
+
+
+def test_no_more_hash_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = 0
+    changed = threading.Condition()
+    leave = threading.Event()
+
+    def held(original: Callable[[bytes, bytes], object]) -> Callable[[bytes, bytes], object]:
+        def run(secret: bytes, salt: bytes) -> object:
+            nonlocal inside
+            with changed:
+                inside += 1
+                changed.notify_all()
+            leave.wait(60)
+            return original(secret, salt)
+
+        return run
+
+    monkeypatch.setattr(bcrypt, "checkpw", held(bcrypt.checkpw))
+    monkeypatch.setattr(bcrypt, "hashpw", held(bcrypt.hashpw))
+    each = passwords.CORES + 1  # of either kind, so that either without the gate is seen
+    with ThreadPoolExecutor(2 * each) as pool:
+        for _ in range(each):
+            pool.submit(hashed, "a")
+            pool.submit(verifies, "a", None)
+        with changed:  # they stay inside until all that can have come
+            full = changed.wait_for(lambda: inside >= passwords.CORES, 10)
+            too_many = changed.wait_for(lambda: inside > passwords.CORES, 0.1)
+        leave.set()
+    assert full
+    assert not too_many
+
+
+@pytest.mark.parametrize(
+    ("stored", "cost"),
+    [
+        (PASSLIB, 12),
+        (SHORT_STORED, 5),
+        (LONG_STORED, 5),
+        (LONG_STORED.decode(), 5),
+        ("$2a" + CRYPT_BLOWFISH, 5),
+        ("$2y" + CRYPT_BLOWFISH, 5),
+        *((stored, None) for stored in UNREADABLE),
+    ],
+)
+def test_the_cost_of_a_stored_hash_can_be_told(stored: str | bytes, cost: int | None) -> None:
+    assert passwords.cost_of(stored) == cost

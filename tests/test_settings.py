@@ -1,0 +1,251 @@
+"""The settings: what each variable means, and that nothing wrong is overlooked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import FrozenInstanceError, asdict, fields
+from typing import Any
+
+import pytest
+
+from settings import Settings, SettingsError
+
+DEFAULTS = {
+    "listen": "127.0.0.1:5000",
+    "database": "authsvc.db",
+    "bcrypt_cost": 12,
+    "throttle": True,
+    "sessions_per_user": 1,
+    "session_idle": 604_800,
+    "session_lifetime": 2_592_000,
+    "reset_lifetime": 600,
+    "unsafe_listen": False,
+}
+
+NUMBERS = {  # the least and the most
+    "AUTHSVC_BCRYPT_COST": (4, 15),
+    "AUTHSVC_SESSIONS_PER_USER": (1, 1000),
+    "AUTHSVC_SESSION_IDLE": (1, 31_536_000),
+    "AUTHSVC_SESSION_LIFETIME": (1, 31_536_000),
+    "AUTHSVC_RESET_LIFETIME": (1, 3600),
+}
+
+NO_NUMBERS = [
+    "",
+    " ",
+    " 5",
+    "5 ",
+    "5\n",
+    "+5",
+    "-5",
+    "1_0",
+    "5.0",
+    "5e0",
+    "0x5",
+    "five",
+    "٥",
+    "５",
+    "²",
+    "9" * 10,
+    "5\0",
+]
+
+REACHABLE = ["0.0.0.0:5000", "[::]:5000", "192.168.0.1:80", "10.0.0.1:0", "[fe80::1]:80", "[2001:db8::1]:80"]
+
+NO_ADDRESSES = [
+    "",
+    ":",
+    "5000",
+    ":5000",
+    "127.0.0.1",
+    "127.0.0.1:",
+    "127.0.0.1:65536",
+    "127.0.0.1:99999999",
+    "127.0.0.1:-1",
+    "127.0.0.1:+5",
+    "127.0.0.1: 5",
+    "127.0.0.1:5\n",
+    "127.0.0.1:1_0",
+    "127.0.0.1:٥",
+    "١٢٧.0.0.1:5000",
+    " 127.0.0.1:5000",
+    "127.1:5000",
+    "127.0.0.01:5000",
+    "2130706433:5000",
+    "::1:5000",
+    "::1",
+    "[::1]",
+    "[::1]5000",
+    "[::1%lo]:5000",
+    "[]:5000",
+    "[localhost]:5000",
+    "LOCALHOST.:5000",
+    "example.com:5000",
+    "*:5000",
+    "http://127.0.0.1:5000",
+    "/run/authsvc.sock",
+    "127.0.0.1:5000,127.0.0.1:5001",
+]
+
+
+def refusal(environ: dict[str, str]) -> str:
+    """The message of a refusal, which is one line."""
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environ(environ)
+    message = str(caught.value)
+    assert message
+    assert message.splitlines() == [message]
+    return message
+
+
+def test_the_defaults() -> None:
+    assert asdict(Settings()) == asdict(Settings.from_environ({})) == DEFAULTS
+
+
+def test_the_environment_is_read_at_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_BCRYPT_COST", "5")
+    assert Settings.from_environ().bcrypt_cost == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("AUTHSVC_LISTEN", "127.0.0.1:0", "127.0.0.1:0"),
+        ("AUTHSVC_DATABASE", "/var/lib/a b.db", "/var/lib/a b.db"),
+        ("AUTHSVC_BCRYPT_COST", "4", 4),
+        ("AUTHSVC_THROTTLE", "off", False),
+        ("AUTHSVC_SESSIONS_PER_USER", "3", 3),
+        ("AUTHSVC_SESSION_IDLE", "60", 60),
+        ("AUTHSVC_SESSION_LIFETIME", "3600", 3600),
+        ("AUTHSVC_RESET_LIFETIME", "60", 60),
+        ("AUTHSVC_UNSAFE_LISTEN", "1", True),
+    ],
+)
+def test_a_variable_sets_its_field_and_no_other(name: str, text: str, value: object) -> None:
+    expected = DEFAULTS | {name.removeprefix("AUTHSVC_").lower(): value}
+    assert asdict(Settings.from_environ({name: text})) == expected
+    assert expected != DEFAULTS
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_within_its_range(name: str) -> None:
+    least, most = NUMBERS[name]
+    field = name.removeprefix("AUTHSVC_").lower()
+    for number in least, most:
+        assert getattr(Settings.from_environ({name: str(number)}), field) == number
+    for number in 0, least - 1, most + 1:
+        assert re.search(rf"{name}\b.*\b{least}\b.*\b{most}\b", refusal({name: str(number)}))
+
+
+@pytest.mark.parametrize("text", NO_NUMBERS)
+def test_what_is_no_number_is_refused(text: str) -> None:
+    for name in NUMBERS:
+        assert name in refusal({name: text})
+
+
+@pytest.mark.parametrize(("text", "value"), [("on", True), ("1", True), ("off", False), ("0", False)])
+@pytest.mark.parametrize("name", ["AUTHSVC_THROTTLE", "AUTHSVC_UNSAFE_LISTEN"])
+def test_a_switch_is_on_or_off(name: str, text: str, value: bool) -> None:
+    assert asdict(Settings.from_environ({name: text}))[name.removeprefix("AUTHSVC_").lower()] is value
+
+
+@pytest.mark.parametrize("text", ["", " ", "On", "OFF", "of", "true", "yes", "no", "2", "01", "١", "on ", "1\n"])
+def test_a_misspelt_switch_is_refused(text: str) -> None:
+    for name in "AUTHSVC_THROTTLE", "AUTHSVC_UNSAFE_LISTEN":
+        assert name in refusal({name: text})
+
+
+@pytest.mark.parametrize(
+    "name", ["AUTHSVC_", "AUTHSVC_BCRYPTCOST", "AUTHSVC_Listen", "AUTHSVC_LISTEN ", "AUTHSVC_ADDRESS", "AUTHSVC_DEBUG"]
+)
+def test_an_unknown_name_is_refused(name: str) -> None:
+    assert refusal({name: "1"}).startswith(f"{name} ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "AUTHSVC_PUBLIC_URL",
+        "AUTHSVC_PASSWORD_MIN",
+        "AUTHSVC_TRUSTED_PROXY",
+        "AUTHSVC_COOKIE_DOMAIN",
+        "AUTHSVC_SMTP_URL",
+        "AUTHSVC_SMTP_PASSWORD_FILE",
+        "AUTHSVC_MAIL_FROM",
+    ],
+)
+def test_a_promised_name_is_refused_until_it_works(name: str) -> None:
+    for value in "", "1":
+        assert refusal({name: value}) == f"{name} is not in this release"
+
+
+@pytest.mark.parametrize("name", ["AUTHSVC_URL", "AUTHSVCX", "authsvc_listen", "LISTEN", "XAUTHSVC_LISTEN"])
+def test_what_is_not_for_the_service_is_ignored(name: str) -> None:
+    assert Settings.from_environ({name: "nonsense"}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("listen", "host", "port"),
+    [
+        ("127.0.0.1:5000", "127.0.0.1", 5000),
+        ("127.0.0.2:0", "127.0.0.2", 0),
+        ("127.255.255.254:65535", "127.255.255.254", 65535),
+        ("localhost:80", "127.0.0.1", 80),
+        ("[::1]:5000", "::1", 5000),
+        ("[0:0:0:0:0:0:0:1]:1", "::1", 1),
+    ],
+)
+def test_a_service_listens_on_loopback(listen: str, host: str, port: int) -> None:
+    address, chosen_port = Settings.from_environ({"AUTHSVC_LISTEN": listen}).address
+    assert (str(address), chosen_port) == (host, port)
+
+
+@pytest.mark.parametrize("listen", REACHABLE)
+def test_anything_wider_than_loopback_needs_the_override(listen: str) -> None:
+    environ = {"AUTHSVC_LISTEN": listen}
+    for switched_off in {}, {"AUTHSVC_UNSAFE_LISTEN": "0"}:
+        message = refusal(environ | switched_off)
+        assert message.startswith(f"AUTHSVC_LISTEN={listen} ")
+        assert "AUTHSVC_UNSAFE_LISTEN=1" in message
+    assert Settings.from_environ(environ | {"AUTHSVC_UNSAFE_LISTEN": "1"}).listen == listen
+
+
+@pytest.mark.parametrize("listen", NO_ADDRESSES)
+def test_what_is_no_address_is_refused_whatever_the_override_says(listen: str) -> None:
+    for override in {}, {"AUTHSVC_UNSAFE_LISTEN": "1"}:
+        assert refusal({"AUTHSVC_LISTEN": listen} | override).startswith("AUTHSVC_LISTEN=")
+
+
+@pytest.mark.parametrize("database", ["postgresql://user:canary@host/db", "postgres://user:canary@host", ""])
+def test_a_database_that_is_no_file_is_refused(database: str) -> None:
+    message = refusal({"AUTHSVC_DATABASE": database})
+    assert message.startswith("AUTHSVC_DATABASE")
+    assert "canary" not in message  # it is a password, and the message goes to a log
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"bcrypt_cost": 3},
+        {"bcrypt_cost": 16},
+        {"sessions_per_user": 0},
+        {"session_idle": 0},
+        {"session_lifetime": -1},
+        {"reset_lifetime": 3601},
+        {"database": ""},
+        {"database": "postgresql://host/db"},
+        {"listen": "0.0.0.0:5000"},
+        {"listen": "nowhere"},
+        {"listen": "nowhere", "unsafe_listen": True},
+    ],
+)
+def test_settings_made_by_hand_are_checked_too(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=f"AUTHSVC_{next(iter(values)).upper()}"):
+        Settings(**values)
+
+
+def test_settings_do_not_change() -> None:
+    settings = Settings()
+    for field in fields(Settings):
+        with pytest.raises(FrozenInstanceError):
+            setattr(settings, field.name, None)

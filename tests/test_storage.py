@@ -1,0 +1,1088 @@
+"""The vault: what a row is, who finds it, what a transaction holds, and which files are refused."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any, TypeVar
+
+import bcrypt
+import pytest
+
+import storage
+from storage import (
+    DB,
+    AlreadyExists,
+    DatabaseRefused,
+    InvalidRequestError,
+    NoResultFound,
+    StorageUnavailable,
+    User,
+)
+from tests.conftest import COST, HERE, clean_environ
+
+T = TypeVar("T")
+
+NOW = 1_800_000_000
+HASH = b"$2b$04$" + b"." * 53
+NEW_HASH = b"$2b$04$" + b"/" * 53
+NOBODY = 65534
+
+# No attribute of a user. SQLite would know the columns and take '"nosuch"' for a string.
+NO_ATTRIBUTES = [
+    *("rowid", "_rowid_", "oid", "EMAIL", "Email", "email_key", "reset_expires_at", "users.email", "__class__"),
+    *("", "nosuch", "self", '"nosuch"', "1=1 OR email", "email = :email --", "email=email,id"),
+]
+
+
+@pytest.fixture
+def path(settings: Any) -> Path:
+    return Path(settings.database)
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every statement of the connections opened from here on; asked for before ``db``."""
+    ran: list[str] = []
+    _trace(monkeypatch, ran.append)
+    return ran
+
+
+KEPT = User(1, "bob@x.io", HASH, "123")
+
+
+@pytest.fixture(scope="module")
+def kept_ran() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, kept_ran: list[str]) -> Iterator[DB]:
+    """A store with one user, for tests that change nothing; ``kept_ran`` is every statement it runs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _trace(monkeypatch, kept_ran.append)
+        db = DB(tmp_path_factory.mktemp("kept") / "authsvc.db")
+        db.add_user(KEPT.email, HASH)
+        db.update_user(1, session_id="123")
+        assert db.find_user_by(id=1) == KEPT  # now the connection of this thread is open, and traced
+    yield db
+    db.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for another process ends soon; asked for before ``db``."""
+    monkeypatch.setattr(storage, "BUSY_TIMEOUT", 0.02)
+
+
+@pytest.fixture
+def other(db: DB, path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that is not the store's, and does not wait."""
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as connection:
+        yield connection
+
+
+@pytest.fixture
+def bob(db: DB) -> User:
+    return db.add_user("bob@x.io", HASH)
+
+
+@pytest.fixture
+def eve(bob: User, db: DB) -> User:
+    return db.add_user("eve@x.io", HASH)
+
+
+def _trace(monkeypatch: pytest.MonkeyPatch, callback: Callable[[str], object]) -> None:
+    connect = sqlite3.connect
+
+    def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*args, **options)
+        connection.set_trace_callback(callback)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+
+
+def at_once(number: int, task: Callable[[int], T]) -> list[T]:
+    """Run the task with 0, 1, … on as many threads, which start together."""
+    barrier = threading.Barrier(number)
+
+    def run(index: int) -> T:
+        barrier.wait()
+        return task(index)
+
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(run, range(number)))
+
+
+def rows(connection: sqlite3.Connection, statement: str = "SELECT * FROM users") -> list[Any]:
+    return connection.execute(statement).fetchall()
+
+
+def add_session(db: DB, user: User, session_hash: str, **changed: Any) -> bool:
+    values: dict[str, Any] = {
+        "verified": HASH,
+        "replaced": None,
+        "now": NOW,
+        "idle_since": NOW - 100,
+        "expires_at": NOW + 1000,
+        "address": "127.0.0.1",
+        "user_agent": "curl",
+        "most": 5,
+    }
+    return db.add_session(user.id, session_hash, **(values | changed))
+
+
+def find_session(db: DB, session_hash: str, now: int = NOW) -> User | None:
+    found = db.find_session(session_hash, now=now, idle_since=now - 100, latest=now + 300)
+    return found[0] if found else None
+
+
+def live_sessions(db: DB, *session_hashes: str) -> list[str]:
+    return [session_hash for session_hash in session_hashes if find_session(db, session_hash)]
+
+
+def give_token(db: DB, email: str = "bob@x.io") -> None:
+    assert db.set_reset_token(email, "token", NOW + 600)
+
+
+def spend(db: DB, token_hash: str = "token", now: int = NOW, new: bytes = NEW_HASH) -> bool:
+    return db.spend_reset(token_hash, new, now=now, latest=now + 900)
+
+
+# What a user is
+
+
+def test_the_table_of_users_has_its_columns(other: sqlite3.Connection) -> None:
+    columns = {
+        name: (kind, bool(required), bool(key))
+        for _, name, kind, required, _, key in rows(other, "PRAGMA table_info(users)")
+    }
+    assert columns["id"] == ("INTEGER", False, True)
+    assert [columns[name][1] for name in ("email", "hashed_password")] == [True, True]
+    assert [columns[name][1] for name in ("session_id", "reset_token")] == [False, False]
+
+
+def test_a_new_user_has_neither_session_nor_token(db: DB) -> None:
+    user = db.add_user("bob@x.io", HASH)
+    assert user == User(id=1, email="bob@x.io", hashed_password=HASH, session_id=None, reset_token=None)
+    assert db.find_user_by(id=1) == user
+
+
+def test_a_user_is_a_snapshot(bob: User) -> None:
+    with pytest.raises(FrozenInstanceError):
+        bob.email = "eve@x.io"  # type: ignore[misc]
+
+
+def test_a_user_shows_no_secrets() -> None:
+    assert repr(User(1, "bob@x.io", HASH, "session", "token")) == "User(id=1, email='bob@x.io')"
+
+
+def test_the_errors_of_a_search_are_unrelated() -> None:
+    assert not issubclass(NoResultFound, InvalidRequestError)
+    assert not issubclass(InvalidRequestError, NoResultFound)
+    assert {NoResultFound.__module__, InvalidRequestError.__module__} == {"storage"}
+
+
+# Where the file is
+
+
+def test_without_a_path_the_settings_say_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_DATABASE", str(tmp_path / "named.db"))
+    with closing(DB()) as db:
+        db.add_user("bob@x.io", HASH)
+    assert (tmp_path / "named.db").is_file()
+
+
+def test_without_any_setting_it_is_in_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    DB().close()
+    assert (tmp_path / "authsvc.db").is_file()
+
+
+def test_an_explicit_path_goes_before_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_DATABASE", str(tmp_path / "unused.db"))
+    DB(tmp_path / "explicit.db").close()
+    assert {file.name for file in tmp_path.iterdir()} >= {"explicit.db"}
+    assert not (tmp_path / "unused.db").exists()
+
+
+def test_a_relative_path_outlives_a_change_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(DB("relative.db")) as db:
+        db.add_user("bob@x.io", HASH)
+        monkeypatch.chdir("/")
+        assert db.find_user_by(id=1).email == "bob@x.io"  # the first read: its connection is opened only now
+
+
+def test_reopening_a_file_keeps_its_rows(path: Path) -> None:
+    with closing(DB(path)) as db:
+        bob = db.add_user("bob@x.io", HASH)
+    with closing(DB(path)) as db:
+        assert db.find_user_by(email="bob@x.io") == bob
+        assert db.add_user("eve@x.io", HASH).id == 2
+
+
+# Adding
+
+
+def test_an_added_user_is_committed(db: DB, other: sqlite3.Connection) -> None:
+    db.add_user("bob@x.io", HASH)
+    assert rows(other, "SELECT id, email FROM users") == [(1, "bob@x.io")]
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_a_hash_is_read_back_as_it_was_given(db: DB, kind: type) -> None:
+    hashed = bcrypt.hashpw(b"b4l0u", bcrypt.gensalt(COST))
+    db.add_user("bob@x.io", hashed if kind is bytes else hashed.decode())
+    found = db.find_user_by(email="bob@x.io").hashed_password
+    assert type(found) is kind
+    assert bcrypt.checkpw(b"b4l0u", found if isinstance(found, bytes) else found.encode())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("bob@x.io", "BOB@X.IO"), ("é@x.io", "É@x.io"), ("ЖУК@x.io", "жук@X.io"), ("straße@x", "STRASSE@X")],
+)
+def test_an_email_has_one_account_in_any_letter_case(db: DB, first: str, second: str) -> None:
+    user = db.add_user(first, HASH)
+    with pytest.raises(AlreadyExists):
+        db.add_user(second, NEW_HASH)
+    assert user == db.find_user_by(email=first) == db.find_user_by(email=second) == User(1, first, HASH)
+
+
+def test_a_hash_that_is_no_text_is_refused(db: DB, other: sqlite3.Connection) -> None:
+    for unusable in None, 5, 1.5:
+        with pytest.raises(ValueError, match="hashed_password"):
+            db.add_user("bob@x.io", unusable)  # type: ignore[arg-type]
+    assert rows(other) == []
+
+
+def test_the_id_of_a_deleted_user_is_never_given_again(db: DB, eve: User, other: sqlite3.Connection) -> None:
+    other.execute("DELETE FROM users WHERE id = 2")
+    assert db.add_user("carol@x.io", HASH).id == 3
+
+
+def test_of_many_threads_with_one_email_one_adds_it(db: DB, other: sqlite3.Connection) -> None:
+    def add(index: int) -> bool:
+        try:
+            return bool(db.add_user("Bob@x.io" if index % 2 else "bob@X.io", HASH))
+        except AlreadyExists:
+            return False
+
+    assert sum(at_once(8, add)) == 1
+    assert len(rows(other)) == 1
+
+
+def test_many_threads_read_and_write(db: DB) -> None:
+    def add_and_find(index: int) -> bool:
+        user = db.add_user(f"user{index}@x.io", HASH)
+        db.update_user(user.id, session_id=f"session{index}")
+        return db.find_user_by(email=user.email) == db.find_user_by(session_id=f"session{index}")
+
+    assert all(at_once(12, add_and_find))
+    assert [db.find_user_by(id=number).id for number in range(1, 13)] == list(range(1, 13))
+
+
+# Finding
+
+
+def test_all_that_is_named_must_match(db: DB, eve: User) -> None:
+    assert db.find_user_by(id=2, email="eve@x.io", hashed_password=HASH) == eve
+    with pytest.raises(NoResultFound):
+        db.find_user_by(id=1, email="eve@x.io")
+
+
+@pytest.mark.parametrize("name", ["session_id", "reset_token", "hashed_password"])
+def test_the_lowest_id_is_found_first(db: DB, eve: User, name: str) -> None:
+    db.update_user(2, **{name: "same"})
+    db.update_user(1, **{name: "same"})
+    assert db.find_user_by(**{name: "same"}).id == 1
+
+
+def test_a_search_by_nothing_is_invalid(db: DB, bob: User) -> None:
+    with pytest.raises(InvalidRequestError):
+        db.find_user_by()
+
+
+@pytest.mark.parametrize("name", NO_ATTRIBUTES)
+def test_a_search_by_an_unknown_name_is_invalid_and_runs_no_sql(kept: DB, kept_ran: list[str], name: str) -> None:
+    kept_ran.clear()
+    for sought in {name: "x"}, {"email": "bob@x.io", name: "x"}, {name: None}:
+        with pytest.raises(InvalidRequestError):
+            kept.find_user_by(**sought)
+    assert kept_ran == []
+
+
+def test_a_search_by_an_unknown_name_is_invalid_on_an_empty_table(db: DB) -> None:
+    for name in NO_ATTRIBUTES:
+        with pytest.raises(InvalidRequestError):
+            db.find_user_by(**{name: "x"})
+
+
+@pytest.mark.parametrize("name", ["id", "email", "hashed_password", "session_id", "reset_token"])
+def test_none_matches_nobody(kept: DB, name: str) -> None:
+    for sought in {name: None}, {"id": 1, name: None}:
+        with pytest.raises(NoResultFound):
+            kept.find_user_by(**sought)
+
+
+ODD: dict[str, tuple[Any, ...]] = {
+    "id": (0, 2, "1", 1.0, True, 2**63, -(2**63) - 1, [1]),
+    "email": ("", "%", "' OR 1=1 --", "bob@x.io\0", "\ud800", b"bob@x.io", ["bob@x.io"], {"bob@x.io": 1}, object()),
+    "hashed_password": (5, "\ud800", [HASH]),
+    "session_id": (123, b"123", 123.0),
+    "reset_token": (2**63, "\udfff"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD.items() for value in values])
+def test_an_odd_value_matches_nobody(kept: DB, name: str, value: Any) -> None:
+    with pytest.raises(NoResultFound):
+        kept.find_user_by(**{name: value})
+
+
+# Changing
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("email", "Robert@x.io"),
+        ("email", "BOB@X.io"),
+        ("hashed_password", NEW_HASH),
+        ("hashed_password", NEW_HASH.decode()),
+        ("session_id", "new"),
+        ("reset_token", "new"),
+    ],
+)
+def test_a_change_is_committed_and_of_that_row_only(
+    db: DB, eve: User, other: sqlite3.Connection, name: str, value: Any
+) -> None:
+    db.update_user(1, **{name: value})
+    assert rows(other, f"SELECT {name} FROM users ORDER BY id") == [(value,), (getattr(eve, name),)]
+    assert db.find_user_by(**{name: value}).id == 1
+
+
+def test_several_attributes_change_together(db: DB, bob: User) -> None:
+    db.update_user(1, session_id="s", reset_token="t", hashed_password=NEW_HASH)
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", NEW_HASH, "s", "t")
+
+
+@pytest.mark.parametrize("name", ["session_id", "reset_token"])
+def test_none_stores_null(db: DB, bob: User, other: sqlite3.Connection, name: str) -> None:
+    db.update_user(1, **{name: "value"})
+    db.update_user(1, **{name: None})
+    assert rows(other, f"SELECT {name} FROM users") == [(None,)]
+    assert db.find_user_by(id=1) == bob
+
+
+def test_a_changed_email_is_found_and_frees_the_former(db: DB, bob: User) -> None:
+    db.update_user(1, email="Éve@x.io")
+    assert db.find_user_by(email="éVE@x.io").email == "Éve@x.io"
+    assert db.add_user("bob@x.io", HASH).id == 2
+
+
+def test_an_email_does_not_become_another_accounts(db: DB, eve: User) -> None:
+    with pytest.raises(AlreadyExists):
+        db.update_user(2, email="BOB@x.io", session_id="new")
+    assert db.find_user_by(id=2) == eve
+
+
+@pytest.mark.parametrize("name", [*NO_ATTRIBUTES, "id"])
+def test_a_change_of_an_unknown_attribute_is_refused_and_runs_no_sql(kept: DB, kept_ran: list[str], name: str) -> None:
+    kept_ran.clear()
+    for changed in {name: "x"}, {"session_id": "x", name: "x"}:
+        for user_id in (1, 2):
+            with pytest.raises(ValueError, match="a user has"):
+                kept.update_user(user_id, **changed)
+    assert kept_ran == []
+
+
+@pytest.mark.parametrize("user_id", [0, 2, -1, "1", 1.0, True, None, [1], "1 OR 1=1", 2**63])
+def test_a_change_of_an_unknown_user_is_refused(kept: DB, user_id: Any) -> None:
+    for changed in {"session_id": "x"}, {}:
+        with pytest.raises(NoResultFound):
+            kept.update_user(user_id, **changed)
+    assert kept.find_user_by(id=1) == KEPT
+
+
+UNUSABLE: dict[str, tuple[Any, ...]] = {
+    "email": (None, 5, b"bytes", "\ud800"),
+    "hashed_password": (None, 5, 1.5),
+    "session_id": (b"bytes", "\ud800", ["list"]),
+    "reset_token": (2**63, {}),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in UNUSABLE.items() for value in values])
+def test_a_value_that_the_column_cannot_hold_is_refused(kept: DB, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        kept.update_user(1, **{"session_id": "x", name: value})
+    assert kept.find_user_by(email="bob@x.io") == KEPT
+
+
+def test_a_hash_is_replaced_only_while_it_is_the_current_one(db: DB, eve: User) -> None:
+    db.replace_hash(1, NEW_HASH, b"lost")
+    assert db.find_user_by(id=1).hashed_password == HASH
+    db.replace_hash(1, HASH, NEW_HASH)
+    assert [db.find_user_by(id=number).hashed_password for number in (1, 2)] == [NEW_HASH, HASH]
+
+
+# Sessions
+
+
+def test_the_user_of_a_session_is_found(db: DB, eve: User) -> None:
+    assert add_session(db, eve, "s")
+    user = db.find_user_by(id=2)
+    assert user.session_id == "s"
+    assert db.find_session("s", now=NOW, idle_since=NOW - 1, latest=NOW) == (user, NOW)
+
+
+def test_a_session_does_not_start_when_the_password_has_changed(db: DB, bob: User) -> None:
+    assert add_session(db, bob, "first")
+    db.update_user(1, hashed_password=NEW_HASH)
+    assert not add_session(db, bob, "second", replaced="first")
+    assert live_sessions(db, "first", "second") == ["first"]
+    assert db.find_user_by(id=1).session_id == "first"
+
+
+def test_nobody_has_no_session(db: DB, bob: User) -> None:
+    assert not add_session(db, User(2, "eve@x.io", HASH), "s")
+
+
+def test_a_new_session_ends_the_one_it_replaces(db: DB, eve: User, bob: User) -> None:
+    for user, session_hash in (bob, "one"), (bob, "two"), (eve, "hers"):
+        add_session(db, user, session_hash)
+    add_session(db, bob, "three", replaced="one")
+    assert live_sessions(db, "one", "two", "three", "hers") == ["two", "three", "hers"]
+
+
+def test_a_replaced_session_of_another_user_leaves_them_their_newest(db: DB, eve: User, bob: User) -> None:
+    for session_hash in "first", "second":
+        add_session(db, bob, session_hash)
+    add_session(db, eve, "hers", replaced="second")  # two people at one browser
+    assert live_sessions(db, "first", "second", "hers") == ["first", "hers"]
+    assert [db.find_user_by(id=number).session_id for number in (1, 2)] == ["first", "hers"]
+
+
+def test_a_new_session_clears_away_the_users_dead_ones(db: DB, eve: User, bob: User, other: sqlite3.Connection) -> None:
+    add_session(db, bob, "expired", expires_at=NOW + 50)
+    add_session(db, bob, "idle", now=NOW - 50)
+    add_session(db, eve, "hers", expires_at=NOW + 50)
+    add_session(db, bob, "used")
+    add_session(db, bob, "new", now=NOW + 50, idle_since=NOW - 50)
+    assert rows(other, "SELECT session_hash FROM sessions ORDER BY id") == [("hers",), ("used",), ("new",)]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_new_session_ends_the_oldest_beyond_the_most(db: DB, eve: User, bob: User, most: int) -> None:
+    add_session(db, eve, "hers")
+    names = ["1", "2", "3", "4"]
+    for name in names:
+        add_session(db, bob, name, most=most)
+    assert live_sessions(db, *names, "hers") == [*names[-most:], "hers"]
+    assert db.find_user_by(id=1).session_id == "4"
+
+
+def test_the_dead_do_not_count_as_sessions(db: DB, bob: User) -> None:
+    add_session(db, bob, "old")
+    add_session(db, bob, "dead", expires_at=NOW)
+    add_session(db, bob, "new", most=2)
+    assert live_sessions(db, "old", "dead", "new") == ["old", "new"]
+
+
+def test_the_row_of_the_user_names_the_newest_session_left(db: DB, bob: User) -> None:
+    for name in "1", "2", "3":
+        add_session(db, bob, name)
+    named = []
+    for name in "2", "3", "1":
+        assert db.end_session(name)
+        named.append(db.find_user_by(id=1).session_id)
+    assert named == ["3", "1", None]
+
+
+def test_an_ended_session_cannot_end_again(db: DB, eve: User, bob: User) -> None:
+    add_session(db, bob, "his")
+    add_session(db, eve, "hers")
+    assert [db.end_session("his"), db.end_session("his"), db.end_session("never")] == [True, False, False]
+    assert find_session(db, "hers") == db.find_user_by(id=2)
+
+
+def test_all_sessions_of_one_user_end(db: DB, eve: User, bob: User) -> None:
+    for user, name in (bob, "1"), (bob, "2"), (eve, "hers"):
+        add_session(db, user, name)
+    for user_id in (1, 1, 99):
+        db.end_sessions(user_id)
+    assert live_sessions(db, "1", "2", "hers") == ["hers"]
+    assert [db.find_user_by(id=number).session_id for number in (1, 2)] == [None, "hers"]
+
+
+def test_a_session_lives_within_its_times(db: DB, bob: User) -> None:
+    add_session(db, bob, "s")
+
+    def live(now: int, idle_since: int, latest: int) -> bool:
+        return bool(db.find_session("s", now=now, idle_since=idle_since, latest=latest))
+
+    assert live(NOW, NOW - 1, NOW)
+    assert live(NOW + 999, NOW - 1, NOW)
+    assert not live(NOW + 1000, NOW - 1, NOW)
+    assert not live(NOW, NOW, NOW)
+    assert not live(NOW, NOW - 1, NOW - 1)
+
+
+def test_the_use_of_a_session_is_recorded_and_never_taken_back(db: DB, bob: User) -> None:
+    for name in "used", "unused":
+        add_session(db, bob, name)
+    db.touch_session("used", NOW + 60)
+    db.touch_session("used", NOW + 30)
+    found = [db.find_session(name, now=NOW, idle_since=0, latest=NOW + 60) for name in ("used", "unused")]
+    assert [one and one[1] for one in found] == [NOW + 60, NOW]
+
+
+def test_a_session_used_in_the_future_is_dead(db: DB, bob: User) -> None:
+    add_session(db, bob, "s")
+    db.touch_session("s", NOW + 301)
+    assert not find_session(db, "s")
+
+
+def test_the_sessions_of_a_deleted_user_go_with_them(db: DB, eve: User, bob: User) -> None:
+    for user, name in (bob, "his"), (eve, "hers"):
+        add_session(db, user, name)
+    with db._transaction() as writer:
+        writer.execute("DELETE FROM users WHERE id = 1")
+    assert rows(db._writer, "SELECT session_hash FROM sessions") == [("hers",)]
+
+
+# Reset tokens
+
+
+def test_a_reset_token_is_found_until_it_expires(db: DB, bob: User) -> None:
+    give_token(db)
+    found = [db.find_reset("token", now=NOW + passed, latest=NOW + 900) for passed in (0, 599, 600)]
+    assert [user.id if user else None for user in found] == [1, 1, None]
+
+
+def test_a_token_from_too_far_in_the_future_is_none(db: DB, bob: User) -> None:
+    give_token(db)
+    assert not db.find_reset("token", now=NOW - 301, latest=NOW - 301 + 900)
+    assert not spend(db, now=NOW - 301)
+
+
+def test_a_token_is_given_in_any_letter_case_of_the_email(db: DB, eve: User) -> None:
+    give_token(db, "BOB@X.io")
+    assert [db.find_user_by(id=number).reset_token for number in (1, 2)] == ["token", None]
+
+
+def test_an_unknown_email_gets_no_token(db: DB, bob: User) -> None:
+    assert not db.set_reset_token("eve@x.io", "token", NOW + 600)
+    assert db.find_user_by(id=1) == bob
+
+
+def test_a_new_token_replaces_the_former(db: DB, bob: User) -> None:
+    give_token(db)
+    db.set_reset_token("bob@x.io", "newer", NOW + 600)
+    assert not spend(db, "token")
+    assert spend(db, "newer")
+
+
+def test_a_spent_token_sets_the_hash_and_ends_the_sessions_of_that_user(db: DB, eve: User, bob: User) -> None:
+    for user, name in (bob, "1"), (bob, "2"), (eve, "hers"):
+        add_session(db, user, name)
+    give_token(db)
+    assert spend(db)
+    assert live_sessions(db, "1", "2", "hers") == ["hers"]
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", NEW_HASH)
+    assert db.find_user_by(id=2).hashed_password == HASH
+    assert not spend(db, new=b"third")
+
+
+def test_a_token_that_is_not_live_changes_nothing(db: DB, bob: User) -> None:
+    give_token(db)
+    add_session(db, bob, "s")
+    before = db.find_user_by(id=1)
+    for token_hash, now in ("wrong", NOW), ("", NOW), ("TOKEN", NOW), ("token", NOW + 600):
+        assert not spend(db, token_hash, now)
+    assert find_session(db, "s") == before
+
+
+def test_of_eight_threads_with_one_token_one_spends_it(db: DB, bob: User) -> None:
+    give_token(db)
+    hashes = [b"hash%d" % index for index in range(8)]
+    spent = at_once(8, lambda index: spend(db, new=hashes[index]))
+    assert sum(spent) == 1
+    assert db.find_user_by(id=1).hashed_password == hashes[spent.index(True)]
+
+
+# Statements
+
+LOOK_UPS: dict[str, Callable[[DB], object]] = {
+    "user by id": lambda db: db.find_user_by(id=1),
+    "user by email": lambda db: db.find_user_by(email="bob@x.io"),
+    "user by session": lambda db: db.find_user_by(session_id="s"),
+    "user by token": lambda db: db.find_user_by(reset_token="token"),
+    "session": lambda db: find_session(db, "s"),
+    "token": lambda db: db.find_reset("token", now=NOW, latest=NOW + 900),
+    "update_user": lambda db: db.update_user(1, session_id="s"),
+    "replace_hash": lambda db: db.replace_hash(1, HASH, HASH),
+    "add_session": lambda db: add_session(db, db.find_user_by(id=1), "t", replaced="s"),
+    "touch_session": lambda db: db.touch_session("s", NOW + 60),
+    "end_session": lambda db: db.end_session("t"),
+    "end_sessions": lambda db: db.end_sessions(1),
+    "set_reset_token": lambda db: db.set_reset_token("bob@x.io", "token", NOW + 600),
+    "spend_reset": lambda db: spend(db),
+}
+
+
+def test_every_look_up_searches_an_index(statements: list[str], db: DB, bob: User, other: sqlite3.Connection) -> None:
+    add_session(db, bob, "s")
+    give_token(db)
+    for name, look_up in LOOK_UPS.items():
+        statements.clear()
+        look_up(db)
+        looked_up = [one for one in statements if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)", one)]
+        assert looked_up, name
+        for statement in looked_up:
+            plan = [detail for *_, detail in rows(other, f"EXPLAIN QUERY PLAN {statement}")]
+            assert any(detail.startswith("SEARCH") for detail in plan), (name, plan)
+            assert not [detail for detail in plan if detail.startswith("SCAN")], (name, plan)
+
+
+def test_the_writer_is_set_up(statements: list[str], db: DB) -> None:
+    wanted = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "secure_delete": 1, "trusted_schema": 0}
+    assert {pragma: rows(db._writer, f"PRAGMA {pragma}")[0][0] for pragma in wanted} == wanted
+    for pragma in wanted:  # set, too: some builds of SQLite have the wanted value as their default
+        assert any(re.match(rf"PRAGMA {pragma} = ", statement) for statement in statements), pragma
+
+
+def test_what_reads_cannot_write(db: DB, bob: User) -> None:
+    at_once(2, lambda index: db.find_user_by(id=1))
+    assert db._readers
+    for reader in db._readers.values():
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.execute("DELETE FROM users")
+
+
+# Transactions
+
+
+def test_a_transaction_that_reads_first_is_not_overtaken(db: DB, bob: User, other: sqlite3.Connection) -> None:
+    with db._transaction() as writer:
+        rows(writer)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("UPDATE users SET session_id = 'theirs'")
+        writer.execute("UPDATE users SET session_id = 'ours'")
+    assert db.find_user_by(id=1).session_id == "ours"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_a_failed_transaction_is_rolled_back(
+    db: DB, bob: User, other: sqlite3.Connection, error: type[BaseException]
+) -> None:
+    def fail() -> None:
+        with db._transaction() as writer:
+            writer.execute("UPDATE users SET session_id = 'half'")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert rows(other, "SELECT session_id FROM users") == [(None,)]
+    db.update_user(1, session_id="next")
+    assert rows(other, "SELECT session_id FROM users") == [("next",)]
+
+
+def test_a_method_that_fails_half_way_changes_nothing(db: DB, bob: User, other: sqlite3.Connection) -> None:
+    add_session(db, bob, "s")
+    give_token(db)
+    before = db.find_user_by(id=1)
+    other.execute("CREATE TRIGGER stop BEFORE DELETE ON sessions BEGIN SELECT RAISE(ABORT, 'stop'); END")
+    with pytest.raises(ValueError, match="stop"):
+        spend(db)
+    assert find_session(db, "s") == before
+    other.execute("DROP TRIGGER stop")
+    assert spend(db)
+
+
+def test_a_write_holds_the_lock_of_the_file(db: DB, path: Path) -> None:
+    with open(f"{path}.lock", "rb") as lock_file:
+        with db._transaction(), pytest.raises(BlockingIOError):
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_held_lock_makes_a_write_unavailable_and_no_read(impatient: None, db: DB, bob: User, path: Path) -> None:
+    with open(f"{path}.lock", "rb") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        with pytest.raises(StorageUnavailable):
+            db.add_user("eve@x.io", HASH)
+        assert db.find_user_by(id=1) == bob
+    assert db.add_user("eve@x.io", HASH).id == 2
+
+
+def test_a_write_waits_for_the_lock(db: DB, path: Path) -> None:
+    with open(f"{path}.lock", "rb") as lock_file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        adding = pool.submit(db.add_user, "bob@x.io", HASH)
+        with pytest.raises(TimeoutError):
+            adding.result(timeout=0.05)
+        fcntl.flock(lock_file, fcntl.LOCK_UN)
+        assert adding.result(timeout=5).id == 1
+
+
+@pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_a_transaction_of_another_program_makes_a_write_unavailable(
+    impatient: None, db: DB, bob: User, other: sqlite3.Connection, begin: str
+) -> None:
+    other.execute(begin)
+    with pytest.raises(StorageUnavailable):
+        db.update_user(1, session_id="x")
+    assert db.find_user_by(id=1) == bob
+    other.execute("ROLLBACK")
+    db.update_user(1, session_id="x")
+
+
+def test_a_close_waits_for_the_lock(path: Path) -> None:
+    db = DB(path)
+    with open(f"{path}.lock", "rb") as lock_file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        done = pool.submit(db.close)
+        with pytest.raises(TimeoutError):
+            done.result(timeout=0.05)
+        fcntl.flock(lock_file, fcntl.LOCK_UN)
+        done.result(timeout=5)
+
+
+def test_a_full_disk_makes_a_write_unavailable_and_changes_nothing(
+    db: DB, bob: User, other: sqlite3.Connection
+) -> None:
+    rows(db._writer, "PRAGMA max_page_count = 1")  # no page more than there are
+    with pytest.raises(StorageUnavailable):
+        db.update_user(1, session_id="x" * 20_000)
+    assert db.find_user_by(id=1) == bob
+    rows(db._writer, "PRAGMA max_page_count = 1000")
+    db.update_user(1, session_id="x" * 20_000)
+    assert len(rows(other, "SELECT session_id FROM users")[0][0]) == 20_000
+
+
+def test_a_write_waits_for_the_transaction_of_another_program(db: DB, other: sqlite3.Connection) -> None:
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        adding = pool.submit(db.add_user, "bob@x.io", HASH)
+        with pytest.raises(TimeoutError):
+            adding.result(timeout=0.05)
+        other.execute("ROLLBACK")
+        assert adding.result(timeout=5).id == 1
+
+
+def test_a_damaged_file_is_unavailable(db: DB, bob: User, path: Path) -> None:
+    rows(db._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
+    os.truncate(path, 4096)
+    with pytest.raises(StorageUnavailable):
+        db.find_user_by(id=1)
+
+
+WRITER = """
+import sys
+from storage import DB
+db = DB(sys.argv[1])
+print("open", flush=True)
+sys.stdin.readline()
+for number in range(10):
+    db.add_user(f"{sys.argv[2]}{number}@x.io", "hash")
+    db.find_user_by(email=f"{sys.argv[2]}0@x.io")
+db.close()
+"""
+
+
+def test_two_processes_write_one_file(db: DB, path: Path, other: sqlite3.Connection) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, path, name],
+            cwd=HERE,
+            env=clean_environ(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("one", "two")
+    ]
+    for process in processes:
+        assert process.stdout
+        assert process.stdout.readline() == "open\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=20)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert rows(other, "SELECT id FROM users ORDER BY id") == [(number,) for number in range(1, 21)]
+
+
+def test_of_two_that_find_no_tables_one_makes_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both_have_looked = threading.Barrier(2)
+
+    def wait(statement: str) -> None:
+        if statement.startswith("BEGIN"):
+            with suppress(threading.BrokenBarrierError):
+                both_have_looked.wait(0.1)
+
+    _trace(monkeypatch, wait)
+    for db in at_once(2, lambda index: DB(path)):
+        db.close()
+    assert both_have_looked.broken  # the second looked when the first was done
+
+
+# The file
+
+
+@pytest.fixture
+def lax_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def test_the_files_are_for_their_owner_only(lax_umask: None, db: DB, bob: User, path: Path) -> None:
+    assert db.find_user_by(id=1) == bob
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    assert modes == {f"authsvc.db{suffix}": 0o600 for suffix in ("", "-wal", "-shm", ".lock")}
+
+
+def test_a_closed_database_is_one_file_and_its_lock(path: Path) -> None:
+    with closing(DB(path)) as db:
+        db.add_user("bob@x.io", HASH)
+        db.find_user_by(id=1)
+        at_once(3, lambda index: db.find_user_by(id=1))
+    assert {file.name for file in path.parent.iterdir()} == {"authsvc.db", "authsvc.db.lock"}
+
+
+def test_a_deleted_secret_leaves_the_file(path: Path) -> None:
+    with closing(DB(path)) as db:
+        add_session(db, db.add_user("bob@x.io", HASH), "canary")
+        db.end_sessions(1)
+    assert b"canary" not in path.read_bytes()
+
+
+def _sqlite_file(path: Path, *statements: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+OTHER_TABLE = "CREATE TABLE notes (text TEXT)"
+OTHER_USERS = "CREATE TABLE users (id INTEGER PRIMARY KEY, email TEXT, hashed_password TEXT)"
+
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "a text": lambda path: path.write_text("dear diary\n"),
+    "a short text": lambda path: path.write_text("x"),
+    "a header with rubbish": lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 4080),
+    "a header alone": lambda path: path.write_bytes(b"SQLite format 3\0"),
+    "a newer release's": lambda path: _sqlite_file(path, "PRAGMA user_version = 99"),
+    "a newer release's, in WAL mode": lambda path: _sqlite_file(
+        path, "PRAGMA journal_mode = WAL", "PRAGMA user_version=99"
+    ),
+    "another program's": lambda path: _sqlite_file(path, OTHER_TABLE),
+    "another program's with users": lambda path: _sqlite_file(path, OTHER_USERS),
+    "another program's, version 1": lambda path: _sqlite_file(path, OTHER_TABLE, "PRAGMA user_version = 1"),
+    "another program's, in WAL mode": lambda path: _sqlite_file(path, "PRAGMA journal_mode = WAL", OTHER_TABLE),
+    "a folder": lambda path: path.mkdir(),
+    "a link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "in a missing folder": lambda path: None,
+    "below a file": lambda path: path.parent.with_name("missing").write_text("no folder"),
+}
+
+
+def _tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(file.relative_to(folder)): file.read_bytes() if file.is_file() else None for file in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_file_that_is_not_ours_is_refused_and_left_alone(impatient: None, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "authsvc.db"
+    REFUSED[kind](path)
+    if kind in ("in a missing folder", "below a file"):
+        path = tmp_path / "missing" / "authsvc.db"
+    before = _tree(tmp_path)
+    with pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db[^\n]*\Z"):
+        DB(path)
+    assert _tree(tmp_path) == before
+
+
+def test_the_file_of_a_newer_release_that_runs_is_refused_and_left_alone(
+    db: DB, path: Path, other: sqlite3.Connection
+) -> None:
+    other.execute("PRAGMA user_version = 99")  # it stands in the write-ahead log only
+    before = _tree(path.parent).keys(), path.read_bytes(), rows(other)
+    with pytest.raises(DatabaseRefused, match="newer release"):
+        DB(path)
+    assert (_tree(path.parent).keys(), path.read_bytes(), rows(other)) == before
+
+
+def test_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatabaseRefused, match=r"\A[^\n]*:memory:[^\n]*\Z"):
+        DB(":memory:")
+    assert _tree(tmp_path) == {}
+
+
+def test_what_a_killed_process_left_is_taken_with_its_rows(db: DB, bob: User, path: Path, tmp_path: Path) -> None:
+    (left := tmp_path / "left").mkdir()
+    for suffix in "", "-wal":  # all that was committed stands in the log
+        shutil.copy(f"{path}{suffix}", left)
+    with closing(DB(left / path.name)) as revived:
+        assert revived.find_user_by(id=1) == bob
+
+
+def test_an_empty_file_is_taken(path: Path) -> None:
+    path.touch()
+    with closing(DB(path)) as db:
+        assert db.add_user("bob@x.io", HASH).id == 1
+
+
+@contextmanager
+def nobodys_folder() -> Iterator[Path]:
+    # For root no folder is closed, and pytest's folders are for their owner only.
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    user_id = os.geteuid()
+    if user_id == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user_id)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_that_cannot_be_written_is_refused(exists: bool) -> None:
+    with nobodys_folder() as folder:
+        path = folder / "authsvc.db"
+        if exists:
+            path.touch()
+            path.chmod(0o666)
+        folder.chmod(0o555)
+        with as_nobody(), pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db: Permission denied\Z"):
+            DB(path)
+        assert _tree(folder) == ({"authsvc.db": b""} if exists else {})
+        folder.chmod(0o755)
+
+
+def test_a_file_that_cannot_be_written_is_refused() -> None:
+    with nobodys_folder() as folder:
+        path = folder / "authsvc.db"
+        DB(path).close()
+        os.unlink(f"{path}.lock")
+        path.chmod(0o444)
+        folder.chmod(0o777)
+        before = _tree(folder)
+        with as_nobody(), pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db: Permission denied\Z"):
+            DB(path)
+        assert _tree(folder) == before
+
+
+def test_a_locked_file_is_refused_and_let_go(impatient: None, path: Path) -> None:
+    with open(f"{path}.lock", "wb") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        with pytest.raises(DatabaseRefused, match=r"\A[^\n]*another process[^\n]*\Z") as refusal:
+            DB(path)
+        assert _opened(path) == 1, refusal  # ours; a service that tries again must not run out of files
+    DB(path).close()
+
+
+def test_a_file_that_another_program_keeps_is_refused(impatient: None, older: Path) -> None:
+    with closing(sqlite3.connect(older, isolation_level=None)) as keeper:
+        rows(keeper, "PRAGMA locking_mode = EXCLUSIVE")
+        rows(keeper, "BEGIN EXCLUSIVE")
+        with pytest.raises(DatabaseRefused, match=r"\A[^\n]*database is locked\Z"):
+            DB(older)
+    DB(older).close()
+
+
+def _opened(path: Path) -> int:
+    """How many of this process's open files are the database or stand beside it."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("the system does not list open files in /proc")
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+    return sum(link.startswith(str(path)) for link in links)
+
+
+# Older files
+
+
+@pytest.fixture
+def older(path: Path) -> Path:
+    with closing(DB(path)) as db:
+        add_session(db, db.add_user("bob@x.io", HASH), "s")
+    return path
+
+
+def _release(monkeypatch: pytest.MonkeyPatch, *migrations: str) -> None:
+    monkeypatch.setattr(storage, "MIGRATIONS", migrations)
+    monkeypatch.setattr(storage, "VERSION", len(migrations) + 1)
+
+
+COLOUR = "ALTER TABLE users ADD COLUMN colour TEXT;"
+PAINT = "UPDATE users SET colour = 'blue';"
+
+
+def _state(path: Path) -> tuple[int, list[str], list[Any]]:
+    with closing(sqlite3.connect(path)) as connection:
+        columns = [name for _, name, *_ in rows(connection, "PRAGMA table_info(users)")]
+        return rows(connection, "PRAGMA user_version")[0][0], columns, rows(connection)
+
+
+def test_a_new_file_has_the_newest_version(older: Path) -> None:
+    assert _state(older)[0] == storage.VERSION
+
+
+@pytest.mark.parametrize("releases", [[(COLOUR, PAINT)], [(COLOUR,), (COLOUR, PAINT)], [(COLOUR, PAINT)] * 2])
+def test_an_older_file_is_lifted_with_its_rows(
+    older: Path, monkeypatch: pytest.MonkeyPatch, releases: list[tuple[str, ...]]
+) -> None:
+    for migrations in releases:
+        _release(monkeypatch, *migrations)
+        with closing(DB(older)) as db:
+            assert find_session(db, "s") == User(1, "bob@x.io", HASH, "s")
+    version, columns, (row,) = _state(older)
+    assert (version, columns[-1], row[-1]) == (3, "colour", "blue")
+
+
+@pytest.mark.parametrize(
+    "broken", ["INSERT INTO nowhere VALUES (1);", "INSERT INTO users DEFAULT VALUES;", "NONSENSE;"]
+)
+def test_a_failed_migration_leaves_the_older_file_whole(
+    older: Path, monkeypatch: pytest.MonkeyPatch, impatient: None, broken: str
+) -> None:
+    before = _state(older)
+    _release(monkeypatch, COLOUR, PAINT + broken)
+    with pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db: [^\n]+\Z") as refusal:
+        DB(older)
+    assert _state(older) == before
+    _release(monkeypatch)  # back to the release that it was made by, while the refused one is still in hand
+    with closing(DB(older)) as db:
+        db.update_user(1, session_id=None)
+    assert refusal.type is DatabaseRefused
