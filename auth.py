@@ -12,6 +12,7 @@ vault. Knows no HTTP and no SQL.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
@@ -21,7 +22,7 @@ from collections.abc import Callable
 
 import passwords
 from settings import Settings
-from storage import DB, AlreadyExists, NoResultFound, User
+from storage import DB, AlreadyExists, NoResultFound, StorageUnavailable, User
 
 LONGEST_EMAIL = 254  # bytes (RFC 5321 4.5.3.1.3, less the angle brackets)
 LONGEST_USER_AGENT = 200  # characters that are kept of it
@@ -88,7 +89,8 @@ def _generate_uuid() -> str:
 
 
 def _at_once(task: Callable[[], object]) -> None:
-    task()
+    with contextlib.suppress(StorageUnavailable):  # nobody waits for it
+        task()
 
 
 class Auth:

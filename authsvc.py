@@ -156,10 +156,10 @@ def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[byt
         with _opening:
             application = _shared_app()
     except (SettingsError, DatabaseRefused) as error:
-        guard.log("sys_startup_failed", reason=str(error))
-        body = guard.json_body({"message": "service not configured"})
-        start_response("503 Service Unavailable", guard.json_headers(body) + guard.common_headers("-"))
-        return [body]
+        request_id, body = guard.new_request_id(), guard.json_body({"message": "service not configured"})
+        guard.log("sys_startup_failed", request_id=request_id, reason=str(error))
+        start_response("503 Service Unavailable", guard.json_headers(body) + guard.common_headers(request_id))
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
     return application(environ, start_response)
 
 

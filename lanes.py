@@ -118,7 +118,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.serve_now = False
         return accepted
 
-
     # Who sends a body that we refuse may still be sending. To close a socket with bytes unread resets the connection,
     # and the reset can overtake our answer: so end our side only, and read on for a while (RFC 9112 9.6).
 

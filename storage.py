@@ -14,7 +14,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,8 +369,7 @@ class DB:
             _lock(self._lock_file)
             yield
         finally:
-            with suppress(OSError):  # closed
-                fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
             self._write_lock.release()
 
     def _check_version(self) -> int:
@@ -378,7 +377,9 @@ class DB:
         (tables,) = self._writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if version > VERSION:
             raise DatabaseRefused(f"it is of a newer release (schema {version}, this one knows {VERSION})")
-        (ours,) = self._writer.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'sessions'").fetchone()
+        (ours,) = self._writer.execute(
+            "SELECT count(*) FROM pragma_table_info('users') WHERE name = 'email_key'"
+        ).fetchone()
         if tables and not (version and ours):
             raise DatabaseRefused("it is the database of another program")
         return int(version)

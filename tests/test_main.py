@@ -392,8 +392,7 @@ def test_a_wrong_password_says_and_takes_the_same_for_a_known_and_an_unknown_ema
         known, unknown = map(statistics.median, took.values())
         return known / unknown
 
-    ratios = [ratio_of_medians() for _ in range(3)]
-    assert min(abs(ratio - 1) for ratio in ratios) < 0.1, ratios
+    assert any(0.9 < ratio_of_medians() < 1.1 for _ in range(3))
 
 
 # What is left behind
@@ -464,6 +463,7 @@ class Promises:
                     self.kept[email] = account["password"], None
                     session = post(f"{self._url}/sessions", data=account).cookies["session_id"]
                     self.kept[email] = account["password"], session
+                    client.cookies.clear()  # the next login would end the session it comes with
                     if number % 2:
                         form = post(f"{self._url}/reset_password", data={"email": email}).json()
                         form["new_password"] = f"new{number}"

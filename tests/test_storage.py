@@ -264,11 +264,22 @@ def test_an_email_has_one_account_in_any_letter_case(db: DB, first: str, second:
     assert user == db.find_user_by(email=first) == db.find_user_by(email=second) == User(1, first, HASH)
 
 
-def test_a_hash_that_is_no_text_is_refused(db: DB, other: sqlite3.Connection) -> None:
-    for unusable in None, 5, 1.5:
-        with pytest.raises(ValueError, match="hashed_password"):
-            db.add_user("bob@x.io", unusable)  # type: ignore[arg-type]
-    assert rows(other) == []
+# What the columns of a user cannot hold.
+UNUSABLE: dict[str, tuple[Any, ...]] = {
+    "email": (None, 5, b"bytes", "\ud800", ["list"]),
+    "hashed_password": (None, 5, 1.5, "\ud800", [HASH]),
+    "session_id": (b"bytes", "\ud800", ["list"]),
+    "reset_token": (2**63, {}),
+}
+
+
+@pytest.mark.parametrize("name", ["email", "hashed_password"])
+def test_a_user_of_unusable_values_is_not_added(kept: DB, name: str) -> None:
+    for value in UNUSABLE[name]:
+        with pytest.raises(ValueError, match=r".+"):
+            kept.add_user(**{"email": "eve@x.io", "hashed_password": HASH, name: value})
+    with pytest.raises(NoResultFound):
+        kept.find_user_by(id=2)
 
 
 def test_the_id_of_a_deleted_user_is_never_given_again(db: DB, eve: User, other: sqlite3.Connection) -> None:
@@ -418,14 +429,6 @@ def test_a_change_of_an_unknown_user_is_refused(kept: DB, user_id: Any) -> None:
         with pytest.raises(NoResultFound):
             kept.update_user(user_id, **changed)
     assert kept.find_user_by(id=1) == KEPT
-
-
-UNUSABLE: dict[str, tuple[Any, ...]] = {
-    "email": (None, 5, b"bytes", "\ud800"),
-    "hashed_password": (None, 5, 1.5),
-    "session_id": (b"bytes", "\ud800", ["list"]),
-    "reset_token": (2**63, {}),
-}
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in UNUSABLE.items() for value in values])
@@ -732,6 +735,12 @@ def test_a_held_lock_makes_a_write_unavailable_and_no_read(impatient: None, db: 
     assert db.add_user("eve@x.io", HASH).id == 2
 
 
+def test_a_write_does_not_wait_for_ever_for_another_thread(impatient: None, db: DB) -> None:
+    with ThreadPoolExecutor(1) as pool, db._transaction(), pytest.raises(StorageUnavailable):
+        pool.submit(db.add_user, "bob@x.io", HASH).result(timeout=5)
+    assert db.add_user("bob@x.io", HASH).id == 1
+
+
 def test_a_write_waits_for_the_lock(db: DB, path: Path) -> None:
     with open(f"{path}.lock", "rb") as lock_file, ThreadPoolExecutor(1) as pool:
         fcntl.flock(lock_file, fcntl.LOCK_EX)
@@ -884,6 +893,7 @@ def _sqlite_file(path: Path, *statements: str) -> None:
 
 
 OTHER_TABLE = "CREATE TABLE notes (text TEXT)"
+OTHER_SESSIONS = "CREATE TABLE sessions (id TEXT, data TEXT)"
 OTHER_USERS = "CREATE TABLE users (id INTEGER PRIMARY KEY, email TEXT, hashed_password TEXT)"
 
 REFUSED: dict[str, Callable[[Path], object]] = {
@@ -898,6 +908,10 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "another program's": lambda path: _sqlite_file(path, OTHER_TABLE),
     "another program's with users": lambda path: _sqlite_file(path, OTHER_USERS),
     "another program's, version 1": lambda path: _sqlite_file(path, OTHER_TABLE, "PRAGMA user_version = 1"),
+    "another program's with sessions": lambda path: _sqlite_file(path, OTHER_SESSIONS),
+    "another program's with both, version 1": lambda path: _sqlite_file(
+        path, OTHER_USERS, OTHER_SESSIONS, "PRAGMA user_version = 1"
+    ),
     "another program's, in WAL mode": lambda path: _sqlite_file(path, "PRAGMA journal_mode = WAL", OTHER_TABLE),
     "a folder": lambda path: path.mkdir(),
     "a link to nowhere": lambda path: path.symlink_to("nowhere"),
@@ -932,6 +946,36 @@ def test_the_file_of_a_newer_release_that_runs_is_refused_and_left_alone(
     with pytest.raises(DatabaseRefused, match="newer release"):
         DB(path)
     assert (_tree(path.parent).keys(), path.read_bytes(), rows(other)) == before
+
+
+def test_a_file_that_becomes_newer_while_one_waits_is_refused(older: Path, db: DB, other: sqlite3.Connection) -> None:
+    with open(f"{older}.lock", "rb") as lock_file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        opening = pool.submit(DB, older)
+        with pytest.raises(TimeoutError):
+            opening.result(timeout=0.05)
+        other.execute("PRAGMA user_version = 99")
+        fcntl.flock(lock_file, fcntl.LOCK_UN)
+        with pytest.raises(DatabaseRefused, match="newer release"):
+            opening.result(timeout=5)
+
+
+def test_while_one_thread_makes_the_file_no_other_opens_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, others = os.open, []
+
+    def make_slowly(file: Any, flags: int, *args: Any, **options: Any) -> int:
+        made = make(file, flags, *args, **options)
+        if flags & os.O_EXCL:
+            others.append(pool.submit(DB, path))
+            with pytest.raises(TimeoutError):
+                others[0].result(timeout=0.05)
+        return made
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(os, "open", make_slowly)
+        DB(path).close()
+        (other,) = others
+        other.result(timeout=5).close()
 
 
 def test_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
