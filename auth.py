@@ -88,11 +88,6 @@ def _generate_uuid() -> str:
     return str(uuid.uuid4())
 
 
-def _at_once(task: Callable[[], object]) -> None:
-    with contextlib.suppress(StorageUnavailable):  # nobody waits for it
-        task()
-
-
 class Auth:
     """The rules over one store. Safe to use from many threads.
 
@@ -104,7 +99,7 @@ class Auth:
         db: DB | None = None,
         settings: Settings | None = None,
         clock: Callable[[], float] = time.time,
-        defer: Callable[[Callable[[], object]], object] = _at_once,
+        defer: Callable[[Callable[[], object]], object] = lambda write: write(),
     ) -> None:
         self._settings = settings or Settings.from_environ()
         self._db = db or DB(self._settings.database)
@@ -171,7 +166,7 @@ class Auth:
             return None
         user, last_seen_at = found
         if last_seen_at <= now - min(SEEN_INTERVAL, self._settings.session_idle // 2):
-            self._defer(lambda: self._db.touch_session(session_hash, now))
+            self._defer(lambda: self._touch(session_hash, now))
         return user
 
     def log_out(self, session_id: str | None) -> None:
@@ -221,6 +216,10 @@ class Auth:
             raise TokenRejected  # somebody spent it while we hashed
 
     # Details
+
+    def _touch(self, session_hash: str, now: int) -> None:
+        with contextlib.suppress(StorageUnavailable):  # the next request tries again
+            self._db.touch_session(session_hash, now)
 
     def _now(self) -> int:
         return int(self._clock())

@@ -5,7 +5,7 @@ of threads the quick would wait behind the slow, so there are three places to ru
 
 - **quick**: GET and HEAD, and whatever is refused, on waitress's I/O thread itself, with no hand-off. Nothing
   there may write: a locked database must not stop the thread that serves everybody.
-- **writing**: all other methods, on two ordinary threads; also the writes that nobody waits for.
+- **writing**: all other methods, on two ordinary threads; and on one more the writes that nobody waits for.
 - **hashing**: the routes named so, on as many threads as cores, at niceness 10 so that they yield to the others.
   Requests wait in a queue, not on threads. Past 128 of them, or 15 s, the answer is 503 at once.
 
@@ -152,10 +152,12 @@ class Lanes:
         self._io_thread = threading.get_ident()
         self._hashing_queue: queue.SimpleQueue[tuple[float, Channel]] = queue.SimpleQueue()
         self._writing_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        # A queue of their own: while the database is locked they pile up, and a client's write must not wait for them.
+        self._deferred_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
-        for target, count in ((self._hash, cores), (self._write, WRITERS)):
-            for _ in range(count):
-                threading.Thread(target=target, daemon=True).start()
+        queues = [self._writing_queue] * WRITERS + [self._deferred_queue]
+        for target, *arguments in [(self._hash,)] * cores + [(_work, tasks) for tasks in queues]:
+            threading.Thread(target=target, args=arguments, daemon=True).start()
 
     def add_task(self, channel: Channel) -> None:
         """Send the first request of a connection to its lane. Called by waitress, which holds requests_lock."""
@@ -175,8 +177,8 @@ class Lanes:
 
     def defer(self, write: Callable[[], object]) -> None:
         """Run a write that nobody waits for, soon, or not at all when too many are waiting."""
-        if self._writing_queue.qsize() < DEFERRED:
-            self._writing_queue.put(write)
+        if self._deferred_queue.qsize() < DEFERRED:
+            self._deferred_queue.put(write)
 
     def drain(self) -> None:
         """Answer 503 to what waits for a hash, now and from now on. On the thread that serves."""
@@ -195,10 +197,6 @@ class Lanes:
             since, channel = self._hashing_queue.get()
             late = time.monotonic() - since > HASHING_WAIT
             _run(functools.partial(_refuse, channel) if late else channel.service)
-
-    def _write(self) -> None:
-        while True:
-            _run(self._writing_queue.get())
 
 
 class Server:
@@ -257,6 +255,11 @@ class _LogHandler(logging.Handler):
 def _refuse(channel: Any) -> None:
     channel.requests[0].error = Busy("")
     channel.service()
+
+
+def _work(tasks: queue.SimpleQueue[Callable[[], object]]) -> None:
+    while True:
+        _run(tasks.get())
 
 
 def _run(task: Callable[[], object]) -> None:

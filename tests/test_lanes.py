@@ -249,7 +249,7 @@ def test_the_welcome_stays_quick_while_logins_queue(start: Callable[..., Service
 
     def timed(act: Callable[[], requests.Response]) -> float:
         began = time.perf_counter()
-        assert act().status_code in (200, 401)
+        assert act().status_code in (200, 401, 503)
         return time.perf_counter() - began
 
     def log_in_until_over() -> list[float]:
