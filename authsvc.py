@@ -34,8 +34,10 @@ from auth import (
     PasswordRejected,
     SessionRequired,
     TokenRejected,
+    TooManyAttempts,
     UnknownEmail,
 )
+from mailer import Mailer
 from settings import Settings, SettingsError
 from storage import DB, ENGINE, DatabaseRefused, StorageUnavailable
 
@@ -43,8 +45,6 @@ if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 MOST_FIELDS = 8
-COOKIE = "session_id"
-COOKIE_ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax"  # no Secure: over plain http it would not come back
 
 # The one map from what the rules refuse to what the client is told.
 STATUS: dict[type[AuthError], int] = {
@@ -54,7 +54,18 @@ STATUS: dict[type[AuthError], int] = {
     LoginFailed: 401,
     SessionRequired: 403,
     TokenRejected: 403,
+    TooManyAttempts: 429,
     UnknownEmail: 403,
+}
+
+# What is logged of a refusal; a failed login says more and is logged where it fails.
+EVENTS: dict[type[AuthError], str] = {
+    EmailRejected: "input_validation_fail",
+    PasswordRejected: "input_validation_fail",
+    SessionRequired: "authz_fail",
+    TokenRejected: "authn_token_fail",
+    TooManyAttempts: "excess_rate_limit_exceeded",
+    UnknownEmail: "authz_fail",
 }
 
 MESSAGES = {404: "not found", 405: "method not allowed"}  # Bottle's own quote the path
@@ -63,8 +74,19 @@ MESSAGES = {404: "not found", 405: "method not allowed"}  # Bottle's own quote t
 class Desk:
     """The handlers. Each takes a form or a cookie from the request and gives plain strings to the rules."""
 
-    def __init__(self, auth: Auth) -> None:
+    def __init__(self, auth: Auth, settings: Settings) -> None:
         self._auth = auth
+        self._settings = settings
+        # No Secure in development: over plain http the cookie would not come back. The prefixes (RFC 6265bis 4.1.3)
+        # keep a sibling host from planting one; __Host- forbids a Domain.
+        domain = settings.cookie_domain
+        prefix = ("__Secure-" if domain else "__Host-") if settings.production else ""
+        self._cookie_name = prefix + "session_id"
+        self._cookie_attributes = (
+            "HttpOnly; Path=/; SameSite=Lax"
+            + ("; Secure" if settings.production else "")
+            + (f"; Domain={domain}" if domain else "")
+        )
 
     def welcome(self) -> HTTPResponse:
         """GET /"""
@@ -73,32 +95,43 @@ class Desk:
     def register(self) -> HTTPResponse:
         """POST /users"""
         email, password = _form("email", "password")
-        self._auth.register_user(email, password)
+        user = self._auth.register_user(email, password, address=_client())
+        _log("user_created", user_id=user.id)
         return _answer(200, email=email, message="user created")
 
     def log_in(self) -> HTTPResponse:
         """POST /sessions"""
         email, password = _form("email", "password")
-        session_id = self._auth.log_in(
-            email,
-            password,
-            replaced=_cookie(),
-            address=request.environ.get("REMOTE_ADDR", ""),
-            user_agent=request.environ.get("HTTP_USER_AGENT", ""),
-        )
-        return _with_cookie(_answer(200, email=email, message="logged in"), session_id)
+        try:
+            session_id = self._auth.log_in(
+                email,
+                password,
+                replaced=self._cookie(),
+                address=_client(),
+                user_agent=request.environ.get("HTTP_USER_AGENT", ""),
+            )
+        except LoginFailed as failure:
+            _log(
+                "authn_login_fail",
+                **({"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}),
+            )
+            raise
+        user = self._auth.get_user_from_session_id(session_id)
+        _log("authn_login_success", user_id=user and user.id)
+        return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
 
     def log_out(self) -> HTTPResponse:
         """DELETE /sessions"""
-        self._auth.log_out(_cookie())
+        user = self._auth.log_out(self._cookie())
+        _log("session_ended", user_id=user.id)
         # Not redirect(): it says 303 and repeats the Host header.
         answer = _answer(302, message="logged out")
         answer.set_header("Location", "/")
-        return _with_cookie(answer, "", "; Max-Age=0")
+        return self._with_cookie(answer, "", "; Max-Age=0")
 
     def profile(self) -> HTTPResponse:
         """GET /profile"""
-        user = self._auth.get_user_from_session_id(_cookie())
+        user = self._auth.get_user_from_session_id(self._cookie())
         if not user:
             raise SessionRequired
         return _answer(200, email=user.email)
@@ -106,16 +139,33 @@ class Desk:
     def request_reset(self) -> HTTPResponse:
         """POST /reset_password"""
         (email,) = _form("email")
+        if self._settings.production:
+            self._auth.mail_reset_token(email, _client(), functools.partial(guard.log, **_context()))
+            return _answer(200, message="if the email has an account, a mail is on its way")
         # Who holds the token holds the account.
         if not guard.is_direct(request.environ):
             _refuse(403, "reset tokens are given only to this machine, and through no proxy")
-        return _answer(200, email=email, reset_token=self._auth.get_reset_password_token(email))
+        return _answer(200, email=email, reset_token=self._auth.get_reset_password_token(email, address=_client()))
 
     def reset(self) -> HTTPResponse:
         """PUT /reset_password"""
         email, reset_token, new_password = _form("email", "reset_token", "new_password")
-        self._auth.update_password(reset_token, new_password, email)
+        user_id = self._auth.update_password(reset_token, new_password, email, address=_client())
+        _log("authn_password_change", user_id=user_id)
         return _answer(200, email=email, message="Password updated")
+
+    def _cookie(self) -> str | None:
+        """Return the session id that the client holds; None when there is none, or two of them."""
+        # Not Bottle's reader: it fails on a malformed neighbour of ours.
+        pairs = [pair.strip(" \t").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
+        found = [value for name, _, value in pairs if name == self._cookie_name]
+        # Two are ambiguous: a neighbour under the same name may have planted one.
+        return found[0] if len(found) == 1 and re.fullmatch("[A-Za-z0-9_-]{1,128}", found[0], re.ASCII) else None
+
+    def _with_cookie(self, answer: HTTPResponse, value: str, expiry: str = "") -> HTTPResponse:
+        # Not Bottle's writer: it spells SameSite in its own way.
+        answer.add_header("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}")
+        return answer
 
 
 HASHES = True  # the route may hash: see lanes.py
@@ -139,7 +189,7 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
     Raises:
         DatabaseRefused: the database of the settings cannot be opened.
     """
-    desk = Desk(auth or Auth(DB(settings.database), settings))
+    desk = Desk(auth or _open(settings), settings)
     bottle = Bottle()
     bottle.config["catchall"] = False  # guard.py answers what nobody foresaw
     bottle.config["json.disable"] = True
@@ -148,6 +198,11 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
     for method, path, handler, _ in ROUTES:
         bottle.route(path, method, functools.partial(handler, desk))
     return guard.Guard(bottle, settings)
+
+
+def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = lambda write: write()) -> Auth:
+    mailer = Mailer(settings, guard.log)  # before the database: a start that fails must leave no file behind
+    return Auth(DB(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
 
 
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -184,20 +239,25 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings.from_environ()
         # The port first: a start that fails must leave no file behind.
         listener = _bind(settings)
-        serving = lanes.Lanes(HASHING, passwords.CORES)
-        db = DB(settings.database)
+        serving = lanes.Lanes(HASHING, passwords.CORES, settings)
+        auth = _open(settings, serving.defer)
     except (SettingsError, DatabaseRefused) as error:
         print(f"authsvc: {error}", file=sys.stderr)
         return 2
-    server = lanes.Server(create_app(settings, Auth(db, settings, defer=serving.defer)), listener, serving)
+    server = lanes.Server(create_app(settings, auth), listener, serving)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
-    guard.log("sys_startup", database=ENGINE)
+    guard.log("sys_startup", database=ENGINE, production=settings.production)
+    if settings.production and not settings.trusted_proxy:
+        guard.log("sys_warning", reason="no AUTHSVC_TRUSTED_PROXY: behind a proxy all clients share one address")
+    if settings.production and not settings.smtp_url:
+        guard.log("sys_warning", reason="no AUTHSVC_SMTP_URL: nobody can be mailed a reset link")
     if server.run():
         with contextlib.suppress(StorageUnavailable):  # then the next start tidies up
-            db.close()
+            auth.close()
+    guard.log("sys_shutdown")
     return 0
 
 
@@ -219,6 +279,7 @@ def _answer(status: int, **content: str) -> HTTPResponse:
 
 
 def _refuse(status: int, message: str) -> NoReturn:
+    _log("authz_fail" if status == 403 else "input_validation_fail", reason=message)
     raise _answer(status, message=message)
 
 
@@ -229,9 +290,14 @@ def _refusals(handler: Callable[[], HTTPResponse]) -> Callable[[], HTTPResponse]
         try:
             return handler()
         except AuthError as error:
-            return _answer(STATUS[type(error)], message=error.message)
+            answer = _answer(STATUS[type(error)], message=error.message)
+            if event := EVENTS.get(type(error)):
+                _log(event)
+            if isinstance(error, TooManyAttempts):
+                answer.set_header("Retry-After", str(error.wait))
+            return answer
         except StorageUnavailable as error:
-            guard.log("sys_storage_unavailable", request_id=_request_id(), reason=str(error))
+            _log("sys_storage_unavailable", reason=str(error))
             answer = _answer(503, message="storage unavailable, try again later")
             answer.set_header("Retry-After", str(guard.RETRY_AFTER))
             return answer
@@ -245,29 +311,16 @@ def _error(error: HTTPError) -> bytes:
     return guard.json_body({"message": MESSAGES.get(error.status_code, "refused")})
 
 
-def _request_id() -> str:
-    return str(request.environ["authsvc.request_id"])
+def _client() -> str:
+    return str(request.environ["authsvc.client"])
 
 
-# Cookies: Bottle's own reader fails on a malformed neighbour of ours, and its writer spells SameSite its own way.
+def _context() -> dict[str, str]:
+    return {"request_id": request.environ["authsvc.request_id"], "address": _client()}
 
 
-def _cookie() -> str | None:
-    """Return the session id that the client holds; None when there is none, or two of them."""
-    found = [
-        value
-        for name, _, value in (
-            pair.strip(" \t").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")
-        )
-        if name == COOKIE
-    ]
-    # Two are ambiguous: a neighbour under the same name may have planted one.
-    return found[0] if len(found) == 1 and re.fullmatch("[A-Za-z0-9_-]{1,128}", found[0], re.ASCII) else None
-
-
-def _with_cookie(answer: HTTPResponse, value: str, attributes: str = "") -> HTTPResponse:
-    answer.add_header("Set-Cookie", f"{COOKIE}={value}; {COOKIE_ATTRIBUTES}{attributes}")
-    return answer
+def _log(event: str, **details: object) -> None:
+    guard.log(event, **_context(), **details)
 
 
 # Forms: only the body counts, each field once. Bottle's own reader takes any content type and repairs what is broken.
@@ -275,13 +328,14 @@ def _with_cookie(answer: HTTPResponse, value: str, attributes: str = "") -> HTTP
 
 def _form(*names: str) -> tuple[str, ...]:
     """Return the named fields of the body, each given once and not empty; or refuse the request."""
-    # -1: no length was said, and only a server that ends the stream itself can be asked for all of it.
-    length = request.content_length if request.content_length >= 0 else request.environ.get("wsgi.input_terminated", 0)
-    size = lanes.LARGEST_BODY + 1 if length is True else min(length, lanes.LARGEST_BODY + 1)
-    body = request.environ["wsgi.input"].read(size)
-    if len(body) > lanes.LARGEST_BODY:
-        _refuse(413, lanes.MESSAGES[413])
     try:
+        # -1: no length was said, and only a server that ends the stream itself can be asked for all of it.
+        length = request.content_length
+        if length < 0:
+            length = sys.maxsize if request.environ.get("wsgi.input_terminated") else 0
+        body = request.environ["wsgi.input"].read(min(length, lanes.LARGEST_BODY + 1))
+        if len(body) > lanes.LARGEST_BODY:
+            _refuse(413, lanes.MESSAGES[413])
         pairs = _fields(body, request.environ.get("CONTENT_TYPE", ""))
     except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         _refuse(400, "malformed body")

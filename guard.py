@@ -10,6 +10,8 @@ import ipaddress
 import json
 import secrets
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterable
 from datetime import datetime, timezone
@@ -35,6 +37,13 @@ SECURITY_HEADERS = (
 # Any of these says that somebody stands between us and the caller, whatever the peer's address.
 FORWARDING = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
 
+HSTS = ("Strict-Transport-Security", "max-age=31536000")  # a year, for this host only
+
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+LOG_FLOOD = 200  # lines of one event within LOG_WINDOW; the rest is counted
+LOG_WINDOW = 10.0  # seconds
+
 RETRY_AFTER = 5  # seconds that a client is asked to wait when we cannot serve it
 
 
@@ -48,11 +57,14 @@ class Guard:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request; whatever goes wrong is a JSON object and one line in the log."""
         environ["authsvc.request_id"] = request_id = new_request_id()
+        environ["authsvc.client"] = client = client_address(
+            environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR"), self._settings.trusted_proxy
+        )
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, *common_headers(request_id)], exc_info)
+            return start_response(status, [*headers, *common_headers(request_id, self._settings.production)], exc_info)
 
-        refusal = self._refusal(environ)
+        refusal = self._refusal(environ, request_id, client)
         if refusal is None:
             try:
                 return self._application(environ, start)
@@ -64,19 +76,59 @@ class Guard:
         start(f"{status.value} {status.phrase}", json_headers(body))
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
 
-    def _refusal(self, environ: WSGIEnvironment) -> tuple[HTTPStatus, str] | None:
-        if not (self._settings.unsafe_listen or is_loopback(environ.get("REMOTE_ADDR"))):
+    def _refusal(self, environ: WSGIEnvironment, request_id: str, client: str) -> tuple[HTTPStatus, str] | None:
+        settings = self._settings
+        if not (settings.production or settings.unsafe_listen or is_loopback(environ.get("REMOTE_ADDR"))):
             return HTTPStatus.FORBIDDEN, "this is a development service, for its own machine only"
+        proxied = settings.trusted_proxy and environ.get("REMOTE_ADDR") == settings.trusted_proxy
+        if settings.production and proxied and environ.get("HTTP_X_FORWARDED_PROTO", "https").lower() != "https":
+            return HTTPStatus.FORBIDDEN, "use https"
         if not _is_plain_path(environ):
             return HTTPStatus.NOT_FOUND, "not found"
+        if not self._is_own_page(environ):
+            log("malicious_csrf", request_id=request_id, address=client)
+            return HTTPStatus.FORBIDDEN, "cross-origin request refused"
         return None
+
+    def _is_own_page(self, environ: WSGIEnvironment) -> bool:
+        # Instead of tokens: a browser says where a request comes from, curl and scripts say nothing
+        # (Fetch Metadata Request Headers, 2.4; RFC 6454, 7).
+        if environ["REQUEST_METHOD"] in SAFE:
+            return True
+        site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+        own = self._settings.public_url or f"http://{environ.get('HTTP_HOST', '')}"
+        return origin == own or (origin is None if site is None else site in ("same-origin", "none"))
+
+
+def client_address(peer: str, forwarded_for: str | None, trusted_proxy: str) -> str:
+    """Return who asks: the peer, or what the one trusted proxy says of its own peer, the last hop it names.
+
+    What it says that is no address is all one: "unknown".
+    """
+    if not trusted_proxy or peer != trusted_proxy or forwarded_for is None:
+        if forwarded_for is not None:
+            _warn_of_forwarding()
+        return peer
+    try:
+        parsed = ipaddress.ip_address(forwarded_for.rpartition(",")[2].strip())
+    except ValueError:
+        return "unknown"
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+
+
+@functools.cache
+def _warn_of_forwarding() -> None:
+    log("sys_forwarding_ignored", reason="X-Forwarded-For from a peer that AUTHSVC_TRUSTED_PROXY does not name")
 
 
 def is_direct(environ: WSGIEnvironment) -> bool:
-    """Say whether a program on this machine asks by itself, not for somebody else as a proxy does."""
-    return is_loopback(environ.get("REMOTE_ADDR")) and not any(
-        name in FORWARDING or name.startswith("HTTP_X_FORWARDED") for name in environ
-    )
+    """Say whether a program on this machine asks by itself, not for somebody else as a proxy does.
+
+    A browser may ask for a page whose own name was made to lead here (DNS rebinding); then that name is the Host.
+    """
+    host = environ.get("HTTP_HOST", "localhost").rpartition(":")[0] or environ.get("HTTP_HOST", "localhost")
+    forwarded = any(name in FORWARDING or name.startswith("HTTP_X_FORWARDED") for name in environ)
+    return is_loopback(environ.get("REMOTE_ADDR")) and is_loopback(host.strip("[]")) and not forwarded
 
 
 @functools.lru_cache(maxsize=1024)
@@ -96,9 +148,9 @@ def new_request_id() -> str:
     return secrets.token_hex(8)
 
 
-def common_headers(request_id: str) -> list[tuple[str, str]]:
+def common_headers(request_id: str, production: bool = False) -> list[tuple[str, str]]:
     """Return the headers that every answer carries."""
-    return [*SECURITY_HEADERS, ("X-Request-ID", request_id)]
+    return [*SECURITY_HEADERS, *([HSTS] if production else []), ("X-Request-ID", request_id)]
 
 
 def json_body(content: dict[str, Any]) -> bytes:
@@ -112,13 +164,31 @@ def json_headers(body: bytes) -> list[tuple[str, str]]:
 
 
 def log(event: str, **details: Any) -> None:
-    """Write one line of ASCII JSON to standard error; a log that cannot be written stops nobody."""
+    """Write one line of ASCII JSON to standard error; a log that cannot be written stops nobody.
+
+    A flood of one event is cut off; its next line that is written says how many are ``missing``.
+    """
+    with _log_lock:
+        start, lines = _log_floods.get(event, (0.0, 0))
+        now = time.monotonic()
+        if now - start < LOG_WINDOW:
+            _log_floods[event] = start, lines + 1
+            if lines >= LOG_FLOOD:
+                return
+        else:
+            _log_floods[event] = now, 1
+            if lines > LOG_FLOOD:
+                details["missing"] = lines - LOG_FLOOD
     stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
     try:
         sys.stderr.write(json.dumps({"time": stamp, "event": event, **details}) + "\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):  # a closed pipe, a closed file, none at all
         pass
+
+
+_log_lock = threading.Lock()
+_log_floods: dict[str, tuple[float, int]] = {}  # event: start of its window, lines since
 
 
 def log_crash(error: BaseException, request_id: str | None = None) -> None:

@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ from waitress.task import ErrorTask
 from waitress.utilities import Error
 
 import guard
+import throttle
+from settings import Settings
 
 if TYPE_CHECKING:
     from wsgiref.types import WSGIApplication
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 HASHING_QUEUE = 128  # requests; 128 × 0.24 s on two cores is the 15 s below
 HASHING_WAIT = 15.0  # seconds
 HASHING_NICENESS = 10
+HASHING_PLACES = 4  # of the queue for one client address, in production
 WRITERS = 2  # threads; SQLite writes one at a time, the second is for the one that waits on a client
 DEFERRED = 1000  # writes that nobody waits for; past that they are dropped and come again with the next request
 DRAIN = 8.0  # seconds from SIGTERM to the end of the last answer
@@ -49,6 +53,11 @@ LARGEST_BODY = 16_384  # bytes
 LARGEST_REST = 4 * 2**20  # bytes that are read and thrown away after a refusal
 LARGEST_HEADER = 16_384  # bytes, with the request line
 CONNECTIONS = 512
+DEADLINE = 30.0  # seconds for a whole request to arrive; one byte a second would otherwise hold a connection for ever
+IDLE = 30  # seconds that a connection may say nothing
+
+# Headers that must not be given twice: which one counts, differs between us and a proxy.
+SINGLE = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"cookie", b"origin", b"x-forwarded-proto")
 
 # What a client is told of an error that never reached the application. waitress's own texts quote the request.
 MESSAGES = {
@@ -74,7 +83,9 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         error = self.request.error
         body = guard.json_body({"message": MESSAGES.get(error.code, "internal error")})
         self.status = f"{error.code} {error.reason}"
-        self.response_headers += guard.json_headers(body) + guard.common_headers(guard.new_request_id())
+        self.response_headers += guard.json_headers(body) + guard.common_headers(
+            guard.new_request_id(), self.channel.production
+        )
         if error.code == Busy.code:
             self.response_headers.append(("Retry-After", str(guard.RETRY_AFTER)))
         self.set_close_on_finish()
@@ -84,7 +95,15 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class StrictParser(HTTPRequestParser):  # type: ignore[misc]
-    """Mends what waitress 3.0.2 does with an odd request."""
+    """Refuses what a proxy in front may read in another way, and so could be used to smuggle a request past it.
+
+    waitress 3.0.2 takes all of these (RFC 9112: 2.3, 3.2, 5.2, 6.1, 6.3; RFC 9110: 5.3). Its next release is to
+    refuse a length beside an encoding, a repeated encoding and a repeated Host: then look what is left to do here.
+    """
+
+    def __init__(self, adj: Any) -> None:
+        super().__init__(adj)
+        self.began = time.monotonic()
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
@@ -93,6 +112,21 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
+        lines = header_plus.split(b"\r\n")
+        fields = [line.partition(b":")[::2] for line in lines[1:] if line]
+        names = [name.lower() for name, _ in fields]
+        encodings = [value for name, value in fields if name.lower() == b"transfer-encoding"]
+        version = lines[0].rpartition(b" ")[2]
+        if version not in (b"HTTP/1.0", b"HTTP/1.1"):
+            raise ParsingError("unknown version")
+        if any(line[:1] in (b" ", b"\t") for line in lines):
+            raise ParsingError("folded header")
+        if any(names.count(name) > 1 for name in SINGLE):
+            raise ParsingError("repeated header")
+        if version == b"HTTP/1.1" and b"host" not in names:
+            raise ParsingError("no Host")
+        if encodings and (version == b"HTTP/1.0" or b"content-length" in names or b"," in encodings[0]):
+            raise ParsingError("ambiguous length")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # from urlsplit("http://["): else the connection closes without an answer
@@ -104,6 +138,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     parser_class = StrictParser
     error_task_class = JSONErrorTask
+    production = False
     serve_now = False  # set by Lanes.add_task
     rest = 0  # bytes that may still come when the last answer is sent
     lingering = False
@@ -147,10 +182,13 @@ class Lanes:
     ``hashing`` names the routes that may hash, as (method, path).
     """
 
-    def __init__(self, hashing: Collection[tuple[str, str]], cores: int) -> None:
+    def __init__(self, hashing: Collection[tuple[str, str]], cores: int, settings: Settings) -> None:
         self._hashing = hashing
+        self.settings = settings
+        self._places: Counter[str] = Counter()
+        self._places_lock = threading.Lock()
         self._io_thread = threading.get_ident()
-        self._hashing_queue: queue.SimpleQueue[tuple[float, Channel]] = queue.SimpleQueue()
+        self._hashing_queue: queue.SimpleQueue[tuple[float, Channel, str]] = queue.SimpleQueue()
         self._writing_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         # A queue of their own: while the database is locked they pile up, and a client's write must not wait for them.
         self._deferred_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -163,8 +201,9 @@ class Lanes:
         """Send the first request of a connection to its lane. Called by waitress, which holds requests_lock."""
         request = channel.requests[0]
         if not request.error and (request.command, request.path) in self._hashing:
-            if not self._stopping and self._hashing_queue.qsize() < HASHING_QUEUE:
-                self._hashing_queue.put((time.monotonic(), channel))
+            client = self._client(channel)
+            if not self._stopping and self._hashing_queue.qsize() < HASHING_QUEUE and self._take_place(client):
+                self._hashing_queue.put((time.monotonic(), channel, client))
                 return
             request.error = Busy("")
         quick = request.error or request.command in ("GET", "HEAD")
@@ -185,7 +224,7 @@ class Lanes:
         self._stopping = True
         while not self._hashing_queue.empty():
             try:
-                _, channel = self._hashing_queue.get_nowait()
+                _, channel, _ = self._hashing_queue.get_nowait()
             except queue.Empty:  # a worker was faster
                 break
             _refuse(channel)
@@ -194,9 +233,22 @@ class Lanes:
         if sys.platform == "linux":  # where niceness belongs to a thread
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASHING_NICENESS)
         while True:
-            since, channel = self._hashing_queue.get()
+            since, channel, client = self._hashing_queue.get()
             late = time.monotonic() - since > HASHING_WAIT
             _run(functools.partial(_refuse, channel) if late else channel.service)
+            with self._places_lock:
+                self._places -= Counter([client])  # drops what is down to nothing
+
+    def _client(self, channel: Channel) -> str:
+        forwarded_for = channel.requests[0].headers.get("X_FORWARDED_FOR")
+        return throttle.network(guard.client_address(channel.addr[0], forwarded_for, self.settings.trusted_proxy))
+
+    def _take_place(self, client: str) -> bool:
+        with self._places_lock:
+            if self.settings.production and self._places[client] >= HASHING_PLACES:
+                return False
+            self._places[client] += 1
+        return True
 
 
 class Server:
@@ -211,13 +263,15 @@ class Server:
             sockets=[listener],
             _dispatcher=lanes,
             asyncore_use_poll=True,  # select() cannot see past descriptor 1023
+            channel_timeout=IDLE,
+            cleanup_interval=5,
             clear_untrusted_proxy_headers=False,  # guard.is_direct must see them; nobody believes them
             connection_limit=CONNECTIONS,
             ident=None,
             max_request_body_size=LARGEST_BODY + 1,  # waitress refuses this size itself
             max_request_header_size=LARGEST_HEADER,
         )
-        self._server.channel_class = Channel
+        self._server.channel_class = type("Channel", (Channel,), {"production": lanes.settings.production})
 
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler; the second signal of its kind ends it the hard way."""
@@ -227,8 +281,12 @@ class Server:
 
     def run(self) -> bool:
         """Serve until stopped, then finish what was asked, within 10 s; say whether nothing was left undone."""
+        looked = time.monotonic()
         while not self._stopping:
             self._turn(1.0)
+            if time.monotonic() - looked > 1.0:
+                looked = time.monotonic()
+                self._close_slow(looked - DEADLINE)
         wasyncore.dispatcher.close(self._server)  # accepts no more
         self._lanes.drain()
         end = time.monotonic() + DRAIN
@@ -236,11 +294,16 @@ class Server:
             self._turn(0.05)
         return not self._in_hand()
 
+    def _close_slow(self, cutoff: float) -> None:
+        for channel in list(self._server.active_channels.values()):  # a worker may close one meanwhile
+            if channel.request is not None and channel.request.began < cutoff:
+                channel.will_close = True  # without an answer: whoever takes 30 s for 16 KiB is no client
+
     def _turn(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
 
     def _in_hand(self) -> bool:
-        channels = list(self._server.active_channels.values())  # a worker may close one meanwhile
+        channels = list(self._server.active_channels.values())
         return any(channel.requests or channel.total_outbufs_len for channel in channels)
 
 

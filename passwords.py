@@ -11,11 +11,14 @@ A password is taken as received: not trimmed, not normalised (OWASP ASVS 6.2.8).
 from __future__ import annotations
 
 import base64
+import functools
+import gzip
 import hashlib
 import hmac
 import os
 import re
 import threading
+from pathlib import Path
 
 import bcrypt
 
@@ -28,6 +31,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 _COST, _SALT, _DIGEST = rb"(0[4-9]|[12]\d|3[01])", rb"[./A-Za-z0-9]{21}[.Oeu]", rb"[./A-Za-z0-9]{31}"
 PLAIN = re.compile(rb"\$2[aby]\$" + _COST + rb"\$" + _SALT + _DIGEST)
 SHA256 = re.compile(rb"\$bcrypt-sha256\$v=2,t=2b,r=([4-9]|[12]\d|3[01])\$(" + _SALT + rb")\$(" + _DIGEST + rb")")
+
+_ROWS = "1234567890", "qwertyuiopasdfghjklzxcvbnm", "abcdefghijklmnopqrstuvwxyz", "1qaz2wsx3edc4rfv5tgb6yhn7ujm8ik9ol0p"
+RUNS = _ROWS + tuple(row[::-1] for row in _ROWS)
 
 # bcrypt lets go of the interpreter while it works: as many hashes as cores is the most that helps, more
 # only take time from each other. Under our own server the hashing lane already keeps to it.
@@ -44,6 +50,31 @@ def objection(password: str) -> str | None:
         return "password must not be empty"
     if size > LONGEST:
         return f"password must be at most {LONGEST} bytes"
+    return None
+
+
+def weakness(password: str, context: str, shortest: int) -> str | None:
+    """Say why this is too easy to guess to be the only factor, or return None.
+
+    No rules of composition (NIST SP 800-63B-4 3.1.1.2). Lists hold few passwords of 15 characters and more, so what
+    people make of the listed ones when they must be long is recognised by its shape; so is what is mostly made of the
+    words of ``context``, the email and the service.
+    """
+    folded = password.casefold()
+    if len(password) < shortest:
+        return f"password must be at least {shortest} characters"
+    if len(set(folded)) <= 4:
+        return "password must have more than four different characters"
+    if any(folded in run * (len(folded) // len(run) + 2) for run in RUNS):
+        return "password must not be one run of the keyboard or the alphabet"
+    unit = folded[: (folded + folded).index(folded, 1)]  # what it repeats; itself when it repeats nothing
+    if (unit != folded and len(unit) < 8) or {folded, unit, folded.rstrip("0123456789")} & _common():
+        return "password must not be a common one, nor one repeated or followed by digits"
+    rest = folded
+    for part in sorted(re.findall("[a-z0-9]{3,}", context.casefold()), key=len, reverse=True):
+        rest = rest.replace(part, "")
+    if 2 * len(rest) < len(folded):
+        return "password must not be made of the email or the name of the service"
     return None
 
 
@@ -72,6 +103,13 @@ def cost_of(hashed: str | bytes) -> int | None:
     stored = _bytes(hashed)
     found = PLAIN.fullmatch(stored) or SHA256.fullmatch(stored)
     return int(found[1]) if found else None
+
+
+@functools.cache
+def _common() -> frozenset[str]:
+    # With the first registration: 11,611 words, 1 MB.
+    text = gzip.decompress(Path(__file__).with_name("common.txt.gz").read_bytes()).decode()
+    return frozenset(line for line in text.splitlines() if not line.startswith("#"))
 
 
 def _comparable(password: str, hashed: str | bytes | None) -> tuple[bytes, bytes] | None:

@@ -26,3 +26,24 @@ CREATE TABLE sessions (
 ) STRICT;
 
 CREATE INDEX sessions_user_id ON sessions (user_id);
+
+CREATE TABLE known_addresses (  -- where a user has logged in from: the owner gets in while strangers are throttled
+    user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    address_hash TEXT NOT NULL,                      -- keyed, of account and address
+    seen_at      INTEGER NOT NULL,                   -- of the last login; known for 90 days
+    PRIMARY KEY (user_id, address_hash)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX known_addresses_address_hash ON known_addresses (address_hash);
+
+CREATE TABLE throttle (
+    key     TEXT PRIMARY KEY,                        -- keyed hash of what is counted: no address, no email
+    full_at INTEGER NOT NULL                         -- when the bucket will have refilled; then the row is of no use
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX throttle_full_at ON throttle (full_at);
+
+CREATE TABLE throttle_secret (                       -- one row: what the hashes above are keyed with
+    id     INTEGER PRIMARY KEY CHECK (id = 1),
+    secret BLOB NOT NULL                             -- 32 random bytes
+) STRICT;

@@ -11,25 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 PREFIX = "AUTHSVC_"
 
 # Names that stand in the environment of the service but are read by another program.
 FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
-
-# Names that are promised and whose feature is not here: to ignore one would be to run less safely than asked.
-NOT_YET = frozenset(
-    PREFIX + name
-    for name in (
-        "PUBLIC_URL",
-        "PASSWORD_MIN",
-        "TRUSTED_PROXY",
-        "COOKIE_DOMAIN",
-        "SMTP_URL",
-        "SMTP_PASSWORD_FILE",
-        "MAIL_FROM",
-    )
-)
 
 RANGES = {
     "bcrypt_cost": (4, 15),  # 4: 1 ms, for tests; 15: 2 s of a core for each login
@@ -37,7 +24,13 @@ RANGES = {
     "session_idle": (1, 31_536_000),
     "session_lifetime": (1, 31_536_000),
     "reset_lifetime": (1, 3600),  # OWASP ASVS 6.5.5 asks for 10 minutes; an hour is the most we offer
+    "password_min": (8, 64),  # NIST SP 800-63B-4 3.1.1.2: 15 where a password is all there is, never below 8
 }
+
+# What can be a mail recipient and stand in a header without being read as two, as a group (RFC 5322 3.4) or as an
+# encoded word (RFC 2047 2).
+_ATOM = r"""[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]+"""
+MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!\.)")
 
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
@@ -56,13 +49,20 @@ class Settings:
 
     listen: str = "127.0.0.1:5000"  # host:port; port 0 takes a free one
     database: str = "authsvc.db"  # path of the SQLite file, from the working folder
-    bcrypt_cost: int = 12  # log2 of the rounds, 0.24 s of a core; each step more doubles it
-    throttle: bool = True  # on or off; accepted, nothing is throttled in this release
+    public_url: str = ""  # https://…, the address people use; set, it makes this a production service
+    bcrypt_cost: int = 12  # log2 of the rounds, 0.24 s of a core; each step more doubles it; production: 10 or more
+    throttle: bool = True  # on or off; production: on
     sessions_per_user: int = 1  # sessions at once; a login beyond it ends the oldest
     session_idle: int = 604_800  # seconds, 7 days; a session not used for as long is over
     session_lifetime: int = 2_592_000  # seconds, 30 days (NIST SP 800-63B-4 AAL1); over even when in use
     reset_lifetime: int = 600  # seconds; a reset token older than this is refused
-    unsafe_listen: bool = False  # 1: listen beyond loopback although nothing here is fit for a network
+    password_min: int = 15  # characters of a new password; production only
+    trusted_proxy: str = ""  # the one address whose X-Forwarded-For and -Proto are believed
+    cookie_domain: str = ""  # share the cookie with every host below it, who can then all read it; production only
+    smtp_url: str = ""  # smtp+starttls://user@host:587 or smtps://user@host:465; without it nothing is mailed
+    smtp_password_file: str = ""  # holds the password of smtp_url's user
+    mail_from: str = ""  # the sender's address
+    unsafe_listen: bool = False  # 1: development beyond loopback although nothing in it is fit for a network
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -76,8 +76,6 @@ class Settings:
         for name in sorted(environ):
             if not name.startswith(PREFIX) or name in FOREIGN:
                 continue
-            if name in NOT_YET:
-                raise SettingsError(f"{name} is not in this release")
             if name not in readers:
                 raise SettingsError(f"{name} is not a setting; the README lists them all")
             field = readers[name]
@@ -86,18 +84,63 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field, (least, most) in RANGES.items():
-            if not least <= getattr(self, field) <= most:
-                name = PREFIX + field.upper()
-                raise SettingsError(f"{name}={getattr(self, field)} must be from {least} to {most}")
-        if re.match("postgres(ql)?://", self.database):
-            raise SettingsError("AUTHSVC_DATABASE: PostgreSQL is not in this release; give the path of a file")
-        if not self.database:
-            raise SettingsError("AUTHSVC_DATABASE must name a file")
-        if not (self.address[0].is_loopback or self.unsafe_listen):
-            raise SettingsError(
-                f"AUTHSVC_LISTEN={self.listen} is reachable from other machines, and a development service gives "
-                "reset tokens to whoever asks; AUTHSVC_UNSAFE_LISTEN=1 overrides this"
+            self._demand(least <= getattr(self, field) <= most, field, f"must be from {least} to {most}")
+        self._demand(
+            not self.database.startswith("postgres"), "database", "must be a file; PostgreSQL is not in this release"
+        )
+        self._demand(self.database != "", "database", "must name a file")
+        self._demand(
+            not self.trusted_proxy or _is_address(self.trusted_proxy), "trusted_proxy", "must be one IP address"
+        )
+        self._demand(bool(self.smtp_url) == bool(self.mail_from), "mail_from", "and AUTHSVC_SMTP_URL go together")
+        self._demand(not self.mail_from or bool(MAILBOX.fullmatch(self.mail_from)), "mail_from", "must be name@host")
+        self._demand(not self.smtp_url or bool(self.smtp_server), "smtp_url", "must be smtp+starttls://… or smtps://…")
+        listens_locally = self.address[0].is_loopback
+        if self.public_url:
+            self._check_production()
+        else:
+            self._demand(not self.cookie_domain, "cookie_domain", "needs AUTHSVC_PUBLIC_URL")
+            self._demand(
+                listens_locally or self.unsafe_listen,
+                "listen",
+                "is reachable from other machines, and a development service hands out reset tokens: set "
+                "AUTHSVC_PUBLIC_URL, or AUTHSVC_UNSAFE_LISTEN=1 if you know better",
             )
+
+    def _check_production(self) -> None:
+        host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::[0-9]{1,5})?", self.public_url, re.ASCII)
+        self._demand(host is not None, "public_url", "must be https://host, in lower case, without a path")
+        self._demand(self.bcrypt_cost >= 10, "bcrypt_cost", "must be at least 10 in production")
+        self._demand(self.throttle, "throttle", "cannot be off in production")
+        self._demand(
+            not self.unsafe_listen, "unsafe_listen", "is for development; production listens where it is told to"
+        )
+        inside = host is not None and f".{host[1]}".endswith(f".{self.cookie_domain}") and "." in self.cookie_domain
+        self._demand(
+            not self.cookie_domain or inside, "cookie_domain", "must be the host of AUTHSVC_PUBLIC_URL or a parent"
+        )
+
+    def _demand(self, fulfilled: bool, field: str, demand: str) -> None:
+        if not fulfilled:
+            value = str(getattr(self, field))
+            shown = "" if field in ("smtp_url", "database") else f"={value if value.isprintable() else repr(value)}"
+            raise SettingsError(f"{PREFIX}{field.upper()}{shown} {demand}")  # a URL may hold a password
+
+    @property
+    def production(self) -> bool:
+        """Whether strangers are expected."""
+        return self.public_url != ""
+
+    @property
+    def smtp_server(self) -> SplitResult | None:
+        """Where to hand in mail: scheme, username, hostname and port; None when nothing is mailed."""
+        # No plain smtp://: a reset link read on its way is an account lost.
+        try:
+            url = urlsplit(self.smtp_url)
+            usable = url.scheme in ("smtp+starttls", "smtps") and url.hostname and url.port != 0 and not url.password
+        except ValueError:  # a port that is none
+            return None
+        return url if usable else None
 
     @property
     def address(self) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
@@ -115,7 +158,16 @@ class Settings:
             ) from None
 
 
+def _is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
 def _read(name: str, text: str, kind: type) -> str | int | bool:
+    if not text:  # what a broken environment file leaves; a service must not turn into a development one by it
+        raise SettingsError(f"{name} is set to nothing; give it a value or unset it")
     if kind is bool:
         if text not in SWITCH:
             raise SettingsError(f"{name}={text!r} must be on or off (or 1 or 0)")

@@ -13,7 +13,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS: tuple[str, ...] = ()
 VERSION = len(MIGRATIONS) + 1
 
+CLOCK_TOLERANCE = 300  # seconds that two readings of the clock may differ before it must have been set
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
 LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
 
@@ -52,6 +53,10 @@ class StorageUnavailable(Exception):
     """The file cannot be read or written now: locked, full, damaged or gone."""
 
 
+class _BucketEmpty(Exception):
+    pass
+
+
 class DatabaseRefused(Exception):
     """The file cannot be opened as a database of this release. Nothing in it was changed."""
 
@@ -74,7 +79,7 @@ class DB:
         DatabaseRefused: the file cannot be opened, is no database, another program's, or a newer release's.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, private: bool = False) -> None:
         chosen = os.fspath(Settings.from_environ().database if path is None else path)
         self._path = os.path.abspath(chosen)
         self._write_lock = threading.Lock()
@@ -84,6 +89,8 @@ class DB:
                 if chosen == ":memory:":
                     raise DatabaseRefused("threads cannot share it; give the path of a file")
                 _make_private(self._path)
+                if private and os.stat(self._path).st_mode & 0o077:
+                    raise DatabaseRefused("other users of this machine can read it: chmod 600")
                 self._writer = opened.enter_context(closing(self._connect()))
                 self._check_version()  # before anything is written
                 self._lock_file = os.open(self._path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -276,18 +283,24 @@ class DB:
 
     # Reset tokens
 
-    def set_reset_token(self, email: str, token_hash: str, expires_at: int) -> bool:
-        """Give the user a reset token in place of a former one; say whether there is such a user."""
+    def set_reset_token(self, email: str, token_hash: str, expires_at: int, kept: tuple[int, int] = (0, 0)) -> bool:
+        """Give the user a reset token, unless the present one expires after ``kept[0]`` and not after ``kept[1]``."""
         with self._transaction() as db:
-            return bool(
-                db.execute(
-                    """
-                    UPDATE users SET reset_token = :token_hash, reset_expires_at = :expires_at
-                     WHERE email_key = :email_key
-                    """,
-                    {"email_key": email.casefold(), "token_hash": token_hash, "expires_at": expires_at},
-                ).rowcount
-            )
+            changed = db.execute(
+                """
+                UPDATE users SET reset_token = :token_hash, reset_expires_at = :expires_at
+                 WHERE email_key = :email_key
+                   AND NOT coalesce(reset_expires_at > :after AND reset_expires_at <= :until, FALSE)
+                """,
+                {
+                    "email_key": email.casefold(),
+                    "token_hash": token_hash,
+                    "expires_at": expires_at,
+                    "after": kept[0],
+                    "until": kept[1],
+                },
+            ).rowcount
+        return changed == 1
 
     def find_reset(self, token_hash: str, *, now: int, latest: int) -> User | None:
         """Return the user whose reset token this is, if it expires after ``now`` and not after ``latest``."""
@@ -317,6 +330,72 @@ class DB:
                 return False
             _end_sessions(db, row[0])
         return True
+
+    # Throttle
+
+    def throttle_secret(self, proposed: bytes) -> bytes:
+        """Return the secret of this database; the proposed one from now on where there is none yet."""
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO throttle_secret (id, secret) VALUES (1, :secret)", {"secret": proposed})
+            return bytes(db.execute("SELECT secret FROM throttle_secret").fetchone()[0])
+
+    def take(self, buckets: Sequence[tuple[str, int, int]], now: int) -> int:
+        """Take one from each bucket (key, size, seconds until one is refilled) and return 0.
+
+        When one is empty: take from none, write nothing, and return the seconds until it is worth another try.
+        """
+        try:
+            with self._transaction() as db:
+                waits = [_take(db, key, size, interval, now) for key, size, interval in buckets]
+                if any(waits):
+                    raise _BucketEmpty
+                # Rows that have refilled say nothing; each take sweeps more than it adds.
+                db.execute(
+                    """
+                    DELETE FROM throttle WHERE key IN (SELECT key FROM throttle WHERE full_at <= :now LIMIT 10)
+                    """,
+                    {"now": now},
+                )
+        except _BucketEmpty:  # so that the transaction is rolled back
+            return max(waits)
+        return 0
+
+    def give_back(self, buckets: Sequence[tuple[str, int, int]]) -> None:
+        """Put one back into each bucket."""
+        with self._transaction() as db:
+            db.executemany(
+                """
+                UPDATE throttle SET full_at = full_at - ? WHERE key = ?
+                """,
+                [(interval, key) for key, _, interval in buckets],
+            )
+
+    def knows_address(self, address_hash: str, since: int) -> bool:
+        """Say whether somebody logged in as this account from this address after ``since``."""
+        statement = "SELECT 1 FROM known_addresses WHERE address_hash = :address_hash AND seen_at > :since"
+        return self._read(statement, {"address_hash": address_hash, "since": since}) is not None
+
+    def remember_address(self, user_id: int, address_hash: str, now: int, most: int) -> None:
+        """Record a login from an address; the oldest beyond ``most`` are forgotten."""
+        values = {"user_id": user_id, "address_hash": address_hash, "now": now, "most": most}
+        with self._transaction() as db:
+            db.execute(
+                """
+                INSERT INTO known_addresses (user_id, address_hash, seen_at)
+                SELECT id, :address_hash, :now FROM users WHERE id = :user_id
+                ON CONFLICT (user_id, address_hash) DO UPDATE SET seen_at = :now
+                """,
+                values,
+            )
+            db.execute(
+                """
+                DELETE FROM known_addresses
+                 WHERE user_id = :user_id
+                   AND address_hash NOT IN (SELECT address_hash FROM known_addresses
+                                             WHERE user_id = :user_id ORDER BY seen_at DESC LIMIT :most)
+                """,
+                values,
+            )
 
     # The file
 
@@ -424,6 +503,26 @@ def _can_match(name: str, value: object) -> bool:
     if isinstance(value, str):
         return not any("\ud800" <= character <= "\udfff" for character in value)
     return name == "hashed_password" and isinstance(value, bytes)
+
+
+def _take(db: sqlite3.Connection, key: str, size: int, interval: int, now: int) -> int:
+    # The generic cell rate algorithm (ITU-T I.371): one number a bucket, the moment when it is full again. A moment
+    # far later than an empty bucket can have was written before the clock jumped back: it counts as empty but for one.
+    full = now + size * interval
+    values = {"key": key, "now": now, "interval": interval, "full": full, "tolerance": CLOCK_TOLERANCE}
+    taken = db.execute(
+        """
+        INSERT INTO throttle (key, full_at) VALUES (:key, :now + :interval)
+        ON CONFLICT (key) DO UPDATE SET full_at = min(max(full_at, :now) + :interval, :full)
+         WHERE full_at + :interval <= :full OR full_at > :full + :tolerance
+        RETURNING key
+        """,
+        values,
+    ).fetchone()
+    if taken:
+        return 0
+    (full_at,) = db.execute("SELECT full_at FROM throttle WHERE key = :key", values).fetchone()
+    return int(full_at) + interval - full
 
 
 def _refuse_unfit(**values: object) -> None:

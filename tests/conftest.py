@@ -8,17 +8,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
+import guard
 from auth import Auth
 from authsvc import create_app
 from settings import Settings
 from storage import DB
+from tests import evidence
 
 HERE = Path(__file__).resolve().parent.parent
 COST = 4  # log2 of the bcrypt rounds, 1 ms
@@ -150,7 +152,8 @@ def clean_environ() -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard._log_floods.clear()
     for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
         monkeypatch.delenv(name)
 
@@ -203,3 +206,47 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     one = Service(tmp_path_factory.mktemp("service"))
     yield one
     one.end()
+
+
+# The evidence: when all tests were run, each one that asvs.toml names must have been among them, and passed.
+
+_PASSED = pytest.StashKey[set[str]]()
+_SKIPPED = pytest.StashKey[set[str]]()
+_LEFT_OUT = pytest.StashKey[set[str]]()
+_UNSHOWN = pytest.StashKey[set[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for key in (_PASSED, _SKIPPED, _LEFT_OUT, _UNSHOWN):
+        config.stash[key] = set()
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[_LEFT_OUT].add(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped or report.when == "call":
+        key = _PASSED if report.passed else _SKIPPED
+        item.config.stash[key].add(item.nodeid.partition("[")[0])
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.stash[_LEFT_OUT]
+    if whole and exitstatus == pytest.ExitCode.OK and not config.option.collectonly:
+        passed, skipped = config.stash[_PASSED], config.stash[_SKIPPED]
+        named = {test for entry in evidence.load() for test in evidence.tests_of(entry)}
+        config.stash[_UNSHOWN] = {test for test in named if test not in passed or test in skipped}
+        if config.stash[_UNSHOWN]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    unshown = config.stash[_UNSHOWN]
+    for test in sorted(unshown):
+        terminalreporter.write_line(f"asvs.toml names {test}, which did not run and pass", red=True)

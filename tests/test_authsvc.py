@@ -855,7 +855,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[DB]
     dbs: list[DB] = []
     both = threading.Barrier(2)
 
-    def open_one(path: str) -> DB:
+    def open_one(path: str, private: bool) -> DB:
         with contextlib.suppress(threading.BrokenBarrierError):
             both.wait(0.05)  # long enough for a second opener, if there is one
         dbs.append(DB(path))
@@ -920,3 +920,52 @@ def test_importing_opens_and_starts_nothing(tmp_path: Path) -> None:
         check=True,
     )
     assert (done.stdout, done.stderr) == ("[] 1\n", "")
+
+
+# The log
+
+
+def events(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "form", "event"),
+    [
+        (("GET", "/profile"), {}, "authz_fail"),
+        (("DELETE", "/sessions"), {}, "authz_fail"),
+        (("POST", "/reset_password"), {"email": "canary@x.io"}, "authz_fail"),
+        (
+            ("PUT", "/reset_password"),
+            {"email": "canary@x.io", "reset_token": "canary", "new_password": "p"},
+            "authn_token_fail",
+        ),
+    ],
+)
+def test_a_refusal_for_want_of_rights_is_logged(
+    call: Client, capsys: pytest.CaptureFixture[str], request_line: tuple[str, str], form: dict[str, str], event: str
+) -> None:
+    assert call(*request_line, form).status == 403
+    (line,) = events(capsys)
+    assert line["event"] == event
+    assert "canary" not in str(line)
+
+
+@pytest.mark.parametrize(
+    ("status", "rest"),
+    [
+        (400, {"form": {"email": "canary@x.io"}}),
+        (400, {"form": [("email", "canary@x.io"), ("email", "canary@x.io"), ("password", "canary")]}),
+        (400, {"form": {"email": "canary\r\n", "password": "canary"}}),
+        (400, {"form": {"email": "canary@x.io", "password": "canary" * 200}}),
+        (413, {"body": b"email=canary" * 2000}),
+        (415, {"body": b"canary", "content_type": "text/canary"}),
+    ],
+)
+def test_refused_input_is_logged_without_its_value(
+    call: Client, capsys: pytest.CaptureFixture[str], status: int, rest: dict[str, Any]
+) -> None:
+    assert call("POST", "/users", **rest).status == status
+    (line,) = events(capsys)
+    assert line["event"] == "input_validation_fail"
+    assert "canary" not in str(line)

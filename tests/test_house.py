@@ -22,10 +22,15 @@ ROOMS = {
     "settings": (set(), {"bottle", "sqlite3", "bcrypt"}),
     "storage": ({"settings"}, {"bottle", "bcrypt", "hashlib", "time"}),
     "passwords": ({"settings"}, {"bottle", "sqlite3"}),
-    "auth": ({"settings", "storage", "passwords"}, {"bottle", "sqlite3", "waitress"}),
+    "throttle": ({"storage", "settings"}, {"bottle", "sqlite3"}),
+    "mailer": ({"settings"}, {"bottle", "sqlite3"}),
+    "auth": ({"settings", "storage", "passwords", "throttle", "mailer"}, {"bottle", "sqlite3", "waitress"}),
     "guard": ({"settings"}, {"sqlite3", "bcrypt"}),
-    "lanes": ({"settings", "guard"}, {"bottle", "sqlite3", "bcrypt"}),
-    "authsvc": ({"settings", "storage", "passwords", "auth", "guard", "lanes"}, {"sqlite3", "bcrypt", "hashlib"}),
+    "lanes": ({"settings", "guard", "throttle"}, {"bottle", "sqlite3", "bcrypt"}),
+    "authsvc": (
+        {"settings", "storage", "passwords", "throttle", "mailer", "auth", "guard", "lanes"},
+        {"sqlite3", "bcrypt", "hashlib"},
+    ),
     "main": (set(), {"bottle", "sqlite3", "bcrypt", "waitress"}),
 }
 
@@ -42,7 +47,7 @@ def imports_of(path: Path) -> set[str]:
 
 def table_after(heading: str) -> list[list[str]]:
     section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in section.splitlines() if line.startswith("| `")]
     return [[cell.strip(" |`") for cell in row] for row in rows]
 
 

@@ -32,6 +32,7 @@ from waitress import wasyncore
 import guard
 import lanes
 import passwords
+from settings import Settings
 from tests.conftest import Answer, Clock, Service
 
 SECRET = "s3cret-of-a-client"
@@ -105,7 +106,7 @@ class Inside:
         assert ready.wait(5)
 
     def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
-        self.lanes = lanes.Lanes({("POST", "/slow"), ("POST", "/slow-crash")}, cores=1)
+        self.lanes = lanes.Lanes({("POST", "/slow"), ("POST", "/slow-crash")}, cores=1, settings=Settings())
         self.server = lanes.Server(self._application, listener, self.lanes)
         ready.set()
         self.server.run()
@@ -139,15 +140,15 @@ class Inside:
 
     def task(self, service: Callable[[], object]) -> Any:
         """A stand-in for the connection of somebody who asks for a hash."""
-        request = SimpleNamespace(error=None, command="POST", path="/slow")
-        return SimpleNamespace(requests=[request], service=service)
+        request = SimpleNamespace(error=None, command="POST", path="/slow", headers={})
+        return SimpleNamespace(requests=[request], service=service, addr=("127.0.0.1", 0))
 
     def close(self) -> None:
         self.gate.set()
         self.stop()
         self.thread.join(10)
         idle = threading.Barrier(3)  # no worker uses what is closed now
-        self.lanes._hashing_queue.put((float("inf"), self.task(idle.wait)))
+        self.lanes._hashing_queue.put((float("inf"), self.task(idle.wait), ""))
         self.lanes._writing_queue.put(idle.wait)
         idle.wait(10)
         wasyncore.close_all(self.server._server._map)
@@ -244,7 +245,7 @@ def test_writes_that_nobody_waits_for_are_bounded(inside: Inside, monkeypatch: p
 
 @pytest.mark.slow
 def test_the_welcome_stays_quick_while_logins_queue(start: Callable[..., Service]) -> None:
-    service = start(AUTHSVC_BCRYPT_COST="10")
+    service = start(AUTHSVC_BCRYPT_COST="10", AUTHSVC_THROTTLE="off")
     over = threading.Event()
 
     def timed(act: Callable[[], requests.Response]) -> float:
@@ -430,18 +431,18 @@ def test_an_exception_in_a_task_ends_no_worker(inside: Inside, capsys: pytest.Ca
     [
         (f"{SECRET}\r\n\r\n", 400),
         (f"get /{SECRET} HTTP/1.1\r\n\r\n", 400),
-        (f"GET / HTTP/1.1\r\nbad header: {SECRET}\r\n\r\n", 400),
-        (f"GET / HTTP/1.1\r\nX: a\rb{SECRET}\r\n\r\n", 400),
-        (f"GET http://[{SECRET} HTTP/1.1\r\n\r\n", 400),
-        (f"POST / HTTP/1.1\r\nContent-Length: {SECRET}\r\n\r\n", 400),
-        (f"POST / HTTP/1.1\r\nX: {SECRET}\r\nContent-Length: {'9' * 5000}\r\n\r\n", 400),
-        (f"POST /users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{SECRET}\r\n", 400),
-        (f"POST /{SECRET} HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n", 413),
-        (f"POST /{SECRET} HTTP/1.1\r\nContent-Length: 16385\r\n\r\n", 413),
-        (f"POST /{SECRET} HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 16385\r\n\r\n", 413),
-        (f"GET /{SECRET} HTTP/1.1\r\nX: {'a' * 17 * 1024}\r\n\r\n", 431),
-        (f"GET / HTTP/1.1\r\nX: {SECRET * 1024}", 431),
-        (f"POST / HTTP/1.1\r\nTransfer-Encoding: {SECRET}\r\n\r\n", 501),
+        (f"GET / HTTP/1.1\r\nHost: x\r\nbad header: {SECRET}\r\n\r\n", 400),
+        (f"GET / HTTP/1.1\r\nHost: x\r\nX: a\rb{SECRET}\r\n\r\n", 400),
+        (f"GET http://[{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (f"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {SECRET}\r\n\r\n", 400),
+        (f"POST / HTTP/1.1\r\nHost: x\r\nX: {SECRET}\r\nContent-Length: {'9' * 5000}\r\n\r\n", 400),
+        (f"POST /users HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{SECRET}\r\n", 400),
+        (f"POST /{SECRET} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", 413),
+        (f"POST /{SECRET} HTTP/1.1\r\nHost: x\r\nContent-Length: 16385\r\n\r\n", 413),
+        (f"POST /{SECRET} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 16385\r\n\r\n", 413),
+        (f"GET /{SECRET} HTTP/1.1\r\nHost: x\r\nX: {'a' * 17 * 1024}\r\n\r\n", 431),
+        (f"GET / HTTP/1.1\r\nHost: x\r\nX: {SECRET * 1024}", 431),
+        (f"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: {SECRET}\r\n\r\n", 501),
     ],
     ids=[
         "no request line",
@@ -501,7 +502,9 @@ def test_curl_sees_that_a_body_is_too_large(service: Service, tmp_path: Path, ar
 
 def test_who_is_refused_may_finish_sending(service: Service, dial: Callable[..., Wire]) -> None:
     wire = dial(service.address)
-    assert wire.send(b"POST /users HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n", b"x" * 20_000).status() == 413
+    assert (
+        wire.send(b"POST /users HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n", b"x" * 20_000).status() == 413
+    )
     wire.send(b"x" * 980_000)
     wire.socket.shutdown(socket.SHUT_WR)
     assert wire.stream.read() == b""  # else a reset, which can overtake the answer
@@ -509,7 +512,7 @@ def test_who_is_refused_may_finish_sending(service: Service, dial: Callable[...,
 
 def test_who_is_refused_may_not_send_for_ever(inside: Inside, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes, "LARGEST_REST", 100_000)
-    wire = inside.dial().send(b"POST / HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n")
+    wire = inside.dial().send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
     assert wire.status() == 413
     with pytest.raises(ConnectionError):
         wire.send(TOO_LARGE * 10)

@@ -201,7 +201,7 @@ def test_the_url_is_all_that_is_printed(start: Callable[..., Service], tmp_path:
     service.process.terminate()
     assert service.process.stdout.read() == ""
     assert (tmp_path / "here.db").exists()  # from the working folder, which is not that of the program
-    assert [json.loads(line)["event"] for line in service.log.splitlines()] == ["sys_startup"]
+    assert [json.loads(line)["event"] for line in service.log.splitlines()] == ["sys_startup", "sys_shutdown"]
 
 
 @pytest.mark.slow
@@ -274,8 +274,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("AUTHSVC_BCRYPT_COST", "3", "AUTHSVC_BCRYPT_COST=3 must be from 4 to 15"),
         ("AUTHSVC_THROTTLE", "no", "must be on or off"),
         ("AUTHSVC_SESSION_LIFE", "60", "AUTHSVC_SESSION_LIFE is not a setting"),
-        ("AUTHSVC_PUBLIC_URL", "https://auth.example", "AUTHSVC_PUBLIC_URL is not in this release"),
-        ("AUTHSVC_LISTEN", "0.0.0.0:0", "AUTHSVC_UNSAFE_LISTEN=1 overrides"),
+        ("AUTHSVC_PUBLIC_URL", "https://auth.example/", "AUTHSVC_PUBLIC_URL=https://auth.example/ must be"),
+        ("AUTHSVC_LISTEN", "0.0.0.0:0", "AUTHSVC_UNSAFE_LISTEN=1 if you know better"),
         ("AUTHSVC_LISTEN", "somewhere", "must be ADDRESS:PORT"),
     ],
 )

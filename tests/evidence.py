@@ -1,0 +1,87 @@
+"""The evidence: renders asvs.toml into SECURITY.md and counts it.
+
+``python -m tests.evidence`` prints the counts and fails when SECURITY.md is not up to date; ``--write``
+brings it up to date.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent.parent
+DATA = HERE / "asvs.toml"
+PAGE = HERE / "SECURITY.md"
+BEGIN, END = "<!-- evidence: written by python -m tests.evidence --write -->\n", "<!-- evidence ends -->\n"
+STATUSES = "met", "operator", "gap", "deviation"
+
+Requirement = dict[str, Any]
+
+
+def load() -> list[Requirement]:
+    """Return the requirements in their order."""
+    entries: list[Requirement] = tomllib.loads(DATA.read_text())["requirement"]
+    return entries
+
+
+def tests_of(entry: Requirement) -> list[str]:
+    """Return the tests that show it, as pytest names them."""
+    named = entry.get("test", [])
+    return [named] if isinstance(named, str) else list(named)
+
+
+def counts(entries: list[Requirement]) -> list[tuple[str, ...]]:
+    """Return how many have which status: a heading, a line for each level, and the sum."""
+    lines: list[tuple[str, ...]] = [("", *STATUSES, "all")]
+    for label, levels in (("level 1", (1,)), ("level 2", (2,)), ("level 3", (3,)), ("all", (1, 2, 3))):
+        found = [entry["status"] for entry in entries if entry["level"] in levels]
+        lines.append((label, *(str(found.count(status)) for status in STATUSES), str(len(found))))
+    return lines
+
+
+def render(entries: list[Requirement]) -> str:
+    """Return what stands between the markers."""
+    heading, *lines = counts(entries)
+    parts = [_table(heading, lines)]
+    for chapter, group in groupby(entries, lambda entry: str(entry["id"]).partition(".")[0]):
+        rows = [_row(entry) for entry in group]
+        parts.append(f"### {chapter}\n\n" + _table(("id", "level", "requirement", "status", "how", "shown by"), rows))
+    return "\n" + "\n".join(parts) + "\n"
+
+
+def rendered(page: str, entries: list[Requirement]) -> str:
+    """Return the page as it should be."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + render(entries) + END + rest.partition(END)[2]
+
+
+def main(arguments: list[str]) -> int:
+    """Print the counts; return 1 when the page is not up to date."""
+    entries, page = load(), PAGE.read_text()
+    for line in counts(entries):
+        print("".join(f"{cell:>10}" for cell in line))
+    wanted = rendered(page, entries)
+    if "--write" in arguments:
+        PAGE.write_text(wanted)
+    elif page != wanted:
+        print("SECURITY.md is not up to date: python -m tests.evidence --write", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _row(entry: Requirement) -> tuple[str, ...]:
+    how = " ".join(part for part in (entry["how"], entry.get("reason", "")) if part)
+    shown = "<br>".join(f"`{name.removeprefix('tests/')}`" for name in tests_of(entry))
+    return entry["id"], str(entry["level"]), entry["requirement"], entry["status"], how, shown
+
+
+def _table(heading: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [heading, ("---",) * len(heading), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
