@@ -54,10 +54,12 @@ class Post:
         self.data_says: list[str] = []
         self.logins: list[tuple[bytes, bytes]] = []
         self._listener = socket.create_server(("127.0.0.1", port))
+        # asyncio does so where it makes the socket; else each line of an answer waits 40 ms for the one before.
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self._listener.getsockname()[1]
         self._served: list[SMTP] = []
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         tls = self._context if scheme == "smtps" else None
         serving = self._loop.create_server(self._protocol, sock=self._listener, ssl=tls)
@@ -111,13 +113,16 @@ class Post:
     def close(self) -> None:
         async def end() -> None:
             self._server.close()
-            for _ in range(500):  # until all have let go of their sockets
+            for last in [False] * 19 + [True]:  # until all have let go of their sockets
                 for one in self._served:
                     for transport in (one.transport, one._original_transport):
                         if isinstance(transport, asyncio.WriteTransport):
                             transport.abort()
+                rest = asyncio.all_tasks() - {asyncio.current_task()}
+                for task in rest if last else ():
+                    task.cancel()
                 await asyncio.sleep(0.01)
-                if asyncio.all_tasks() == {asyncio.current_task()}:
+                if not rest:
                     break
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(5)
