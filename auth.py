@@ -170,7 +170,7 @@ class Auth:
         self._count(buckets)
         while user := self._verified_user(email, password):
             if session_id := self._start_session(user, replaced, address, user_agent):
-                self._defer(functools.partial(self._recognise, user, address, buckets))
+                self._later(self._recognise, user, address, buckets)
                 return session_id
             # The password changed while we compared with the old one: compare again.
         refusal = LoginFailed()
@@ -199,7 +199,7 @@ class Auth:
             return None
         user, last_seen_at = found
         if last_seen_at <= now - min(SEEN_INTERVAL, self._settings.session_idle // 2):
-            self._defer(lambda: self._touch(session_hash, now))
+            self._later(self._db.touch_session, session_hash, now)
         return user
 
     def log_out(self, session_id: str | None) -> User:
@@ -253,7 +253,7 @@ class Auth:
         hashed = self._new_hash(password, user.email)
         if not self._db.spend_reset(token_hash, hashed, **self._reset_window()):
             raise TokenRejected  # somebody spent it while we hashed
-        self._throttle.give_back(buckets)
+        self._later(self._throttle.give_back, buckets)
         if self._mailer and self._mailer.enabled:
             self._mailer.put(functools.partial(self._mailer.changed, user.email))
         return user.id
@@ -264,9 +264,12 @@ class Auth:
 
     # Details
 
-    def _touch(self, session_hash: str, now: int) -> None:
-        with contextlib.suppress(StorageUnavailable):  # the next request tries again
-            self._db.touch_session(session_hash, now)
+    def _later(self, write: Callable[..., object], *arguments: object) -> None:
+        def attempt() -> None:
+            with contextlib.suppress(StorageUnavailable):  # what was asked for is done; it must not fail by this
+                write(*arguments)
+
+        self._defer(attempt)
 
     def _now(self) -> int:
         return int(self._clock())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import json
+import re
 import secrets
 import sys
 import threading
@@ -126,7 +127,7 @@ def is_direct(environ: WSGIEnvironment) -> bool:
 
     A browser may ask for a page whose own name was made to lead here (DNS rebinding); then that name is the Host.
     """
-    host = environ.get("HTTP_HOST", "localhost").rpartition(":")[0] or environ.get("HTTP_HOST", "localhost")
+    host = re.sub(":[0-9]+$", "", environ.get("HTTP_HOST", "localhost"), flags=re.ASCII)
     forwarded = any(name in FORWARDING or name.startswith("HTTP_X_FORWARDED") for name in environ)
     return is_loopback(environ.get("REMOTE_ADDR")) and is_loopback(host.strip("[]")) and not forwarded
 

@@ -297,3 +297,19 @@ def test_a_log_on_a_full_disk_stops_nobody(monkeypatch: pytest.MonkeyPatch, full
 def test_a_log_that_is_closed_stops_nobody(monkeypatch: pytest.MonkeyPatch, settings: Settings, stream: Any) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
     assert Client(guard.Guard(broken, settings))("GET", "/").status == 500
+
+
+@pytest.mark.parametrize(
+    ("host", "direct"),
+    [
+        ("localhost", True),
+        ("localhost:5000", True),
+        ("127.0.0.1:5000", True),
+        ("[::1]:5000", True),
+        ("[::1]", True),
+        ("rebound.example:5000", False),
+        ("rebound.example", False),
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_not_direct(host: str, direct: bool) -> None:
+    assert guard.is_direct({"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": host}) is direct
