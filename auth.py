@@ -5,8 +5,11 @@ vault. Knows no HTTP and no SQL.
 
 - A session id or a reset token is random, handed out once, and kept only as its SHA-256.
 - A session ends ``session_idle`` seconds after its last use, ``session_lifetime`` after its start, at logout,
-  when newer ones take its place, and with any change of the password.
-- A reset token ends after ``reset_lifetime`` seconds, when used, and when a newer one is made.
+  when newer ones take its place or its user ends it, and with any change of the password or the second factor; the
+  one from which that change was made goes on under a new id.
+- A reset token ends after ``reset_lifetime`` seconds, an invitation after 7 days, both when used, when a newer one is
+  made, and with the same changes. Neither switches a second factor off.
+- A one-time code works once, and only after the password. A disabled account is one that nobody can log in to.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
 - A time more than 300 s ahead of the clock is invalid: a clock that jumped back extends nothing.
 """
@@ -17,24 +20,30 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import re
 import secrets
 import time
-import unicodedata
 import uuid
 from collections.abc import Callable, Sequence
 from email.message import EmailMessage
+from urllib.parse import urlsplit
 
 import passwords
+import totp
+from database import AlreadyExists, StorageUnavailable
 from mailer import Mailer
 from settings import MAILBOX, Settings
-from storage import DB, AlreadyExists, NoResultFound, StorageUnavailable, User
-from throttle import Bucket, Throttle
+from storage import CLOCK_TOLERANCE, DB, NoResultFound, Session, User, public_id
+from throttle import KNOWN_FOR, Bucket, Throttle
 
 LONGEST_EMAIL = 254  # bytes (RFC 5321 4.5.3.1.3, less the angle brackets)
 LONGEST_USER_AGENT = 200  # characters that are kept of it
-CLOCK_TOLERANCE = 300  # seconds
 RESET_INTERVAL = 300  # seconds between two reset mails to one user
+INVITATION_LIFETIME = 604_800  # seconds, 7 days: it waits for somebody who did not ask for it
 SEEN_INTERVAL = 60  # seconds between two records of a session's use: reading must not write each time
+PRUNE_STEP = 200  # rows of a kind that are deleted at once: 10 ms in which nobody else can write
+
+NO_PASSWORD = "!"  # stands for the hash until an invitation is taken up; matches nothing  # noqa: S105
 
 
 class AuthError(ValueError):
@@ -96,6 +105,36 @@ class SessionRequired(AuthError):
     message = "not logged in"
 
 
+class SessionUnknown(AuthError):
+    """The user has no live session of this name."""
+
+    message = "no such session"
+
+
+class RegistrationClosed(AuthError):
+    """The operator lets nobody register, or only by invitation; the message says which."""
+
+
+class ReauthenticationFailed(AuthError):
+    """Who is logged in has not shown again that it is them; the message says what was wrong."""
+
+
+class CodeRequired(AuthError):
+    """The password was right, and is not enough: a one-time code must come with it."""
+
+    message = "one-time code required"
+
+
+class SecondFactorRequired(AuthError):
+    """The operator demands a second factor, and the user has none yet."""
+
+    message = "set up a second factor first"
+
+
+class SecondFactorRejected(AuthError):
+    """There is one already, or none; the message says which."""
+
+
 def _hash_password(password: str, cost: int | None = None) -> bytes:
     """Return a salted hash of the password, with the cost of the settings unless another is given."""
     return passwords.hash_password(password, Settings.from_environ().bcrypt_cost if cost is None else cost)
@@ -138,17 +177,22 @@ class Auth:
         """Make an account.
 
         Raises:
+            RegistrationClosed: the operator wants it so.
             EmailRejected: blank, too long, or with control characters; in production no mailbox either.
             PasswordRejected: empty or too long; in production too short or too common.
             EmailTaken: there is one already, in whatever letter case.
         """
-        _check_email(email, production=self._settings.production)
+        if self._settings.registration != "open":
+            closed = self._settings.registration == "closed"
+            raise RegistrationClosed("registration is closed" if closed else "registration is by invitation only")
+        self.check_email(email)
+        self._check_password(password, email)
         self._count(self._throttle.registration(address) if address else [])
-        hashed = self._new_hash(password, email)
-        try:
-            return self._db.add_user(email, hashed)
-        except AlreadyExists:
-            raise EmailTaken(text=f"User {email} already exists") from None
+        return self._add_user(email, _hash_password(password, self._settings.bcrypt_cost))
+
+    def check_email(self, email: str) -> None:
+        """Raise EmailRejected where this cannot become an account's."""
+        _check_email(email, production=self._settings.production)
 
     def valid_login(self, email: str, password: str) -> bool:
         """Say whether this is the password of this email, in the same time whether or not the email is known."""
@@ -157,50 +201,82 @@ class Auth:
     # Sessions
 
     def log_in(
-        self, email: str, password: str, *, replaced: str | None = None, address: str = "", user_agent: str = ""
+        self,
+        email: str,
+        password: str,
+        otp: str = "",
+        *,
+        replaced: str | None = None,
+        address: str = "",
+        user_agent: str = "",
     ) -> str:
-        """Check the password and start a session; return its id.
+        """Check the password, and the one-time or recovery code of who has a second factor; return a new session's id.
 
         The ``replaced`` session, which this client held, ends.
 
         Raises:
-            LoginFailed: wrong password or unknown email.
+            LoginFailed: wrong password, unknown email, disabled account or wrong code.
+            CodeRequired: the password is right, and the code missing.
         """
         buckets = self._throttle.login(email, address) if address else []
         self._count(buckets)
+        shown = None  # which second factor was
         while user := self._verified_user(email, password):
+            if user.totp_since != shown:
+                self._check_code(user, otp, address, buckets)
+                shown = user.totp_since
             if session_id := self._start_session(user, replaced, address, user_agent):
                 self._later(self._recognise, user, address, buckets)
                 return session_id
-            # The password changed while we compared with the old one: compare again.
+            # The password or the second factor changed while we compared with the old one: compare again.
         refusal = LoginFailed()
         refusal.user_id = user.id if (user := self._find_user(email)) else None
         raise refusal
 
     def create_session(self, email: str) -> str | None:
-        """Start a session without a password and return its id, or None when nobody has this email."""
-        while user := self._find_user(email):
+        """Start a session without a password and return its id, or None when nobody who may log in has this email."""
+        while (user := self._find_user(email)) and not user.disabled_at:
             if session_id := self._start_session(user):
                 return session_id
         return None
 
     def get_user_from_session_id(self, session_id: str | None) -> User | None:
-        """Return the user of a live session, or None."""
-        if not session_id:
+        """Return the user of a live session, or None; also None while a second factor that is required is missing."""
+        try:
+            return self.identify(session_id)
+        except AuthError:
             return None
-        now, session_hash = self._now(), _digest(session_id)
-        found = self._db.find_session(
-            session_hash,
-            now=now,
-            idle_since=now - self._settings.session_idle,
-            latest=now + CLOCK_TOLERANCE,
-        )
+
+    def identify(self, session_id: str | None, *, enrolling: bool = False) -> User:
+        """Return the user of a live session; ``enrolling`` is the way to a second factor that is required.
+
+        Raises:
+            SessionRequired: it is not live.
+            SecondFactorRequired: the operator demands one, and the user has none.
+        """
+        now, session_hash = self._now(), _digest(session_id or "")
+        found = self._db.find_session(session_hash, **self._session_window()) if session_id else None
         if not found:
-            return None
+            raise SessionRequired
         user, last_seen_at = found
         if last_seen_at <= now - min(SEEN_INTERVAL, self._settings.session_idle // 2):
             self._later(self._db.touch_session, session_hash, now)
+        if self._settings.require_totp and not user.totp_since and not enrolling:
+            raise SecondFactorRequired
         return user
+
+    def list_sessions(self, session_id: str | None) -> tuple[list[Session], str]:
+        """Return the live sessions of whoever holds this one, and what this one is called among them."""
+        user = self.identify(session_id)
+        return self.sessions_of(user.id), public_id(_digest(session_id or ""))
+
+    def sessions_of(self, user_id: int) -> list[Session]:
+        """Return a user's live sessions, the newest first."""
+        return self._db.list_sessions(user_id, **self._session_window())
+
+    def expires_at(self, session: Session) -> int:
+        """Return when a session ends if it is not used again, in unix seconds."""
+        return min(session.expires_at, session.last_seen_at + self._settings.session_idle)
 
     def log_out(self, session_id: str | None) -> User:
         """End this session and no other; return its user.
@@ -208,14 +284,126 @@ class Auth:
         Raises:
             SessionRequired: it is not live.
         """
-        user = self.get_user_from_session_id(session_id)
-        if not (user and session_id and self._db.end_session(_digest(session_id))):
+        user = self.identify(session_id, enrolling=True)
+        if not self._db.end_session(_digest(session_id or "")):
             raise SessionRequired
+        return user
+
+    def end_session(self, session_id: str | None, named: str) -> tuple[User, bool]:
+        """End the named session of whoever holds this one; return the user and whether it was this one.
+
+        Raises:
+            SessionUnknown: the user has no such session, whoever else may.
+        """
+        user = self.identify(session_id)
+        for session in self.sessions_of(user.id):
+            if session.id == named and self._db.end_session(session.session_hash):
+                return user, named == public_id(_digest(session_id or ""))
+        raise SessionUnknown
+
+    def end_sessions(self, session_id: str | None, *, but_this: bool) -> User:
+        """End all sessions of whoever holds this one, or all others; return the user."""
+        user = self.identify(session_id)
+        self._db.end_sessions(user.id, kept=_digest(session_id or "") if but_this else None)
         return user
 
     def destroy_session(self, user_id: int) -> None:
         """End all sessions of a user; nothing happens where there is none."""
         self._db.end_sessions(user_id)
+
+    # Changes, by who is logged in. The password is asked again, and counted as at login.
+
+    def change_password(
+        self, session_id: str | None, password: str, new_password: str, *, address: str = ""
+    ) -> tuple[User, str]:
+        """Set a new password; return the user and the new id under which this session goes on. All others end.
+
+        Raises:
+            PasswordRejected: the new one, as when registering.
+            ReauthenticationFailed: the present one is wrong.
+        """
+        user = self.identify(session_id)
+        self._check_password(new_password, user.email)
+        user = self._reauthenticate(user, password, address)
+        hashed, renewed = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
+        old, session_hash = user.hashed_password, _digest(session_id or "")
+        if not self._db.change_password(user.id, old, hashed, session_hash, _digest(renewed)):
+            raise SessionRequired  # it ended while we hashed
+        self._notify(user, "Your password was changed")
+        return user, renewed
+
+    def delete_account(self, session_id: str | None, password: str, *, address: str = "") -> User:
+        """Delete the account and all that is its own; return what it was.
+
+        Raises:
+            ReauthenticationFailed: the password is wrong.
+        """
+        user = self._reauthenticate(self.identify(session_id), password, address)
+        if not self._db.delete_user(user.id, user.hashed_password):
+            raise SessionRequired
+        self._notify(user, "Your account was deleted")
+        return user
+
+    def begin_totp(self, session_id: str | None, password: str, *, address: str = "") -> tuple[str, str]:
+        """Make the seed of a second factor, which a code must confirm; return it, and as a link for an app.
+
+        Raises:
+            ReauthenticationFailed: the password is wrong.
+            SecondFactorRejected: there is one in force.
+        """
+        user = self._reauthenticate(self.identify(session_id, enrolling=True), password, address)
+        seed = totp.new_seed()
+        if not self._db.set_totp(user.id, seed):
+            raise SecondFactorRejected("a second factor is on already")
+        return seed, totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
+
+    def confirm_totp(self, session_id: str | None, otp: str, *, address: str = "") -> tuple[User, str, list[str]]:
+        """Put the second factor into force; return the user, this session's new id, and the recovery codes.
+
+        Raises:
+            ReauthenticationFailed: the code is wrong.
+            SecondFactorRejected: none is being set up.
+        """
+        user = self.identify(session_id, enrolling=True)
+        if not user.totp_secret or user.totp_since:
+            raise SecondFactorRejected("no second factor is being set up")
+        buckets = self._throttle.code(user.email, address) if address else []
+        self._count(buckets)
+        step = totp.matching_step(user.totp_secret, otp, self._now())
+        if step is None:
+            raise ReauthenticationFailed("wrong one-time code")
+        codes, renewed = totp.new_recovery_codes(), self._new_secret()
+        if not self._db.confirm_totp(
+            user,
+            step,
+            map(totp.recovery_hash, codes),
+            now=self._now(),
+            session_hash=_digest(session_id or ""),
+            renewed=_digest(renewed),
+        ):
+            raise SessionRequired
+        self._later(self._throttle.give_back, buckets)
+        self._notify(user, "A second factor was switched on")
+        return user, renewed, codes
+
+    def remove_totp(self, session_id: str | None, password: str, otp: str, *, address: str = "") -> tuple[User, str]:
+        """Switch the second factor off; return the user and the new id of this session. All others end.
+
+        Raises:
+            ReauthenticationFailed: the password or the code is wrong.
+            SecondFactorRejected: there is none.
+        """
+        user = self.identify(session_id)
+        if not user.totp_since:
+            raise SecondFactorRejected("no second factor is on")
+        user = self._reauthenticate(user, password, address)
+        if not self._spend_code(user, otp, address):
+            raise ReauthenticationFailed("wrong one-time code")
+        renewed = self._new_secret()
+        if not self._db.remove_totp(user.id, _digest(session_id or ""), _digest(renewed)):
+            raise SessionRequired
+        self._notify(user, "The second factor was switched off")
+        return user, renewed
 
     # Reset
 
@@ -227,10 +415,9 @@ class Auth:
         """
         self._count(self._throttle.reset_request(email, address) if address else [])
         user = self._find_user(email)
-        token = user and self._new_reset_token(user)
-        if not token:
+        if not user or not _may_reset(user):
             raise UnknownEmail
-        return token
+        return self._new_reset_token(user, self._settings.reset_lifetime) or ""
 
     def mail_reset_token(self, email: str, address: str, log: Callable[..., None]) -> None:
         """Mail a reset token to whom it may concern; nothing here tells whether it does, not even the time."""
@@ -250,13 +437,46 @@ class Auth:
         user = self._db.find_reset(token_hash, **self._reset_window())  # first: a guess costs no bcrypt
         if not user or (email is not None and user.email.casefold() != email.casefold()):
             raise TokenRejected
-        hashed = self._new_hash(password, user.email)
+        self._check_password(password, user.email)
+        hashed = _hash_password(password, self._settings.bcrypt_cost)
         if not self._db.spend_reset(token_hash, hashed, **self._reset_window()):
             raise TokenRejected  # somebody spent it while we hashed
         self._later(self._throttle.give_back, buckets)
-        if self._mailer and self._mailer.enabled:
-            self._mailer.put(functools.partial(self._mailer.changed, user.email))
+        self._notify(user, "Your password was changed")
         return user.id
+
+    # The operator's
+
+    def find_user(self, email: str) -> User:
+        """Return the user of this email.
+
+        Raises:
+            UnknownEmail: there is none.
+        """
+        user = self._find_user(email)
+        if not user:
+            raise UnknownEmail
+        return user
+
+    def add_account(self, email: str) -> User:
+        """Make an account that has no password yet.
+
+        Raises:
+            EmailRejected, EmailTaken: as when registering.
+        """
+        self.check_email(email)
+        return self._add_user(email, NO_PASSWORD)
+
+    def link_token(self, user: User) -> tuple[str, int]:
+        """Return a token with which the user sets a password, the first or a new one, and when it ends."""
+        first = user.hashed_password == NO_PASSWORD
+        lifetime = INVITATION_LIFETIME if first else self._settings.reset_lifetime
+        return self._new_reset_token(user, lifetime) or "", self._now() + lifetime
+
+    def prune(self) -> bool:
+        """Delete some sessions, counts and known addresses that are over; say whether there may be more."""
+        now = self._now()
+        return self._db.prune(now=now, known_since=now - KNOWN_FOR, most=PRUNE_STEP) >= PRUNE_STEP
 
     def tag(self, email: str) -> str:
         """Return what stands for an unknown email in the log."""
@@ -274,6 +494,16 @@ class Auth:
     def _now(self) -> int:
         return int(self._clock())
 
+    def _notify(self, user: User, what: str) -> None:
+        if self._mailer and self._mailer.enabled:
+            self._mailer.put(functools.partial(self._mailer.notice, user.email, what))
+
+    def _add_user(self, email: str, hashed: str | bytes) -> User:
+        try:
+            return self._db.add_user(email, hashed, self._now())
+        except AlreadyExists:
+            raise EmailTaken(text=f"User {email} already exists") from None
+
     def _find_user(self, email: str) -> User | None:
         try:
             return self._db.find_user_by(email=email)
@@ -285,7 +515,39 @@ class Auth:
         cost = self._settings.bcrypt_cost
         if not passwords.verify(password, user.hashed_password if user else None, cost) or not user:
             return None
-        return self._with_current_cost(user, password)
+        return None if user.disabled_at else self._with_current_cost(user, password)
+
+    def _reauthenticate(self, user: User, password: str, address: str) -> User:
+        buckets = self._throttle.login(user.email, address) if address else []
+        self._count(buckets)
+        if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
+            raise ReauthenticationFailed("wrong password")
+        self._later(self._throttle.give_back, buckets)
+        return user
+
+    def _check_code(self, user: User, otp: str, address: str, buckets: Sequence[Bucket]) -> None:
+        if not user.totp_since:
+            return
+        if not otp:
+            self._later(self._throttle.give_back, buckets)  # the password was no guess
+            raise CodeRequired
+        if not self._spend_code(user, otp, address):
+            refusal = LoginFailed("wrong one-time code")
+            refusal.user_id = user.id
+            raise refusal
+
+    def _spend_code(self, user: User, otp: str, address: str) -> bool:
+        buckets = self._throttle.code(user.email, address) if address else []
+        self._count(buckets)
+        now = self._now()
+        step = totp.matching_step(user.totp_secret or "", otp, now)
+        if step is not None:
+            spent = self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP)
+        else:
+            spent = self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
+        if spent:
+            self._later(self._throttle.give_back, buckets)
+        return spent
 
     def _with_current_cost(self, user: User, password: str) -> User:
         # Only now is the password at hand to be hashed anew after the operator has changed the cost.
@@ -295,35 +557,41 @@ class Auth:
         self._db.replace_hash(user.id, user.hashed_password, hashed)
         return dataclasses.replace(user, hashed_password=hashed)  # where it was not stored, no session starts from it
 
-    def _new_hash(self, password: str, email: str) -> bytes:
+    def _check_password(self, password: str, email: str) -> None:
         reason = passwords.objection(password)
         if self._settings.production and not reason:
             reason = passwords.weakness(password, f"{email} {self._settings.public_url}", self._settings.password_min)
         if reason:
             raise PasswordRejected(reason)
-        return _hash_password(password, self._settings.bcrypt_cost)
 
     def _start_session(
         self, user: User, replaced: str | None = None, address: str = "", user_agent: str = ""
     ) -> str | None:
         now, session_id = self._now(), self._new_secret()
-        started = self._db.add_session(
-            user.id,
+        session = Session(
             _digest(session_id),
-            verified=user.hashed_password,
-            replaced=_digest(replaced) if replaced else None,
-            now=now,
-            idle_since=now - self._settings.session_idle,
+            created_at=now,
+            last_seen_at=now,
             expires_at=now + self._settings.session_lifetime,
             address=address,
             user_agent=user_agent[:LONGEST_USER_AGENT],
+        )
+        started = self._db.add_session(
+            user,
+            session,
+            replaced=_digest(replaced) if replaced else None,
+            idle_since=now - self._settings.session_idle,
             most=self._settings.sessions_per_user,
         )
         return session_id if started else None
 
+    def _session_window(self) -> dict[str, int]:
+        now = self._now()
+        return {"now": now, "idle_since": now - self._settings.session_idle, "latest": now + CLOCK_TOLERANCE}
+
     def _reset_window(self) -> dict[str, int]:
         now = self._now()
-        return {"now": now, "latest": now + self._settings.reset_lifetime + CLOCK_TOLERANCE}
+        return {"now": now, "latest": now + CLOCK_TOLERANCE}
 
     def _count(self, buckets: Sequence[Bucket]) -> None:
         if wait := self._throttle.take(buckets):
@@ -338,10 +606,11 @@ class Auth:
         # OWASP ASVS 7.2.3 asks for 128 random bits; a version-4 UUID has 122.
         return secrets.token_urlsafe(32) if self._settings.production else _generate_uuid()
 
-    def _new_reset_token(self, user: User, *, keep_for: int = 0) -> str | None:
-        token, expires_at = self._new_secret(), self._now() + self._settings.reset_lifetime
-        kept = (max(self._now(), expires_at - keep_for), expires_at + CLOCK_TOLERANCE) if keep_for else (0, 0)
-        stored = self._db.set_reset_token(user.email, _digest(token), expires_at, kept)
+    def _new_reset_token(self, user: User, lifetime: int, *, keep_for: int = 0) -> str | None:
+        token, now = self._new_secret(), self._now()
+        stored = self._db.set_reset_token(
+            user.id, _digest(token), now=now, expires_at=now + lifetime, unless_since=now - keep_for
+        )
         return token if stored else None
 
     def _reset_mail(self, email: str, address: str, log: Callable[..., None]) -> EmailMessage | None:
@@ -349,14 +618,19 @@ class Auth:
             log("excess_rate_limit_exceeded")
             return None
         user = self._find_user(email)
-        if not user or not self._mailer:
+        if not user or not _may_reset(user) or not self._mailer:
             return None
         # One that is younger than five minutes is not replaced: a stranger's clicks must not void the owner's link.
-        token = self._new_reset_token(user, keep_for=RESET_INTERVAL)
+        token = self._new_reset_token(user, self._settings.reset_lifetime, keep_for=RESET_INTERVAL)
         if not token:
             return None
         log("authn_reset_token_created", user_id=user.id)
         return self._mailer.reset(user.email, token)
+
+
+def _may_reset(user: User) -> bool:
+    # Not who was only invited: anybody's request would void the invitation.
+    return user.disabled_at is None and user.hashed_password != NO_PASSWORD
 
 
 def _check_email(email: str, *, production: bool) -> None:
@@ -369,7 +643,7 @@ def _check_email(email: str, *, production: bool) -> None:
         raise EmailRejected("email must not be blank")
     if size > LONGEST_EMAIL:
         raise EmailRejected(f"email must be at most {LONGEST_EMAIL} bytes")
-    if any(unicodedata.category(character) == "Cc" for character in email):
+    if re.search(r"[\x00-\x1f\x7f-\x9f]", email):  # Unicode's category Cc
         raise EmailRejected("email must not contain control characters")
     if production and not MAILBOX.fullmatch(email):
         raise EmailRejected("email must be name@host, in ASCII, without spaces and quotes")

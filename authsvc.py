@@ -16,43 +16,61 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
+import admin
 import guard
 import lanes
 import passwords
+import totp
 from auth import (
     Auth,
     AuthError,
+    CodeRequired,
     EmailRejected,
     EmailTaken,
     LoginFailed,
     PasswordRejected,
+    ReauthenticationFailed,
+    RegistrationClosed,
+    SecondFactorRejected,
+    SecondFactorRequired,
     SessionRequired,
+    SessionUnknown,
     TokenRejected,
     TooManyAttempts,
     UnknownEmail,
 )
+from database import ENGINE, DatabaseRefused, StorageUnavailable
 from mailer import Mailer
 from settings import Settings, SettingsError
-from storage import DB, ENGINE, DatabaseRefused, StorageUnavailable
+from storage import DB
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 MOST_FIELDS = 8
+PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting what is over
+PRUNE_REST = 10  # times as long as a step took is rested after it, so that nobody notices
 
 # The one map from what the rules refuse to what the client is told.
 STATUS: dict[type[AuthError], int] = {
     EmailRejected: 400,
     EmailTaken: 400,
     PasswordRejected: 400,
+    SecondFactorRejected: 400,
+    CodeRequired: 401,
     LoginFailed: 401,
+    ReauthenticationFailed: 403,
+    RegistrationClosed: 403,
+    SecondFactorRequired: 403,
     SessionRequired: 403,
+    SessionUnknown: 404,
     TokenRejected: 403,
     TooManyAttempts: 429,
     UnknownEmail: 403,
@@ -62,7 +80,12 @@ STATUS: dict[type[AuthError], int] = {
 EVENTS: dict[type[AuthError], str] = {
     EmailRejected: "input_validation_fail",
     PasswordRejected: "input_validation_fail",
+    ReauthenticationFailed: "authn_login_fail",
+    RegistrationClosed: "authz_fail",
+    SecondFactorRejected: "input_validation_fail",
+    SecondFactorRequired: "authz_fail",
     SessionRequired: "authz_fail",
+    SessionUnknown: "authz_fail",
     TokenRejected: "authn_token_fail",
     TooManyAttempts: "excess_rate_limit_exceeded",
     UnknownEmail: "authz_fail",
@@ -101,11 +124,12 @@ class Desk:
 
     def log_in(self) -> HTTPResponse:
         """POST /sessions"""
-        email, password = _form("email", "password")
+        email, password, otp = _form("email", "password", optional=("otp",))
         try:
             session_id = self._auth.log_in(
                 email,
                 password,
+                otp,
                 replaced=self._cookie(),
                 address=_client(),
                 user_agent=request.environ.get("HTTP_USER_AGENT", ""),
@@ -116,8 +140,7 @@ class Desk:
                 **({"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}),
             )
             raise
-        user = self._auth.get_user_from_session_id(session_id)
-        _log("authn_login_success", user_id=user and user.id)
+        _log("authn_login_success", user_id=self._auth.identify(session_id, enrolling=True).id)
         return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
 
     def log_out(self) -> HTTPResponse:
@@ -127,14 +150,83 @@ class Desk:
         # Not redirect(): it says 303 and repeats the Host header.
         answer = _answer(302, message="logged out")
         answer.set_header("Location", "/")
-        return self._with_cookie(answer, "", "; Max-Age=0")
+        return self._without_cookie(answer)
+
+    def sessions(self) -> HTTPResponse:
+        """GET /sessions"""
+        found, own = self._auth.list_sessions(self._cookie())
+        listed = [
+            {
+                "id": session.id,
+                "created": guard.timestamp(session.created_at),
+                "last_seen": guard.timestamp(session.last_seen_at),
+                "expires": guard.timestamp(self._auth.expires_at(session)),
+                "address": session.address,
+                "user_agent": session.user_agent,
+                "current": session.id == own,
+            }
+            for session in found
+        ]
+        return _answer(200, sessions=listed)
+
+    def end_session(self, public_id: str) -> HTTPResponse:
+        """DELETE /sessions/<id>"""
+        user, own = self._auth.end_session(self._cookie(), public_id)
+        _log("session_ended", user_id=user.id)
+        answer = _answer(200, message="session ended")
+        return self._without_cookie(answer) if own else answer
+
+    def end_other_sessions(self) -> HTTPResponse:
+        """DELETE /sessions/others"""
+        user = self._auth.end_sessions(self._cookie(), but_this=True)
+        _log("session_ended", user_id=user.id, which="others")
+        return _answer(200, message="all other sessions ended")
+
+    def end_all_sessions(self) -> HTTPResponse:
+        """DELETE /sessions/all"""
+        user = self._auth.end_sessions(self._cookie(), but_this=False)
+        _log("session_ended", user_id=user.id, which="all")
+        return self._without_cookie(_answer(200, message="all sessions ended"))
 
     def profile(self) -> HTTPResponse:
         """GET /profile"""
-        user = self._auth.get_user_from_session_id(self._cookie())
-        if not user:
-            raise SessionRequired
-        return _answer(200, email=user.email)
+        return _answer(200, email=self._auth.identify(self._cookie()).email)
+
+    def delete_account(self) -> HTTPResponse:
+        """DELETE /profile"""
+        (password,) = _form("password")
+        user = self._auth.delete_account(self._cookie(), password, address=_client())
+        _log("user_deleted", user_id=user.id)
+        return self._without_cookie(_answer(200, email=user.email, message="account deleted"))
+
+    def change_password(self) -> HTTPResponse:
+        """PUT /password"""
+        password, new_password = _form("password", "new_password")
+        user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
+        _log("authn_password_change", user_id=user.id)
+        return self._with_cookie(_answer(200, email=user.email, message="password changed"), session_id)
+
+    def begin_totp(self) -> HTTPResponse:
+        """POST /totp"""
+        (password,) = _form("password")
+        secret, uri = self._auth.begin_totp(self._cookie(), password, address=_client())
+        picture = totp.picture(uri)
+        return _answer(200, secret=secret, uri=uri, **({"qr": picture} if picture else {}))
+
+    def confirm_totp(self) -> HTTPResponse:
+        """PUT /totp"""
+        (otp,) = _form("otp")
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client())
+        _log("authn_factor_added", user_id=user.id)
+        answer = _answer(200, message="second factor on", recovery_codes=codes)
+        return self._with_cookie(answer, session_id)
+
+    def remove_totp(self) -> HTTPResponse:
+        """DELETE /totp"""
+        password, otp = _form("password", "otp")
+        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=_client())
+        _log("authn_factor_removed", user_id=user.id)
+        return self._with_cookie(_answer(200, message="second factor off"), session_id)
 
     def request_reset(self) -> HTTPResponse:
         """POST /reset_password"""
@@ -162,6 +254,9 @@ class Desk:
         # Two are ambiguous: a neighbour under the same name may have planted one.
         return found[0] if len(found) == 1 and re.fullmatch("[A-Za-z0-9_-]{1,128}", found[0], re.ASCII) else None
 
+    def _without_cookie(self, answer: HTTPResponse) -> HTTPResponse:
+        return self._with_cookie(answer, "", "; Max-Age=0")
+
     def _with_cookie(self, answer: HTTPResponse, value: str, expiry: str = "") -> HTTPResponse:
         # Not Bottle's writer: it spells SameSite in its own way.
         answer.add_header("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}")
@@ -171,12 +266,21 @@ class Desk:
 HASHES = True  # the route may hash: see lanes.py
 
 # Every route there is.
-ROUTES: tuple[tuple[str, str, Callable[[Desk], HTTPResponse], bool], ...] = (
+ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
     ("GET", "/", Desk.welcome, not HASHES),
     ("POST", "/users", Desk.register, HASHES),
     ("POST", "/sessions", Desk.log_in, HASHES),
     ("DELETE", "/sessions", Desk.log_out, not HASHES),
+    ("GET", "/sessions", Desk.sessions, not HASHES),
+    ("DELETE", "/sessions/others", Desk.end_other_sessions, not HASHES),
+    ("DELETE", "/sessions/all", Desk.end_all_sessions, not HASHES),
+    ("DELETE", "/sessions/<public_id>", Desk.end_session, not HASHES),
     ("GET", "/profile", Desk.profile, not HASHES),
+    ("DELETE", "/profile", Desk.delete_account, HASHES),
+    ("PUT", "/password", Desk.change_password, HASHES),
+    ("POST", "/totp", Desk.begin_totp, HASHES),
+    ("PUT", "/totp", Desk.confirm_totp, not HASHES),
+    ("DELETE", "/totp", Desk.remove_totp, HASHES),
     ("POST", "/reset_password", Desk.request_reset, not HASHES),
     ("PUT", "/reset_password", Desk.reset, HASHES),
 )
@@ -205,6 +309,20 @@ def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = 
     return Auth(DB(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
 
 
+def _start_pruning(auth: Auth, stopping: threading.Event) -> threading.Thread:
+    def prune() -> None:
+        rest = 0.0
+        while not stopping.wait(rest):
+            began, more = time.monotonic(), False
+            with contextlib.suppress(StorageUnavailable):
+                more = auth.prune()
+            rest = (time.monotonic() - began) * PRUNE_REST if more else PRUNE_INTERVAL
+
+    thread = threading.Thread(target=prune, daemon=True)
+    thread.start()
+    return thread
+
+
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
     """The WSGI callable for another server; made from the environment with the first request."""
     try:
@@ -223,38 +341,57 @@ _opening = threading.Lock()  # two first requests must not open two
 
 @functools.cache
 def _shared_app() -> WSGIApplication:
-    return create_app(Settings.from_environ())
+    settings = Settings.from_environ()
+    auth = _open(settings)
+    _start_pruning(auth, threading.Event())
+    return create_app(settings, auth)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C; return the exit code, 2 when the service cannot start."""
+    """Serve until SIGTERM or Ctrl-C, or run one command of the operator's; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="authsvc.py",
-        description="Serve the user authentication service.",
-        epilog="It is set up with environment variables, AUTHSVC_…; the README lists them. "
-        "AUTHSVC_LISTEN and AUTHSVC_DATABASE say where. Exit code 0 after SIGTERM or Ctrl-C, 2 when it cannot start.",
+        description="The user authentication service. Without a command it serves until SIGTERM or Ctrl-C.",
+        epilog="It is set up with environment variables, AUTHSVC_…; the README lists them. AUTHSVC_LISTEN and "
+        "AUTHSVC_DATABASE say where. Exit code: 0 done; 1 the command could not do it, and says why; 2 wrong usage, "
+        "settings or database.",
     )
-    parser.parse_args(arguments)
+    admin.add_commands(parser)
+    parsed = parser.parse_args(arguments)
     try:
         settings = Settings.from_environ()
-        # The port first: a start that fails must leave no file behind.
-        listener = _bind(settings)
-        serving = lanes.Lanes(HASHING, passwords.CORES, settings)
-        auth = _open(settings, serving.defer)
+        if parsed.command:
+            return admin.run(parsed, settings)
+        return serve(settings)
     except (SettingsError, DatabaseRefused) as error:
         print(f"authsvc: {error}", file=sys.stderr)
         return 2
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Raises:
+        SettingsError, DatabaseRefused: it cannot start.
+    """
+    # The port first: a start that fails must leave no file behind.
+    listener = _bind(settings)
+    serving = lanes.Lanes(HASHING, passwords.CORES, settings)
+    auth = _open(settings, serving.defer)
     server = lanes.Server(create_app(settings, auth), listener, serving)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
     guard.log("sys_startup", database=ENGINE, production=settings.production)
-    if settings.production and not settings.trusted_proxy:
-        guard.log("sys_warning", reason="no AUTHSVC_TRUSTED_PROXY: behind a proxy all clients share one address")
-    if settings.production and not settings.smtp_url:
-        guard.log("sys_warning", reason="no AUTHSVC_SMTP_URL: nobody can be mailed a reset link")
-    if server.run():
+    for warning in settings.warnings():
+        guard.log("sys_warning", reason=warning)
+    stopping = threading.Event()
+    pruning = _start_pruning(auth, stopping)
+    answered = server.run()
+    stopping.set()
+    pruning.join(timeout=1.0)
+    if answered and not pruning.is_alive():
         with contextlib.suppress(StorageUnavailable):  # then the next start tidies up
             auth.close()
     guard.log("sys_shutdown")
@@ -273,7 +410,7 @@ def _bind(settings: Settings) -> socket.socket:
 # Answers
 
 
-def _answer(status: int, **content: str) -> HTTPResponse:
+def _answer(status: int, **content: object) -> HTTPResponse:
     body = guard.json_body(content)
     return HTTPResponse(body, status, dict(guard.json_headers(body)))
 
@@ -283,12 +420,12 @@ def _refuse(status: int, message: str) -> NoReturn:
     raise _answer(status, message=message)
 
 
-def _refusals(handler: Callable[[], HTTPResponse]) -> Callable[[], HTTPResponse]:
+def _refusals(handler: Callable[..., HTTPResponse]) -> Callable[..., HTTPResponse]:
     """Return the handler as a Bottle plugin does: what the layers below refuse becomes an answer."""
 
-    def answered() -> HTTPResponse:
+    def answered(**parts: str) -> HTTPResponse:
         try:
-            return handler()
+            return handler(**parts)
         except AuthError as error:
             answer = _answer(STATUS[type(error)], message=error.message)
             if event := EVENTS.get(type(error)):
@@ -326,8 +463,11 @@ def _log(event: str, **details: object) -> None:
 # Forms: only the body counts, each field once. Bottle's own reader takes any content type and repairs what is broken.
 
 
-def _form(*names: str) -> tuple[str, ...]:
-    """Return the named fields of the body, each given once and not empty; or refuse the request."""
+def _form(*names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the named fields of the body, each given once and not empty; or refuse the request.
+
+    An optional one is "" where it is absent or empty.
+    """
     try:
         # -1: no length was said, and only a server that ends the stream itself can be asked for all of it.
         length = request.content_length
@@ -341,7 +481,8 @@ def _form(*names: str) -> tuple[str, ...]:
         _refuse(400, "malformed body")
     if len(pairs) > MOST_FIELDS:
         _refuse(400, f"at most {MOST_FIELDS} fields")
-    return tuple(_field(pairs, name) for name in names)
+    absent = {name for name in optional if all(value == "" for key, value in pairs if key == name)}
+    return tuple("" if name in absent else _field(pairs, name) for name in names + optional)
 
 
 def _fields(body: bytes, content_type: str) -> list[tuple[str, Any]]:

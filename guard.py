@@ -164,6 +164,11 @@ def json_headers(body: bytes) -> list[tuple[str, str]]:
     return [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
 
 
+def timestamp(seconds: int) -> str:
+    """Return unix seconds as people and programs read them: RFC 3339, UTC."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 def log(event: str, **details: Any) -> None:
     """Write one line of ASCII JSON to standard error; a log that cannot be written stops nobody.
 

@@ -14,7 +14,8 @@ import smtplib
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
@@ -42,10 +43,11 @@ IFS= read -r NEW && printf %s "$NEW" | curl -X PUT --data-urlencode email={quote
 If it was not you, nothing has changed and there is nothing to do.
 """
 
-CHANGED = """\
-The password of {email} at {host} was changed just now, and all sessions were ended.
+NOTICE = """\
+{what}: {email} at {host}, just now. All other sessions were ended.
 
-If it was not you, ask for a reset at once: whoever did it can read your mail, or had the link.
+If it was not you, change the password of your mail first, then ask for a reset here, and tell whoever runs it:
+whoever did it knows your password, can read your mail, or had a link.
 """
 
 Task = Callable[[], EmailMessage | None]
@@ -85,13 +87,18 @@ class Mailer:
 
     def reset(self, email: str, token: str) -> EmailMessage:
         """Return the mail that carries a reset token, and its link in a fragment, which no server and no log sees."""
-        link = f"{self._settings.public_url}/reset#{urlencode({'token': token, 'email': email})}"
+        link = reset_link(self._settings.public_url, email, token)
         minutes = max(1, self._settings.reset_lifetime // 60)
         return self._compose(email, "Reset your password", RESET, link=link, token=token, minutes=minutes)
 
-    def changed(self, email: str) -> EmailMessage:
-        """Return the notice of a changed password."""
-        return self._compose(email, "Your password was changed", CHANGED)
+    def notice(self, email: str, what: str) -> EmailMessage:
+        """Return the mail that tells of a change in an account."""
+        return self._compose(email, what, NOTICE, what=what)
+
+    def check(self) -> None:
+        """Log in to the mail server and send nothing; raise OSError or SMTPException where that fails."""
+        with self._connected():
+            pass
 
     def _compose(self, email: str, subject: str, text: str, **details: object) -> EmailMessage:
         if not MAILBOX.fullmatch(email):
@@ -141,9 +148,14 @@ class Mailer:
             self._log("mail_sent", tries=tries + 1)
 
     def _send(self, mail: EmailMessage) -> None:
+        with self._connected() as smtp:
+            smtp.send_message(mail, self._settings.mail_from, [mail["To"]])
+
+    @contextmanager
+    def _connected(self) -> Iterator[smtplib.SMTP]:
         server = self._settings.smtp_server
         if server is None:
-            return
+            raise OSError("no mail server")
         context = ssl.create_default_context()  # verifies the certificate and the host name
         host = server.hostname or ""
         if server.scheme == "smtps":
@@ -155,7 +167,12 @@ class Mailer:
                 smtp.starttls(context=context)  # raises where the server does not offer it
             if server.username:
                 smtp.login(unquote(server.username), self._password)
-            smtp.send_message(mail, self._settings.mail_from, [mail["To"]])
+            yield smtp
+
+
+def reset_link(base: str, email: str, token: str) -> str:
+    """Return the link under which a password is set; the fragment reaches no server and no log."""
+    return f"{base}/reset#{urlencode({'token': token, 'email': email})}"
 
 
 def _read_password(path: str) -> str:

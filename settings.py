@@ -32,6 +32,8 @@ RANGES = {
 _ATOM = r"""[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]+"""
 MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!\.)")
 
+REGISTRATION = "open", "invitation", "closed"
+
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
 
@@ -57,6 +59,8 @@ class Settings:
     session_lifetime: int = 2_592_000  # seconds, 30 days (NIST SP 800-63B-4 AAL1); over even when in use
     reset_lifetime: int = 600  # seconds; a reset token older than this is refused
     password_min: int = 15  # characters of a new password; production only
+    registration: str = "open"  # who may make an account: anybody (open), whom the operator invites, or nobody (closed)
+    require_totp: bool = False  # on: without a second factor a session is good for setting one up and nothing else
     trusted_proxy: str = ""  # the one address whose X-Forwarded-For and -Proto are believed
     cookie_domain: str = ""  # share the cookie with every host below it, who can then all read it; production only
     smtp_url: str = ""  # smtp+starttls://user@host:587 or smtps://user@host:465; without it nothing is mailed
@@ -89,6 +93,7 @@ class Settings:
             not self.database.startswith("postgres"), "database", "must be a file; PostgreSQL is not in this release"
         )
         self._demand(self.database != "", "database", "must name a file")
+        self._demand(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
         self._demand(
             not self.trusted_proxy or _is_address(self.trusted_proxy), "trusted_proxy", "must be one IP address"
         )
@@ -130,6 +135,15 @@ class Settings:
     def production(self) -> bool:
         """Whether strangers are expected."""
         return self.public_url != ""
+
+    def warnings(self) -> list[str]:
+        """Return what may not be meant as it is set."""
+        found = []
+        if self.production and not self.trusted_proxy:
+            found.append("no AUTHSVC_TRUSTED_PROXY: behind a proxy all clients share one address")
+        if self.production and not self.smtp_url:
+            found.append("no AUTHSVC_SMTP_URL: nobody can be mailed a reset link")
+        return found
 
     @property
     def smtp_server(self) -> SplitResult | None:

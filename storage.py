@@ -1,40 +1,26 @@
-"""The vault: all SQL of authsvc on one SQLite file. One method is one transaction.
+"""The vault: all SQL of authsvc. One method is one transaction.
 
 Knows no clock, no password and no HTTP: hashes and unix seconds come in, rows go out. What a row means is
-said in auth.py, what a column means in schema.sql.
-
-One connection writes, each thread reads through one of its own. Any number of processes may share the file.
+said in auth.py, what a column means in schema.sql, how the file is kept in database.py.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from settings import Settings
-
-ENGINE = f"SQLite {sqlite3.sqlite_version}"
-SCHEMA = Path(__file__).with_name("schema.sql")
-
-# MIGRATIONS[n - 1] lifts a file from version n to n + 1; schema.sql always makes the newest.
-MIGRATIONS: tuple[str, ...] = ()
-VERSION = len(MIGRATIONS) + 1
+from database import AlreadyExists, Database, RolledBack
 
 CLOCK_TOLERANCE = 300  # seconds that two readings of the clock may differ before it must have been set
-BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
-LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
 
 # What callers may name. The only strings that ever enter a statement.
 SOUGHT = {name: name for name in ("id", "hashed_password", "session_id", "reset_token")} | {"email": "email_key"}
 CHANGED = frozenset({"email", "hashed_password", "session_id", "reset_token"})  # an id is for ever
+USER = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
+               users.created_at, users.disabled_at, users.totp_secret, users.totp_since"""
 
 
 class NoResultFound(Exception):
@@ -43,22 +29,6 @@ class NoResultFound(Exception):
 
 class InvalidRequestError(Exception):
     """A search by a name that is no attribute of a user, or by none."""
-
-
-class AlreadyExists(Exception):
-    """The email has an account, perhaps in other letters."""
-
-
-class StorageUnavailable(Exception):
-    """The file cannot be read or written now: locked, full, damaged or gone."""
-
-
-class _BucketEmpty(Exception):
-    pass
-
-
-class DatabaseRefused(Exception):
-    """The file cannot be opened as a database of this release. Nothing in it was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,66 +40,76 @@ class User:
     hashed_password: str | bytes = field(repr=False)
     session_id: str | None = field(default=None, repr=False)  # SHA-256 hex
     reset_token: str | None = field(default=None, repr=False)  # SHA-256 hex
+    created_at: int | None = None  # unix seconds, as all times
+    disabled_at: int | None = None
+    totp_secret: str | None = field(default=None, repr=False)
+    totp_since: int | None = None
 
 
-class DB:
-    """The users and their sessions in one SQLite file, made when it is not there. Safe to use from many threads.
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One row of ``sessions`` as it was when it was read."""
 
-    Raises:
-        DatabaseRefused: the file cannot be opened, is no database, another program's, or a newer release's.
-    """
+    session_hash: str = field(repr=False)  # SHA-256 hex
+    created_at: int
+    last_seen_at: int
+    expires_at: int
+    address: str
+    user_agent: str
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, *, private: bool = False) -> None:
-        chosen = os.fspath(Settings.from_environ().database if path is None else path)
-        self._path = os.path.abspath(chosen)
-        self._write_lock = threading.Lock()
-        self._readers: dict[int, sqlite3.Connection] = {}  # by thread id; a new thread with an old id takes it over
-        try:
-            with _opening, ExitStack() as opened:
-                if chosen == ":memory:":
-                    raise DatabaseRefused("threads cannot share it; give the path of a file")
-                _make_private(self._path)
-                if private and os.stat(self._path).st_mode & 0o077:
-                    raise DatabaseRefused("other users of this machine can read it: chmod 600")
-                self._writer = opened.enter_context(closing(self._connect()))
-                self._check_version()  # before anything is written
-                self._lock_file = os.open(self._path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                opened.callback(os.close, self._lock_file)
-                with self._exclusive():
-                    self._migrate()
-                opened.pop_all()
-        except (OSError, sqlite3.Error, StorageUnavailable, DatabaseRefused) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise DatabaseRefused(f"cannot open the database {chosen}: {reason}") from error
+    @property
+    def id(self) -> str:
+        """What it is called in public."""
+        return public_id(self.session_hash)
 
-    def close(self) -> None:
-        """Write everything into the one file and let go of it. No thread may be using it then or later."""
-        with self._exclusive():
-            for reader in self._readers.values():
-                reader.close()
-            self._writer.close()  # the last one to close moves the write-ahead log into the file
-        os.close(self._lock_file)
+
+def public_id(session_hash: str) -> str:
+    """Return enough of a digest to tell a user's sessions apart, and no way to the secret."""
+    return session_hash[:16]
+
+
+class DB(Database):
+    """The users and their sessions."""
 
     # Users
 
-    def add_user(self, email: str, hashed_password: str | bytes) -> User:
+    def add_user(self, email: str, hashed_password: str | bytes, created_at: int | None = None) -> User:
         """Add a user without a session.
 
         Raises:
             AlreadyExists: the email has an account, in whatever letter case.
             ValueError: one of them is no text.
         """
-        _refuse_unfit(email=email, hashed_password=hashed_password)
+        user = User(0, email, hashed_password, created_at=created_at)
+        with self.adding_users() as add:
+            user_id = add(user)
+            if user_id is None:
+                raise AlreadyExists
+        return replace(user, id=user_id)
+
+    @contextmanager
+    def adding_users(self) -> Iterator[Callable[[User], int | None]]:
+        """Add any number of users in one transaction, or none when the block raises.
+
+        What is yielded adds one, with a new id, and returns that; None where the email has an account.
+        """
         with self._transaction() as db:
-            (user_id,) = db.execute(
-                """
-                INSERT INTO users (email, email_key, hashed_password)
-                VALUES (:email, :email_key, :hashed_password)
-                RETURNING id
-                """,
-                {"email": email, "email_key": email.casefold(), "hashed_password": hashed_password},
-            ).fetchone()
-        return User(user_id, email, hashed_password)
+
+            def add(user: User) -> int | None:
+                _refuse_unfit(email=user.email, hashed_password=user.hashed_password)
+                added = db.execute(
+                    """
+                    INSERT INTO users (email, email_key, hashed_password, created_at,
+                                       disabled_at, totp_secret, totp_since)
+                    VALUES (:email, :key, :hashed_password, :created_at,
+                            :disabled_at, :totp_secret, :totp_since)
+                    ON CONFLICT (email_key) DO NOTHING
+                    """,
+                    _values(user) | {"key": user.email.casefold()},
+                )
+                return added.lastrowid if added.rowcount else None
+
+            yield add
 
     def find_user_by(self, /, **sought: Any) -> User:
         """Return the first user in whom all the named attributes have these values; an email in any letter case.
@@ -147,14 +127,17 @@ class DB:
         where = " AND ".join(f"{SOUGHT[name]} = :{name}" for name in sought)
         row = self._read(
             f"""
-            SELECT id, email, hashed_password, session_id, reset_token
-              FROM users WHERE {where} ORDER BY id LIMIT 1
+            SELECT {USER} FROM users WHERE {where} ORDER BY id LIMIT 1
             """,
             sought,
         )
         if row is None:
             raise NoResultFound
         return User(*row)
+
+    def each_user(self) -> Iterator[User]:
+        """Return all users of one moment, in the order of their ids."""
+        return (User(*row) for row in self._read_each(f"SELECT {USER} FROM users ORDER BY id"))
 
     def update_user(self, /, user_id: int, **changed: Any) -> None:
         """Store new values in one user's row; None stores NULL.
@@ -181,49 +164,70 @@ class DB:
     def replace_hash(self, user_id: int, old: str | bytes, new: bytes) -> None:
         """Store a new hash of the same password, unless the password has changed meanwhile."""
         with self._transaction() as db:
+            _replace_hash(db, user_id, old, new)
+
+    def change_password(self, user_id: int, old: str | bytes, new: bytes, session_hash: str, renewed: str) -> bool:
+        """Set a new password and clear the reset token; of the sessions only this one goes on, under a new hash.
+
+        False, and nothing changes, when the password has changed meanwhile or the session has ended.
+        """
+        with suppress(RolledBack), self._transaction() as db:
+            if not _replace_hash(db, user_id, old, new):
+                return False
+            _clear_reset(db, user_id)
+            _keep_one_session(db, user_id, session_hash, renewed)
+            return True
+        return False
+
+    def disable_user(self, user_id: int, now: int) -> None:
+        """Let a user in no more: no login, no reset; all sessions end."""
+        with self._transaction() as db:
             db.execute(
                 """
-                UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old
+                UPDATE users SET disabled_at = coalesce(disabled_at, :now) WHERE id = :user_id
                 """,
-                {"user_id": user_id, "old": old, "new": new},
+                {"user_id": user_id, "now": now},
             )
+            _clear_reset(db, user_id)
+            _end_sessions(db, user_id)
+
+    def enable_user(self, user_id: int) -> None:
+        """Let a user in again."""
+        with self._transaction() as db:
+            db.execute("UPDATE users SET disabled_at = NULL WHERE id = :user_id", {"user_id": user_id})
+
+    def delete_user(self, user_id: int, verified: str | bytes | None = None) -> bool:
+        """Delete a user and all that is theirs, if ``verified`` is still the password hash or None; say whether."""
+        with self._transaction() as db:
+            statement = (
+                "DELETE FROM users WHERE id = :user_id AND hashed_password = coalesce(:verified, hashed_password)"
+            )
+            return db.execute(statement, {"user_id": user_id, "verified": verified}).rowcount == 1
 
     # Sessions
 
-    def add_session(
-        self,
-        user_id: int,
-        session_hash: str,
-        *,
-        verified: str | bytes,
-        replaced: str | None,
-        now: int,
-        idle_since: int,
-        expires_at: int,
-        address: str,
-        user_agent: str,
-        most: int,
-    ) -> bool:
-        """Start a session if ``verified`` is still the user's password hash; say whether it is.
+    def add_session(self, user: User, session: Session, *, replaced: str | None, idle_since: int, most: int) -> bool:
+        """Start a session if password, second factor and leave to log in are still as in ``user``; say whether.
 
         Ends the ``replaced`` one, the user's dead ones, and the oldest beyond ``most``.
         """
+        values = _values(session) | {
+            "user_id": user.id,
+            "verified": user.hashed_password,
+            "totp_since": user.totp_since,
+            "idle_since": idle_since,
+            "most": most,
+        }
         with self._transaction() as db:
             started = db.execute(
                 """
                 INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
-                SELECT :session_hash, id, :now, :now, :expires_at, :address, :user_agent
-                  FROM users WHERE id = :user_id AND hashed_password = :verified
+                SELECT :session_hash, id, :created_at, :last_seen_at, :expires_at, :address, :user_agent
+                  FROM users
+                 WHERE id = :user_id AND hashed_password = :verified AND totp_since IS :totp_since
+                   AND disabled_at IS NULL
                 """,
-                {
-                    "session_hash": session_hash,
-                    "user_id": user_id,
-                    "verified": verified,
-                    "now": now,
-                    "expires_at": expires_at,
-                    "address": address,
-                    "user_agent": user_agent,
-                },
+                values,
             ).rowcount
             if not started:
                 return False
@@ -234,12 +238,12 @@ class DB:
                 DELETE FROM sessions
                  WHERE user_id = :user_id
                    AND id NOT IN (SELECT id FROM sessions
-                                   WHERE user_id = :user_id AND expires_at > :now AND last_seen_at > :idle_since
+                                   WHERE user_id = :user_id AND expires_at > :created_at AND last_seen_at > :idle_since
                                    ORDER BY id DESC LIMIT :most)
                 """,
-                {"user_id": user_id, "now": now, "idle_since": idle_since, "most": most},
+                values,
             )
-            _point_at_newest_session(db, user_id)
+            _point_at_newest_session(db, user.id)
         return True
 
     def find_session(self, session_hash: str, *, now: int, idle_since: int, latest: int) -> tuple[User, int] | None:
@@ -248,9 +252,8 @@ class DB:
         Live: not expired, seen after ``idle_since``, and with no time after ``latest``.
         """
         row = self._read(
-            """
-            SELECT users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
-                   sessions.last_seen_at
+            f"""
+            SELECT {USER}, sessions.last_seen_at
               FROM sessions JOIN users ON users.id = sessions.user_id
              WHERE sessions.session_hash = :session_hash
                AND sessions.expires_at > :now
@@ -259,7 +262,21 @@ class DB:
             """,
             {"session_hash": session_hash, "now": now, "idle_since": idle_since, "latest": latest},
         )
-        return row and (User(*row[:5]), row[5])
+        return row and (User(*row[:-1]), row[-1])
+
+    def list_sessions(self, user_id: int, *, now: int, idle_since: int, latest: int) -> list[Session]:
+        """Return the live sessions of a user, the newest first."""
+        rows = self._read_all(
+            """
+            SELECT session_hash, created_at, last_seen_at, expires_at, address, user_agent
+              FROM sessions
+             WHERE user_id = :user_id AND expires_at > :now AND last_seen_at > :idle_since
+               AND max(created_at, last_seen_at) <= :latest
+             ORDER BY id DESC
+            """,
+            {"user_id": user_id, "now": now, "idle_since": idle_since, "latest": latest},
+        )
+        return [Session(*row) for row in rows]
 
     def touch_session(self, session_hash: str, now: int) -> None:
         """Record that a session was used."""
@@ -276,39 +293,52 @@ class DB:
         with self._transaction() as db:
             return _end_session(db, session_hash)
 
-    def end_sessions(self, user_id: int) -> None:
-        """End all sessions of a user."""
+    def end_sessions(self, user_id: int, *, kept: str | None = None) -> int:
+        """End all sessions of a user, or all but one; return how many."""
         with self._transaction() as db:
-            _end_sessions(db, user_id)
+            return _end_sessions(db, user_id, kept)
+
+    def end_all_sessions(self) -> int:
+        """End the sessions of all users, and void all reset tokens and invitations; return how many sessions."""
+        with self._transaction() as db:
+            db.execute("UPDATE users SET session_id = NULL WHERE session_id IS NOT NULL")
+            db.execute(
+                """
+                UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL
+                 WHERE reset_token IS NOT NULL
+                """
+            )
+            return db.execute("DELETE FROM sessions").rowcount
 
     # Reset tokens
 
-    def set_reset_token(self, email: str, token_hash: str, expires_at: int, kept: tuple[int, int] = (0, 0)) -> bool:
-        """Give the user a reset token, unless the present one expires after ``kept[0]`` and not after ``kept[1]``."""
+    def set_reset_token(self, user_id: int, token_hash: str, *, now: int, expires_at: int, unless_since: int) -> bool:
+        """Give the user a reset token, unless a live one was made after ``unless_since``; say whether."""
         with self._transaction() as db:
             changed = db.execute(
                 """
-                UPDATE users SET reset_token = :token_hash, reset_expires_at = :expires_at
-                 WHERE email_key = :email_key
-                   AND NOT coalesce(reset_expires_at > :after AND reset_expires_at <= :until, FALSE)
+                UPDATE users SET reset_token = :token_hash, reset_created_at = :now, reset_expires_at = :expires_at
+                 WHERE id = :user_id
+                   AND NOT coalesce(reset_expires_at > :now AND reset_created_at > :unless_since
+                                    AND reset_created_at <= :now, FALSE)
                 """,
                 {
-                    "email_key": email.casefold(),
+                    "user_id": user_id,
                     "token_hash": token_hash,
+                    "now": now,
                     "expires_at": expires_at,
-                    "after": kept[0],
-                    "until": kept[1],
+                    "unless_since": unless_since,
                 },
             ).rowcount
         return changed == 1
 
     def find_reset(self, token_hash: str, *, now: int, latest: int) -> User | None:
-        """Return the user whose reset token this is, if it expires after ``now`` and not after ``latest``."""
+        """Return the user whose reset token this is, if it is live and was made not after ``latest``."""
         row = self._read(
-            """
-            SELECT id, email, hashed_password, session_id, reset_token
-              FROM users
-             WHERE reset_token = :token_hash AND reset_expires_at > :now AND reset_expires_at <= :latest
+            f"""
+            SELECT {USER} FROM users
+             WHERE reset_token = :token_hash AND reset_expires_at > :now AND reset_created_at <= :latest
+               AND disabled_at IS NULL
             """,
             {"token_hash": token_hash, "now": now, "latest": latest},
         )
@@ -319,17 +349,106 @@ class DB:
         with self._transaction() as db:
             row = db.execute(
                 """
-                UPDATE users
-                   SET hashed_password = :hashed_password, reset_token = NULL, reset_expires_at = NULL
-                 WHERE reset_token = :token_hash AND reset_expires_at > :now AND reset_expires_at <= :latest
+                UPDATE users SET hashed_password = :hashed_password
+                 WHERE reset_token = :token_hash AND reset_expires_at > :now AND reset_created_at <= :latest
+                   AND disabled_at IS NULL
                 RETURNING id
                 """,
                 {"token_hash": token_hash, "hashed_password": hashed_password, "now": now, "latest": latest},
             ).fetchone()
             if row is None:
                 return False
+            _clear_reset(db, row[0])
             _end_sessions(db, row[0])
         return True
+
+    # Second factor
+
+    def set_totp(self, user_id: int, secret: str) -> bool:
+        """Keep the seed of a second factor that is not in force yet; False when one is."""
+        with self._transaction() as db:
+            changed = db.execute(
+                """
+                UPDATE users SET totp_secret = :secret, totp_step = 0 WHERE id = :user_id AND totp_since IS NULL
+                """,
+                {"user_id": user_id, "secret": secret},
+            ).rowcount
+        return changed == 1
+
+    def confirm_totp(
+        self,
+        user: User,
+        step: int,
+        code_hashes: Iterable[str],
+        *,
+        now: int,
+        session_hash: str,
+        renewed: str,
+    ) -> bool:
+        """Put the seed in ``user`` into force, with its recovery codes; only this session goes on, under a new hash.
+
+        False, and nothing changes, when the seed is another by now or in force, or the session has ended.
+        """
+        with suppress(RolledBack), self._transaction() as db:
+            confirmed = db.execute(
+                """
+                UPDATE users SET totp_since = :now, totp_step = :step
+                 WHERE id = :user_id AND totp_secret = :secret AND totp_since IS NULL
+                """,
+                {"user_id": user.id, "secret": user.totp_secret, "now": now, "step": step},
+            ).rowcount
+            if not confirmed:
+                return False
+            db.executemany(
+                "INSERT INTO recovery_codes (user_id, code_hash) VALUES (?, ?)",
+                [(user.id, code_hash) for code_hash in code_hashes],
+            )
+            _clear_reset(db, user.id)
+            _keep_one_session(db, user.id, session_hash, renewed)
+            return True
+        return False
+
+    def spend_totp(self, user_id: int, step: int, latest: int) -> bool:
+        """Use up the code of a time step and all before; False when it is used, or a later one not after ``latest``."""
+        with self._transaction() as db:
+            spent = db.execute(
+                """
+                UPDATE users SET totp_step = :step
+                 WHERE id = :user_id AND totp_since IS NOT NULL AND totp_step NOT BETWEEN :step AND :latest
+                """,
+                {"user_id": user_id, "step": step, "latest": latest},
+            ).rowcount
+        return spent == 1
+
+    def spend_recovery_code(self, user_id: int, code_hash: str) -> bool:
+        """Use up a recovery code; say whether there was one."""
+        with self._transaction() as db:
+            statement = "DELETE FROM recovery_codes WHERE user_id = :user_id AND code_hash = :code_hash"
+            return db.execute(statement, {"user_id": user_id, "code_hash": code_hash}).rowcount == 1
+
+    def remove_totp(self, user_id: int, session_hash: str | None = None, renewed: str = "") -> bool:
+        """Switch the second factor off and end all sessions; or all but one, which goes on under a new hash.
+
+        False, and nothing changes, when there was none or that session has ended.
+        """
+        with suppress(RolledBack), self._transaction() as db:
+            removed = db.execute(
+                """
+                UPDATE users SET totp_secret = NULL, totp_since = NULL, totp_step = 0
+                 WHERE id = :user_id AND totp_since IS NOT NULL
+                """,
+                {"user_id": user_id},
+            ).rowcount
+            if not removed:
+                return False
+            db.execute("DELETE FROM recovery_codes WHERE user_id = :user_id", {"user_id": user_id})
+            _clear_reset(db, user_id)
+            if session_hash is None:
+                _end_sessions(db, user_id)
+            else:
+                _keep_one_session(db, user_id, session_hash, renewed)
+            return True
+        return False
 
     # Throttle
 
@@ -348,7 +467,7 @@ class DB:
             with self._transaction() as db:
                 waits = [_take(db, key, size, interval, now) for key, size, interval in buckets]
                 if any(waits):
-                    raise _BucketEmpty
+                    raise RolledBack
                 # Rows that have refilled say nothing; each take sweeps more than it adds.
                 db.execute(
                     """
@@ -356,7 +475,7 @@ class DB:
                     """,
                     {"now": now},
                 )
-        except _BucketEmpty:  # so that the transaction is rolled back
+        except RolledBack:
             return max(waits)
         return 0
 
@@ -397,103 +516,45 @@ class DB:
                 values,
             )
 
-    # The file
+    # What is over
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._path,
-            timeout=BUSY_TIMEOUT,
-            isolation_level=None,  # transactions are begun here, never by the driver
-            check_same_thread=False,  # the writer is passed on under a lock, a reader when its thread is gone
-        )
-        connection.execute("PRAGMA synchronous = FULL")  # what was answered with 200 is on the disk
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA secure_delete = ON")  # a deleted row is overwritten, not only forgotten
-        connection.execute("PRAGMA trusted_schema = OFF")  # a planted view or trigger calls no function
-        return connection
+    def prune(self, *, now: int, known_since: int, most: int) -> int:
+        """Delete at most so many rows of each kind that say nothing any more; return how many were deleted."""
+        values = {"now": now, "known_since": known_since, "most": most}
+        with self._transaction() as db:
+            ended = db.execute(
+                """
+                DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE expires_at <= :now LIMIT :most)
+                RETURNING user_id
+                """,
+                values,
+            ).fetchall()
+            for user_id in {user_id for (user_id,) in ended}:
+                _point_at_newest_session(db, user_id)
+            refilled = db.execute(
+                """
+                DELETE FROM throttle WHERE key IN (SELECT key FROM throttle WHERE full_at <= :now LIMIT :most)
+                """,
+                values,
+            ).rowcount
+            forgotten = db.execute(
+                """
+                DELETE FROM known_addresses
+                 WHERE (user_id, address_hash) IN (SELECT user_id, address_hash FROM known_addresses
+                                                    WHERE seen_at <= :known_since LIMIT :most)
+                """,
+                values,
+            ).rowcount
+        return len(ended) + refilled + forgotten
 
-    def _read(self, statement: str, values: dict[str, Any]) -> Any:
-        thread = threading.get_ident()
-        try:
-            reader = self._readers.get(thread)
-            if reader is None:
-                reader = self._readers[thread] = self._connect()
-                reader.execute("PRAGMA query_only = ON")
-            return reader.execute(statement, values).fetchone()
-        except sqlite3.Error as error:
-            raise _translated(error) from error
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._exclusive():
-            try:
-                # IMMEDIATE: a transaction that reads first and writes later fails at once when another wrote between.
-                self._writer.execute("BEGIN IMMEDIATE")
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException as error:
-                if self._writer.in_transaction:  # some errors (disk full) have rolled back already
-                    self._writer.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    raise _translated(error) from error
-                raise
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        # The file lock: SQLite 3.7.0 to 3.51.2 can damage the file when two connections write and checkpoint at
-        # the same moment (fixed in 3.51.3), so one process at a time does either.
-        if not self._write_lock.acquire(timeout=BUSY_TIMEOUT):
-            raise StorageUnavailable("another thread keeps the write lock")
-        try:
-            _lock(self._lock_file)
-            yield
-        finally:
-            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-            self._write_lock.release()
-
-    def _check_version(self) -> int:
-        (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if version > VERSION:
-            raise DatabaseRefused(f"it is of a newer release (schema {version}, this one knows {VERSION})")
-        (ours,) = self._writer.execute(
-            "SELECT count(*) FROM pragma_table_info('users') WHERE name = 'email_key'"
-        ).fetchone()
-        if tables and not (version and ours):
-            raise DatabaseRefused("it is the database of another program")
-        return int(version)
-
-    def _migrate(self) -> None:
-        version = self._check_version()  # again: another process may have been faster
-        self._writer.execute("PRAGMA journal_mode = WAL")
-        if version < VERSION:
-            steps = MIGRATIONS[version - 1 :] if version else (SCHEMA.read_text(),)
-            self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {VERSION}; COMMIT;")
+    def newest_time(self) -> int:
+        """Return the latest moment that is recorded of a session, in unix seconds; 0 when there is none."""
+        (newest,) = self._read("SELECT max(max(created_at, last_seen_at)) FROM sessions", {})
+        return newest or 0
 
 
-# To close any descriptor of a file gives up all locks that this process holds on it (fcntl(2)), SQLite's too: while
-# one thread makes the file, no other may have it open.
-_opening = threading.Lock()
-
-
-def _lock(file: int) -> None:
-    for _ in range(int(BUSY_TIMEOUT / LOCK_INTERVAL)):
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            threading.Event().wait(LOCK_INTERVAL)
-    raise StorageUnavailable("another process holds the write lock")
-
-
-def _make_private(path: str) -> None:
-    # SQLite would make it 0644; -wal and -shm take the mode of the file.
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):  # not open(): see _opening
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        if 0 < os.path.getsize(path) < 512:  # less than a page, which SQLite would take for nothing and write over
-            raise DatabaseRefused("it is not a database") from None
+def _values(row: User | Session) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in row.__slots__}  # asdict() copies deeply, at ten times the cost
 
 
 def _can_match(name: str, value: object) -> bool:
@@ -501,8 +562,16 @@ def _can_match(name: str, value: object) -> bool:
     if name == "id":
         return type(value) is int and -(2**63) <= value < 2**63
     if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
+        return _is_text(value)
     return name == "hashed_password" and isinstance(value, bytes)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _take(db: sqlite3.Connection, key: str, size: int, interval: int, now: int) -> int:
@@ -544,9 +613,37 @@ def _end_session(db: sqlite3.Connection, session_hash: str) -> bool:
     return True
 
 
-def _end_sessions(db: sqlite3.Connection, user_id: int) -> None:
-    db.execute("DELETE FROM sessions WHERE user_id = :user_id", {"user_id": user_id})
+def _end_sessions(db: sqlite3.Connection, user_id: int, kept: str | None = None) -> int:
+    statement = "DELETE FROM sessions WHERE user_id = :user_id AND session_hash IS NOT :kept"
+    ended = db.execute(statement, {"user_id": user_id, "kept": kept}).rowcount
     _point_at_newest_session(db, user_id)
+    return ended
+
+
+def _keep_one_session(db: sqlite3.Connection, user_id: int, session_hash: str, renewed: str) -> None:
+    going_on = db.execute(
+        """
+        UPDATE sessions SET session_hash = :renewed WHERE session_hash = :session_hash AND user_id = :user_id
+        """,
+        {"user_id": user_id, "session_hash": session_hash, "renewed": renewed},
+    ).rowcount
+    if not going_on:
+        raise RolledBack
+    _end_sessions(db, user_id, renewed)
+
+
+def _clear_reset(db: sqlite3.Connection, user_id: int) -> None:
+    db.execute(
+        """
+        UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL WHERE id = :user_id
+        """,
+        {"user_id": user_id},
+    )
+
+
+def _replace_hash(db: sqlite3.Connection, user_id: int, old: str | bytes, new: bytes) -> bool:
+    statement = "UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old"
+    return db.execute(statement, {"user_id": user_id, "old": old, "new": new}).rowcount == 1
 
 
 def _point_at_newest_session(db: sqlite3.Connection, user_id: int) -> None:
@@ -558,14 +655,3 @@ def _point_at_newest_session(db: sqlite3.Connection, user_id: int) -> None:
         """,
         {"user_id": user_id},
     )
-
-
-def _translated(error: sqlite3.Error) -> Exception:
-    name = getattr(error, "sqlite_errorname", "")  # absent where Python's own driver raises
-    if name == "SQLITE_CONSTRAINT_UNIQUE":
-        return AlreadyExists(str(error))
-    if isinstance(error, sqlite3.IntegrityError):
-        return ValueError(str(error))
-    if name in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours or a value of no use: not the file's fault
-        return error
-    return StorageUnavailable(str(error))

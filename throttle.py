@@ -24,6 +24,8 @@ Bucket = tuple[str, int, int]  # key, size, seconds until one is refilled
 LOGIN_PAIR = 10, 60  # one account from one address
 LOGIN_STRANGERS = 20, 900  # one account from all addresses that it never logged in from
 LOGIN_ADDRESS = 30, 30
+CODE_PAIR = 5, 300  # one-time codes, of 20 bits: a million guesses would be two thousand years' worth
+CODE_STRANGERS = 5, 900
 REGISTER_ADDRESS = 20, 180
 RESET_ACCOUNT = 3, 1200
 RESET_ADDRESS = 10, 360
@@ -51,9 +53,16 @@ class Throttle:
         account, client = email.casefold(), network(address)
         pair = self._key("login", account, client)
         buckets = [(pair, *LOGIN_PAIR), self._wide("login", client, LOGIN_ADDRESS)]
-        if not self._db.knows_address(pair, int(self._clock()) - KNOWN_FOR):
+        if not self._knows(pair):
             buckets.append((self._key("strangers", account), *LOGIN_STRANGERS))
         return buckets
+
+    def code(self, email: str, address: str) -> list[Bucket]:
+        """Return what a one-time code counts in."""
+        account, client = email.casefold(), network(address)
+        if self._knows(self._key("login", account, client)):
+            return [(self._key("code", account, client), *CODE_PAIR)]
+        return [(self._key("code", account), *CODE_STRANGERS)]
 
     def registration(self, address: str) -> list[Bucket]:
         """Return what a registration counts in."""
@@ -87,6 +96,9 @@ class Throttle:
     def tag(self, email: str) -> str:
         """Return what stands for an unknown email in the log: the same for the same, and no way back."""
         return self._key("tag", email.casefold())[:16]
+
+    def _knows(self, pair: str) -> bool:
+        return self._db.knows_address(pair, int(self._clock()) - KNOWN_FOR)
 
     def _wide(self, kind: str, counted: str, limit: tuple[int, int]) -> Bucket:
         size, interval = limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -10,7 +11,8 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import pytest
 import requests
 
 import authsvc
-import storage
+import database
+import totp
 from auth import Auth, AuthError
 from settings import Settings
 from storage import DB
-from tests.conftest import COST, HERE, Answer, Client, clean_environ
+from tests.conftest import COST, HERE, Answer, Client, Clock, clean_environ
 
 BOB = {"email": "bob@x.io", "password": "b4l0u"}
 UUID4 = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -35,8 +38,29 @@ FORMS = [
     ("POST", "/sessions", ("email", "password")),
     ("POST", "/reset_password", ("email",)),
     ("PUT", "/reset_password", ("email", "reset_token", "new_password")),
+    ("DELETE", "/profile", ("password",)),
+    ("PUT", "/password", ("password", "new_password")),
+    ("POST", "/totp", ("password",)),
+    ("PUT", "/totp", ("otp",)),
+    ("DELETE", "/totp", ("password", "otp")),
 ]
 FIELDS = [(method, path, field) for method, path, fields in FORMS for field in fields]
+
+# What can be asked for without a session, and what cannot.
+OPEN = [("GET", "/"), *((method, path) for method, path, _ in FORMS[:4])]
+CLOSED = [
+    ("GET", "/profile"),
+    ("DELETE", "/profile"),
+    ("GET", "/sessions"),
+    ("DELETE", "/sessions"),
+    ("DELETE", "/sessions/others"),
+    ("DELETE", "/sessions/all"),
+    ("DELETE", "/sessions/0123456789abcdef"),
+    ("PUT", "/password"),
+    ("POST", "/totp"),
+    ("PUT", "/totp"),
+    ("DELETE", "/totp"),
+]
 
 
 @dataclass
@@ -51,10 +75,11 @@ class Home:
     @property
     def form(self) -> dict[str, str]:
         """Fields that every route but POST /users would accept; extra ones are ignored."""
-        return {**BOB, "reset_token": self.reset_token, "new_password": "t4rt1fl3tt3"}
+        return {**BOB, "reset_token": self.reset_token, "new_password": "t4rt1fl3tt3", "otp": "000000"}
 
     def refuses(self, status: int, method: str, path: str, form: Any = None, **rest: Any) -> str:
-        """Assert that a request is refused and changes nothing; return the reason that is given."""
+        """Assert that a request of Bob's is refused and changes nothing; return the reason that is given."""
+        rest.setdefault("cookie", f"session_id={self.session_id}")
         before = self.rows()
         answer = self.call(method, path, form, **rest)
         assert answer.status == status, (method, path, form, answer.body)
@@ -72,7 +97,7 @@ class Home:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     settings = Settings(database=str(tmp_path_factory.mktemp("home") / "authsvc.db"), bcrypt_cost=COST)
     db = DB(settings.database)
-    call = Client(authsvc.create_app(settings, Auth(db, settings)))
+    call = Client(authsvc.create_app(settings, Auth(db, settings, Clock())))
     register(call)
     session_id = call("POST", "/sessions", BOB).session_id
     with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
@@ -101,7 +126,7 @@ def as_json(content: Any) -> dict[str, Any]:
     return {"body": text.encode(), "content_type": "application/json"}
 
 
-def assert_200(answer: Answer, content: dict[str, str]) -> None:
+def assert_200(answer: Answer, content: dict[str, Any]) -> None:
     assert (answer.status, answer.json) == (200, content)
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.headers["Content-Length"] == str(len(answer.body))
@@ -244,13 +269,24 @@ def test_an_odd_email_is_an_unknown_one(home: Home, email: str) -> None:
     assert home.refuses(403, "PUT", "/reset_password", form) == "invalid reset token"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/profile"), ("DELETE", "/sessions")])
+def test_every_route_is_open_or_needs_a_session() -> None:
+    routes = [(method, path.replace("<public_id>", "0123456789abcdef")) for method, path, *_ in authsvc.ROUTES]
+    assert sorted(OPEN + CLOSED) == sorted(routes)
+
+
+@pytest.mark.parametrize(("method", "path"), CLOSED)
 @pytest.mark.parametrize("cookie", [None, "", "session_id=", "session_id=00000000-0000-4000-8000-000000000000"])
 def test_without_a_session_it_is_refused(home: Home, method: str, path: str, cookie: str | None) -> None:
-    assert home.refuses(403, method, path, cookie=cookie) == "not logged in"
+    assert home.refuses(403, method, path, home.form, cookie=cookie) == "not logged in"
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "/users/", "/users/1", "/Users", "/profile/..", "/authsvc.db"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/nowhere", "/users/", "/users/1", "/Users", "/profile/..", "/authsvc.db"),
+        *("/sessions/", "/sessions//", "/sessions/others/", "/sessions/a/b", "/password/", "/totp/1"),
+    ],
+)
 def test_another_path_is_not_found(home: Home, path: str) -> None:
     assert home.refuses(404, "GET", path) == "not found"
 
@@ -260,8 +296,13 @@ def test_another_path_is_not_found(home: Home, path: str) -> None:
     [
         ("/", {"GET"}),
         ("/users", {"POST"}),
-        ("/sessions", {"POST", "DELETE"}),
-        ("/profile", {"GET"}),
+        ("/sessions", {"GET", "POST", "DELETE"}),
+        ("/sessions/others", {"DELETE"}),
+        ("/sessions/all", {"DELETE"}),
+        ("/sessions/0123456789abcdef", {"DELETE"}),
+        ("/profile", {"GET", "DELETE"}),
+        ("/password", {"PUT"}),
+        ("/totp", {"POST", "PUT", "DELETE"}),
         ("/reset_password", {"POST", "PUT"}),
     ],
 )
@@ -271,9 +312,13 @@ def test_another_method_is_not_allowed(home: Home, path: str, allowed: set[str])
         assert set(home.call(method, path).headers["Allow"].split(",")) - {"HEAD"} == allowed
 
 
-@pytest.mark.parametrize(("status", "path"), [(200, "/"), (403, "/profile"), (404, "/nowhere"), (405, "/users")])
-def test_head_answers_as_get_without_a_body(home: Home, status: int, path: str) -> None:
-    got, headed = home.call("GET", path), home.call("HEAD", path)
+@pytest.mark.parametrize(("status", "path"), [(200, "/"), (200, "/sessions"), (404, "/nowhere"), (405, "/totp")])
+@pytest.mark.parametrize("logged_in", [True, False])
+def test_head_answers_as_get_without_a_body(home: Home, status: int, path: str, logged_in: bool) -> None:
+    if path == "/sessions" and not logged_in:
+        status = 403
+    cookie = f"session_id={home.session_id}" if logged_in else None
+    got, headed = (home.call(method, path, cookie=cookie) for method in ("GET", "HEAD"))
     assert (headed.status, headed.body) == (status, b"")
     assert headed.headers["Content-Length"] == got.headers["Content-Length"]
 
@@ -284,6 +329,387 @@ def test_head_answers_as_get_without_a_body(home: Home, status: int, path: str) 
 def test_path_and_method_are_refused_before_the_body(home: Home, rest: dict[str, Any]) -> None:
     home.refuses(404, "POST", "/nowhere", **rest)
     home.refuses(405, "PUT", "/users", **rest)
+
+
+# One's sessions
+
+
+@pytest.fixture
+def crowd(db: DB, settings: Settings, clock: Clock) -> Client:
+    """The application with Bob and Eve in it, who may have three sessions each."""
+    settings = replace(settings, sessions_per_user=3)
+    call = Client(authsvc.create_app(settings, Auth(db, settings, clock)))
+    register(call)
+    register(call, "eve@x.io")
+    return call
+
+
+def cookie_of(answer: Answer) -> str:
+    assert answer.status == 200
+    return f"session_id={answer.session_id}"
+
+
+def name_of(cookie: str) -> str:
+    """What the session of a cookie is called in public."""
+    return hashlib.sha256(cookie.partition("=")[2].encode()).hexdigest()[:16]
+
+
+def assert_renewed(call: Client, answer: Answer, former: str) -> str:
+    """Assert that the session goes on under a new id; return its cookie."""
+    assert re.fullmatch(f"session_id={UUID4}; {ATTRIBUTES}", answer.headers["Set-Cookie"])
+    renewed = cookie_of(answer)
+    assert (profile(call, former), profile(call, renewed)) == (403, 200)
+    return renewed
+
+
+def test_sessions_are_listed(crowd: Client, clock: Clock) -> None:
+    first = cookie_of(log_in(crowd, REMOTE_ADDR="127.0.0.1", HTTP_USER_AGENT="one"))
+    cookie_of(log_in(crowd, "eve@x.io", REMOTE_ADDR="127.0.0.3", HTTP_USER_AGENT="eve"))
+    clock.advance(3600)
+    second = cookie_of(log_in(crowd, REMOTE_ADDR="::1"))
+    assert profile(crowd, first) == 200
+    shared = {"last_seen": "2027-01-15T09:00:00Z", "expires": "2027-01-22T09:00:00Z"}
+    newest = {"id": name_of(second), "created": "2027-01-15T09:00:00Z", "address": "::1", "user_agent": ""}
+    oldest = {"id": name_of(first), "created": "2027-01-15T08:00:00Z", "address": "127.0.0.1", "user_agent": "one"}
+    for cookie in (first, second):
+        answer = crowd("GET", "/sessions", cookie=cookie)
+        sessions = [{**newest, **shared, "current": cookie == second}, {**oldest, **shared, "current": cookie == first}]
+        assert_200(answer, {"sessions": sessions})
+        assert "Set-Cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "agent",
+    ['"', "\\", "a\x1b[2J", "</script><script>", "é\x85\xff", "{0}%s", "a" * 300, 'x", "current": true, "y": "'],
+)
+def test_a_user_agent_is_listed_as_text_and_for_nobody_else(crowd: Client, agent: str) -> None:
+    bobs = cookie_of(log_in(crowd, HTTP_USER_AGENT=agent))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    mine, theirs = (crowd("GET", "/sessions", cookie=cookie) for cookie in (bobs, eves))
+    assert [session["user_agent"] for session in mine.json["sessions"]] == [agent[:200]]
+    assert [session["user_agent"] for session in theirs.json["sessions"]] == [""]
+    assert re.fullmatch(rb"[ -~]+", mine.body)
+
+
+def test_one_of_ones_sessions_ends(crowd: Client) -> None:
+    mine, other, third = (cookie_of(log_in(crowd)) for _ in range(3))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    answer = crowd("DELETE", f"/sessions/{name_of(other)}", cookie=mine)
+    assert_200(answer, {"message": "session ended"})
+    assert "Set-Cookie" not in answer.headers
+    assert [profile(crowd, cookie) for cookie in (mine, other, third, eves)] == [200, 403, 200, 200]
+
+
+def test_ones_own_session_ends_with_its_cookie(crowd: Client) -> None:
+    mine, other = (cookie_of(log_in(crowd)) for _ in range(2))
+    answer = crowd("DELETE", f"/sessions/{name_of(mine)}", cookie=mine)
+    assert_200(answer, {"message": "session ended"})
+    assert answer.headers["Set-Cookie"] == f"session_id=; {ATTRIBUTES}; Max-Age=0"
+    assert [profile(crowd, cookie) for cookie in (mine, other)] == [403, 200]
+
+
+def test_all_other_sessions_end(crowd: Client) -> None:
+    first, mine, last = (cookie_of(log_in(crowd)) for _ in range(3))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    for _ in range(2):  # also when there are none
+        answer = crowd("DELETE", "/sessions/others", cookie=mine)
+        assert_200(answer, {"message": "all other sessions ended"})
+        assert "Set-Cookie" not in answer.headers
+        assert [profile(crowd, cookie) for cookie in (first, mine, last, eves)] == [403, 200, 403, 200]
+
+
+def test_all_sessions_end(crowd: Client) -> None:
+    mine, other = (cookie_of(log_in(crowd)) for _ in range(2))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    answer = crowd("DELETE", "/sessions/all", cookie=mine)
+    assert_200(answer, {"message": "all sessions ended"})
+    assert answer.headers["Set-Cookie"] == f"session_id=; {ATTRIBUTES}; Max-Age=0"
+    assert [profile(crowd, cookie) for cookie in (mine, other, eves)] == [403, 403, 200]
+    assert crowd("DELETE", "/sessions/all", cookie=mine).status == 403
+
+
+def test_a_session_of_somebody_else_is_answered_as_one_that_is_not(crowd: Client) -> None:
+    mine, ended = (cookie_of(log_in(crowd)) for _ in range(2))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    assert crowd("DELETE", "/sessions", cookie=ended).status == 302
+    secret = mine.partition("=")[2]
+    odd = [name_of(mine) + "0", name_of(mine)[:15], f"{name_of(mine)} ", hashlib.sha256(secret.encode()).hexdigest()]
+    answers = [
+        crowd("DELETE", f"/sessions/{name}", cookie=mine)
+        for name in ("0123456789abcdef", name_of(eves), name_of(ended), secret, "x" * 1000, "%", *odd)
+    ]
+    for answer in answers:
+        assert (answer.status, answer.json) == (404, {"message": "no such session"})
+        del answer.headers["X-Request-Id"]
+        assert (answer.body, answer.headers) == (answers[0].body, answers[0].headers)
+    assert [profile(crowd, cookie) for cookie in (mine, eves)] == [200, 200]
+
+
+# The account
+
+
+def test_deleting_the_account(crowd: Client, settings: Settings) -> None:
+    mine, other = (cookie_of(log_in(crowd)) for _ in range(2))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    form = {"email": "bob@x.io", "reset_token": token_of(crowd), "new_password": "t4rt1fl3tt3"}
+    answer = crowd("DELETE", "/profile", {"password": "b4l0u"}, cookie=mine)
+    assert_200(answer, {"email": "bob@x.io", "message": "account deleted"})
+    assert answer.headers["Set-Cookie"] == f"session_id=; {ATTRIBUTES}; Max-Age=0"
+    assert [profile(crowd, cookie) for cookie in (mine, other, eves)] == [403, 403, 200]
+    assert (log_in(crowd).status, crowd("PUT", "/reset_password", form).status) == (401, 403)
+    register(crowd)
+    assert [profile(crowd, cookie) for cookie in (mine, other, cookie_of(log_in(crowd)))] == [403, 403, 200]
+    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+        assert ledger.execute("SELECT id, email FROM users").fetchall() == [(2, "eve@x.io"), (3, "bob@x.io")]
+
+
+def test_changing_the_password(crowd: Client) -> None:
+    mine, other = (cookie_of(log_in(crowd)) for _ in range(2))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    reset = {"email": "bob@x.io", "reset_token": token_of(crowd), "new_password": "third"}
+    form = {"password": "b4l0u", "new_password": "t4rt1fl3tt3"}
+    answer = crowd("PUT", "/password", form, cookie=mine)
+    assert_200(answer, {"email": "bob@x.io", "message": "password changed"})
+    assert_renewed(crowd, answer, mine)
+    assert [profile(crowd, cookie) for cookie in (other, eves)] == [403, 200]
+    assert crowd("PUT", "/reset_password", reset).status == 403
+    assert (log_in(crowd).status, log_in(crowd, password="t4rt1fl3tt3").status) == (401, 200)
+
+
+@pytest.mark.parametrize(("method", "path"), [("DELETE", "/profile"), ("PUT", "/password"), ("POST", "/totp")])
+@pytest.mark.parametrize("password", ["wrong", "B4L0U", "b4l0u ", "b4l0u\0", "a" * 2000, "t4rt1fl3tt3"])
+def test_a_change_asks_for_the_password(home: Home, method: str, path: str, password: str) -> None:
+    assert home.refuses(403, method, path, {**home.form, "password": password}) == "wrong password"
+
+
+@pytest.mark.parametrize("password", ["b4l0u", "wrong"])
+def test_a_new_password_has_at_most_1024_bytes(home: Home, password: str) -> None:
+    form = {"password": password, "new_password": "é" * 512 + "a"}
+    assert home.refuses(400, "PUT", "/password", form) == "password must be at most 1024 bytes"
+
+
+# The second factor
+
+
+@dataclass
+class Factor:
+    """Bob with a second factor."""
+
+    call: Client
+    clock: Clock
+    cookie: str = ""
+    seed: str = ""
+    recovery_codes: tuple[str, ...] = ()
+
+    def code(self) -> str:
+        """A code that was not used yet."""
+        self.clock.advance(totp.STEP)
+        return totp.code(self.seed, int(self.clock()) // totp.STEP)
+
+    def log_in(self, otp: str | None = None, **rest: Any) -> Answer:
+        return self.call("POST", "/sessions", {**BOB, **({} if otp is None else {"otp": otp})}, **rest)
+
+    def begin(self) -> Answer:
+        self.cookie = cookie_of(self.log_in(REMOTE_ADDR="127.0.0.1"))
+        answer = self.call("POST", "/totp", {"password": "b4l0u"}, cookie=self.cookie)
+        self.seed = answer.json["secret"]
+        return answer
+
+    def confirm(self) -> Answer:
+        answer = self.call("PUT", "/totp", {"otp": self.code()}, cookie=self.cookie)
+        self.cookie, self.recovery_codes = cookie_of(answer), tuple(answer.json["recovery_codes"])
+        return answer
+
+
+@pytest.fixture
+def factor(crowd: Client, clock: Clock) -> Factor:
+    bob = Factor(crowd, clock)
+    bob.begin()
+    bob.confirm()
+    return bob
+
+
+def test_setting_up_a_second_factor(crowd: Client, clock: Clock) -> None:
+    bob = Factor(crowd, clock)
+    answer = bob.begin()
+    uri = f"otpauth://totp/authsvc%3Abob@x.io?secret={bob.seed}&issuer=authsvc"
+    assert re.fullmatch("[A-Z2-7]{32}", bob.seed)
+    assert answer.json["qr"].startswith("data:image/svg+xml")
+    assert_200(answer, {"secret": bob.seed, "uri": uri, "qr": totp.picture(uri)})
+    assert "Set-Cookie" not in answer.headers
+    other = cookie_of(bob.log_in())  # it is not in force yet
+    former = bob.cookie
+    answer = bob.confirm()
+    assert_200(answer, {"message": "second factor on", "recovery_codes": answer.json["recovery_codes"]})
+    assert_renewed(crowd, answer, former)
+    assert profile(crowd, other) == 403
+    assert len(set(bob.recovery_codes)) == 10
+    assert all(re.fullmatch("[a-z2-7]{4}(-[a-z2-7]{4}){5}", code) for code in bob.recovery_codes)
+
+
+def test_without_segno_there_is_no_picture(crowd: Client, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segno", None)
+    assert Factor(crowd, clock).begin().json.keys() == {"secret", "uri"}
+
+
+def test_a_new_seed_replaces_the_one_that_was_not_confirmed(crowd: Client, clock: Clock) -> None:
+    bob = Factor(crowd, clock)
+    bob.begin()
+    former = bob.code()
+    bob.begin()
+    answer = crowd("PUT", "/totp", {"otp": former}, cookie=bob.cookie)
+    assert (answer.status, answer.json) == (403, {"message": "wrong one-time code"})
+    assert bob.confirm().status == 200
+
+
+def test_a_login_needs_a_code_after_the_right_password(factor: Factor) -> None:
+    for otp in (None, ""):
+        answer = factor.log_in(otp)
+        assert (answer.status, answer.json) == (401, {"message": "one-time code required"})
+        assert "Set-Cookie" not in answer.headers
+    wrong = factor.log_in(f"{(int(factor.code()) + 1) % 10**6:06}")
+    assert (wrong.status, wrong.json) == (401, {"message": "wrong one-time code"})
+    assert "Set-Cookie" not in wrong.headers
+    answers = [factor.log_in(code) for code in [factor.code()] * 2]
+    assert [answer.status for answer in answers] == [200, 401]
+    assert_200(answers[0], {"email": "bob@x.io", "message": "logged in"})
+    assert profile(factor.call, cookie_of(answers[0])) == 200
+    assert log_in(factor.call, "eve@x.io").status == 200  # who has none is not asked
+
+
+@pytest.mark.parametrize("email", ["bob@x.io", "eve@x.io", "nobody@x.io"])
+def test_after_a_wrong_password_nothing_tells_who_has_a_second_factor(factor: Factor, email: str) -> None:
+    for otp in ({}, {"otp": ""}, {"otp": "000000"}, {"otp": factor.code()}, {"otp": factor.recovery_codes[0]}):
+        answer = factor.call("POST", "/sessions", {"email": email, "password": "wrong", **otp})
+        assert (answer.status, answer.json) == (401, {"message": "wrong email or password"})
+    assert factor.log_in(factor.recovery_codes[0]).status == 200  # none was spent
+
+
+def test_a_recovery_code_works_once_however_it_is_typed(factor: Factor) -> None:
+    spellings: list[Callable[[str], str]] = [
+        str,
+        str.upper,
+        lambda code: code.replace("-", ""),
+        lambda code: f" {code.replace('-', ' ')} ",
+    ]
+    for code, spell in zip(factor.recovery_codes, spellings, strict=False):
+        assert [factor.log_in(spell(code)).status for _ in range(2)] == [200, 401]
+        factor.clock.advance(900)
+
+
+def test_a_repeated_code_is_refused(factor: Factor) -> None:
+    code = factor.code()
+    for pair in ((code, code), (code, ""), ("", code), (code, "other")):
+        answer = factor.call("POST", "/sessions", [*BOB.items(), *(("otp", otp) for otp in pair)])
+        assert (answer.status, answer.json) == (400, {"message": "otp is given more than once"})
+    assert factor.log_in(code).status == 200  # it was not spent
+
+
+@pytest.mark.parametrize(
+    ("otp", "reason"),
+    [(None, "must be text"), (492039, "must be text"), (["1"], "must be text"), ("\ud800", ""), ("1\0", "")],
+)
+def test_an_optional_code_is_text(home: Home, otp: Any, reason: str) -> None:
+    said = home.refuses(400, "POST", "/sessions", **as_json({**BOB, "otp": otp}))
+    assert said == f"otp {reason or 'is not valid text'}"
+
+
+def test_switching_the_second_factor_off(factor: Factor) -> None:
+    other = cookie_of(factor.log_in(factor.code()))
+    form = {"password": "b4l0u", "otp": factor.code()}
+    answer = factor.call("DELETE", "/totp", form, cookie=factor.cookie)
+    assert_200(answer, {"message": "second factor off"})
+    assert_renewed(factor.call, answer, factor.cookie)
+    assert profile(factor.call, other) == 403
+    assert factor.log_in().status == 200
+    factor.begin()  # another one, of which the former recovery codes are not
+    former = factor.recovery_codes
+    factor.confirm()
+    assert factor.log_in(former[0]).status == 401
+
+
+def test_a_recovery_code_switches_the_second_factor_off(factor: Factor) -> None:
+    form = {"password": "b4l0u", "otp": factor.recovery_codes[9]}
+    assert factor.call("DELETE", "/totp", form, cookie=factor.cookie).status == 200
+    assert factor.log_in().status == 200
+
+
+def test_what_the_second_factor_refuses(factor: Factor) -> None:
+    eves = cookie_of(log_in(factor.call, "eve@x.io"))
+    password, wrong, code = {"password": "b4l0u"}, {"password": "wrong"}, {"otp": factor.code()}
+    for status, message, method, form, cookie in [
+        (400, "a second factor is on already", "POST", password, factor.cookie),
+        (403, "wrong password", "POST", wrong, factor.cookie),
+        (400, "no second factor is being set up", "PUT", code, factor.cookie),
+        (400, "no second factor is being set up", "PUT", code, eves),
+        (400, "no second factor is on", "DELETE", password | code, eves),
+        (403, "wrong password", "DELETE", wrong | code, factor.cookie),
+        (403, "wrong one-time code", "DELETE", password | {"otp": "wrong"}, factor.cookie),
+    ]:
+        answer = factor.call(method, "/totp", form, cookie=cookie)
+        assert (answer.status, answer.json) == (status, {"message": message})
+        assert "Set-Cookie" not in answer.headers
+    assert factor.log_in().status == 401
+    assert factor.log_in(code["otp"]).status == 200  # no refusal spent it
+
+
+def test_a_reset_leaves_the_second_factor_on(factor: Factor) -> None:
+    form = {"email": "bob@x.io", "reset_token": token_of(factor.call), "new_password": "b4l0u"}
+    assert factor.call("PUT", "/reset_password", form).status == 200
+    assert (factor.log_in().status, factor.log_in(factor.code()).status) == (401, 200)
+
+
+def test_where_a_second_factor_is_demanded_a_session_is_good_for_nothing_else(
+    db: DB, settings: Settings, clock: Clock
+) -> None:
+    settings = replace(settings, require_totp=True, sessions_per_user=3)
+    bob = Factor(Client(authsvc.create_app(settings, Auth(db, settings, clock))), clock)
+    register(bob.call)
+    bob.begin()
+    other = cookie_of(bob.log_in())
+    form = {"password": "b4l0u", "new_password": "t4rt1fl3tt3", "otp": bob.code()}
+    refused = set(CLOSED) - {("DELETE", "/sessions"), ("POST", "/totp"), ("PUT", "/totp")}
+    for method, path in [*refused, ("DELETE", f"/sessions/{name_of(other)}")]:
+        answer = bob.call(method, path, form, cookie=bob.cookie)
+        assert (answer.status, answer.json) == (403, {"message": "set up a second factor first"})
+        assert "Set-Cookie" not in answer.headers
+    assert bob.call("DELETE", "/sessions", cookie=other).status == 302
+    bob.confirm()
+    assert profile(bob.call, bob.cookie) == 200
+    assert bob.call("PUT", "/password", form, cookie=bob.cookie).status == 200
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "form", "most"),
+    [
+        ("DELETE", "/profile", {"password": "wrong"}, 10),
+        ("PUT", "/password", {"password": "wrong", "new_password": "t4rt1fl3tt3"}, 10),
+        ("POST", "/totp", {"password": "wrong"}, 10),
+        ("DELETE", "/totp", {"password": "wrong", "otp": "wrong"}, 10),
+        ("DELETE", "/totp", {"password": "b4l0u", "otp": "wrong"}, 5),
+        ("POST", "/sessions", {**BOB, "otp": "wrong"}, 5),
+    ],
+)
+def test_guesses_are_limited(factor: Factor, method: str, path: str, form: dict[str, str], most: int) -> None:
+    said = [factor.call(method, path, form, cookie=factor.cookie, REMOTE_ADDR="127.0.0.1") for _ in range(most + 2)]
+    refused = 401 if path == "/sessions" else 403
+    assert [answer.status for answer in said] == [refused] * most + [429] * 2
+    for answer in said[most:]:
+        assert answer.json == {"message": "too many requests"}
+        assert 1 <= int(answer.headers["Retry-After"]) <= 300
+        assert "Set-Cookie" not in answer.headers
+
+
+def test_guesses_at_the_first_code_are_limited(crowd: Client, clock: Clock) -> None:
+    bob = Factor(crowd, clock)
+    bob.begin()
+    said = [
+        crowd("PUT", "/totp", {"otp": "wrong"}, cookie=bob.cookie, REMOTE_ADDR="127.0.0.1").status for _ in range(7)
+    ]
+    assert said == [403] * 5 + [429] * 2
 
 
 # Fields
@@ -386,7 +812,7 @@ def test_more_than_8_fields_are_refused(home: Home) -> None:
 @pytest.mark.parametrize(("method", "path", "fields"), FORMS)
 def test_the_query_string_never_counts(home: Home, method: str, path: str, fields: tuple[str, ...]) -> None:
     query = "&".join(f"{name}={value}" for name, value in home.form.items())
-    assert home.refuses(400, method, f"{path}?{query}") == "email is missing"
+    assert home.refuses(400, method, f"{path}?{query}") == f"{fields[0]} is missing"
 
 
 def test_the_query_string_adds_nothing_to_the_body(call: Client) -> None:
@@ -474,7 +900,7 @@ def test_another_content_type_is_refused(home: Home, content_type: str) -> None:
 def test_no_body_and_no_content_type_is_a_missing_field(
     home: Home, method: str, path: str, fields: tuple[str, ...]
 ) -> None:
-    assert home.refuses(400, method, path, body=b"", content_type="") == "email is missing"
+    assert home.refuses(400, method, path, body=b"", content_type="") == f"{fields[0]} is missing"
 
 
 def padded(size: int) -> bytes:
@@ -673,6 +1099,9 @@ def test_sql_in_a_field_or_cookie_is_a_plain_wrong_value(home: Home, text: str) 
         for field in fields:
             plain = home.refuses(status, method, path, {**home.form, field: "wrong"})
             assert home.refuses(status, method, path, {**home.form, field: text}) == plain
+    for field, path in (("password", "/profile"), ("otp", "/totp")):
+        home.refuses(400 if field == "otp" else 403, "DELETE", path, {**home.form, field: text})
+    assert home.refuses(404, "DELETE", f"/sessions/{text.replace('/', ' ')}") == "no such session"
     for cookie in (f"session_id={text}", f"session_id={home.session_id}{text}"):
         assert home.refuses(403, "GET", "/profile", cookie=cookie) == "not logged in"
         assert home.refuses(403, "DELETE", "/sessions", cookie=cookie) == "not logged in"
@@ -826,7 +1255,7 @@ def test_a_reset_token_goes_only_to_a_direct_caller_on_this_machine(
 def test_a_locked_database_is_503_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(storage, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
     with contextlib.closing(DB(settings.database)) as db:
         call = Client(authsvc.create_app(settings, Auth(db, settings)))
         with contextlib.closing(sqlite3.connect(settings.database)) as other:
@@ -853,7 +1282,13 @@ def test_every_refusal_by_the_rules_has_a_status() -> None:
 def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[DB]]:
     """The databases that ``authsvc.app`` opens, as from its first request on."""
     dbs: list[DB] = []
+    pruning: list[tuple[threading.Thread, threading.Event]] = []
     both = threading.Barrier(2)
+    start_pruning = authsvc._start_pruning
+
+    def start(auth: Auth, stopping: threading.Event) -> threading.Thread:
+        pruning.append((start_pruning(auth, stopping), stopping))
+        return pruning[-1][0]
 
     def open_one(path: str, private: bool) -> DB:
         with contextlib.suppress(threading.BrokenBarrierError):
@@ -862,11 +1297,15 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[DB]
         return dbs[-1]
 
     monkeypatch.setattr(authsvc, "DB", open_one)
+    monkeypatch.setattr(authsvc, "_start_pruning", start)
     monkeypatch.setenv("AUTHSVC_DATABASE", str(tmp_path / "authsvc.db"))
     monkeypatch.setenv("AUTHSVC_BCRYPT_COST", str(COST))
     authsvc._shared_app.cache_clear()
     yield dbs
     authsvc._shared_app.cache_clear()
+    for thread, stopping in pruning:  # before what it works on is closed
+        stopping.set()
+        thread.join()
     for db in dbs:
         db.close()
 
@@ -886,6 +1325,19 @@ def test_two_first_requests_at_once_open_one_database(opened: list[DB]) -> None:
     for thread in threads:
         thread.join()
     assert len(opened) == 1
+
+
+def test_the_callable_deletes_what_is_over(opened: list[DB], clock: Clock, tmp_path: Path) -> None:
+    clock.now = 1.0
+    with contextlib.closing(DB(tmp_path / "authsvc.db")) as db:
+        auth = Auth(db, Settings(bcrypt_cost=COST), clock)
+        auth.register_user("bob@x.io", "b4l0u")
+        auth.create_session("bob@x.io")
+    assert Client(authsvc.app)("GET", "/").status == 200
+    end = time.monotonic() + 5
+    with contextlib.closing(sqlite3.connect(tmp_path / "authsvc.db")) as ledger:
+        while ledger.execute("SELECT count(*) FROM sessions").fetchone() != (0,):
+            assert time.monotonic() < end
 
 
 @pytest.mark.parametrize(
@@ -969,3 +1421,61 @@ def test_refused_input_is_logged_without_its_value(
     (line,) = events(capsys)
     assert line["event"] == "input_validation_fail"
     assert "canary" not in str(line)
+
+
+def test_what_changes_an_account_is_logged_and_no_secret_is_told_twice(
+    crowd: Client, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bob = Factor(crowd, clock)
+    said: list[Answer] = []
+    secrets: set[str] = {"b4l0u", "t4rt1fl3tt3", "wrong-canary"}
+
+    def ask(method: str, path: str, event: str | None, **form: str) -> Answer:
+        capsys.readouterr()
+        answer = crowd(method, path, form, cookie=bob.cookie)
+        said.append(answer)
+        lines = events(capsys)
+        assert [line["event"] for line in lines] == ([event] if event else [])
+        for line in lines:
+            stamps = [line.pop(name) for name in ("time", "request_id")]
+            assert stamps[1] == answer.headers["X-Request-Id"]
+            assert not [secret for secret in secrets if secret in json.dumps(line)]
+            logged.append(line)
+        if answer.headers.get("Set-Cookie", "").startswith("session_id=") and answer.session_id:
+            bob.cookie = cookie_of(answer)
+            secrets.add(answer.session_id)
+        return answer
+
+    logged: list[dict[str, Any]] = []
+    ask("POST", "/sessions", "authn_login_success", **BOB)
+    ask("GET", "/sessions", None)
+    ask("PUT", "/password", "authn_login_fail", password="wrong-canary", new_password="t4rt1fl3tt3")
+    ask("PUT", "/password", "input_validation_fail", password="b4l0u", new_password="t4rt1fl3tt3" * 100)
+    ask("PUT", "/password", "authn_password_change", password="b4l0u", new_password="t4rt1fl3tt3")
+    bob.seed = ask("POST", "/totp", None, password="t4rt1fl3tt3").json["secret"]
+    ask("PUT", "/totp", "authn_login_fail", otp="wrong-canary")
+    code = bob.code()
+    secrets.update((bob.seed, code))
+    codes = ask("PUT", "/totp", "authn_factor_added", otp=code).json["recovery_codes"]
+    secrets.update(codes)
+    ask("POST", "/totp", "input_validation_fail", password="t4rt1fl3tt3")
+    ask("POST", "/sessions", None, email="bob@x.io", password="t4rt1fl3tt3")
+    ask("POST", "/sessions", "authn_login_fail", email="bob@x.io", password="t4rt1fl3tt3", otp="wrong-canary")
+    ask("POST", "/sessions", "authn_login_success", email="bob@x.io", password="t4rt1fl3tt3", otp=codes[0])
+    ask("DELETE", "/totp", "authn_login_fail", password="t4rt1fl3tt3", otp=codes[0])
+    ask("DELETE", "/totp", "authn_factor_removed", password="t4rt1fl3tt3", otp=codes[1])
+    ask("DELETE", "/sessions/0123456789abcdef", "authz_fail")
+    ask("DELETE", "/sessions/others", "session_ended")
+    ask("DELETE", f"/sessions/{name_of(bob.cookie)}", "session_ended")
+    ask("POST", "/sessions", "authn_login_success", email="bob@x.io", password="t4rt1fl3tt3")
+    ask("DELETE", "/sessions/all", "session_ended")
+    ask("POST", "/sessions", "authn_login_success", email="bob@x.io", password="t4rt1fl3tt3")
+    ask("DELETE", "/profile", "user_deleted", password="t4rt1fl3tt3")
+    assert [line.get("which") for line in logged if line["event"] == "session_ended"] == ["others", None, "all"]
+    changes = {"authn_password_change", "authn_factor_added", "authn_factor_removed", "session_ended", "user_deleted"}
+    assert {line["user_id"] for line in logged if line["event"] in changes} == {1}
+    told = [f"{answer.headers} {answer.body.decode()}" for answer in said]
+    assert all(
+        sum(secret in text for text in told) == 1 for secret in secrets - {"b4l0u", "t4rt1fl3tt3", "wrong-canary", code}
+    )
+    assert not [text for text in told for secret in ("b4l0u", "t4rt1fl3tt3", "canary") if secret in text]

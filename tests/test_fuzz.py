@@ -31,7 +31,9 @@ from hypothesis import strategies as st
 import authsvc
 import guard
 import lanes
-from auth import Auth
+import passwords
+import totp
+from auth import Auth, UnknownEmail
 from settings import Settings
 from storage import DB
 from tests.conftest import COST, Clock
@@ -44,7 +46,7 @@ SECONDS = 30 + REQUESTS * 0.03  # of each test; more and something hangs
 BATCH = 500  # examples from one seed; hypothesis remembers what it tried
 
 EMAIL, PASSWORD = "bob@example.com", "correct horse battery"
-SESSION, TOKEN = "{session}", "{token}"  # stand for live ones
+SESSION, NAME, TOKEN, CODE = "{session}", "{name}", "{token}", "{code}"  # stand for live ones
 
 T = TypeVar("T")
 
@@ -75,14 +77,16 @@ def each(strategy: st.SearchStrategy[T], use: Callable[[T], None], count: int) -
 methods = st.sampled_from(["GET", "POST", "POST", "PUT", "DELETE"]) | st.sampled_from(
     ["HEAD", "OPTIONS", "PATCH", "TRACE", "ANY", "PROXY", "get", "", "POST ", "M-SEARCH"]
 )
-routes = st.sampled_from([path for _, path, *_ in authsvc.ROUTES])
+routes = st.sampled_from([path.replace("<public_id>", NAME) for _, path, *_ in authsvc.ROUTES])
 latin = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=30)
 paths = routes | st.builds(
     "".join, st.lists(routes | latin | st.sampled_from(["/", "//", "..", "%2f", "?", "#", "é"]), max_size=4)
 )
-names = st.sampled_from(["email", "password", "reset_token", "new_password"])
+names = st.sampled_from(["email", "password", "reset_token", "new_password", "otp"])
 values = (
-    st.sampled_from([EMAIL, PASSWORD, TOKEN, "", "nope", "a\0b", "a\r\nb", "x" * 300, "é" * 600, "' OR 1=1--", "=&;+%"])
+    st.sampled_from(
+        [EMAIL, PASSWORD, TOKEN, CODE, "", "nope", "a\0b", "a\r\nb", "x" * 300, "é" * 600, "' OR 1=1--", "=&;+%"]
+    )
     | st.emails()
     | st.text(max_size=80)
 )
@@ -90,7 +94,11 @@ fields = st.builds(
     dict[str, Any],
     st.fixed_dictionaries(
         {"email": st.just(EMAIL) | values},
-        optional=dict.fromkeys(("password", "reset_token", "new_password", "extra", "id"), values),
+        optional={
+            **dict.fromkeys(("reset_token", "new_password", "extra", "id"), values),
+            "password": st.just(PASSWORD) | values,
+            "otp": st.just(CODE) | values,
+        },
     ),
 )
 pairs = fields.map(lambda found: list(found.items())) | st.lists(
@@ -174,7 +182,19 @@ def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
     return kind, body[:at] + draw(pieces) + body[at + draw(st.integers(0, 3)) :]
 
 
-bodies = typed | typed | damaged()
+RIGHT = {"email": EMAIL, "password": PASSWORD, "otp": CODE, "reset_token": TOKEN, "new_password": PASSWORD[::-1]}
+right = [
+    ("application/x-www-form-urlencoded", urlencode(RIGHT, safe="{}").encode()),
+    ("application/json", json.dumps(RIGHT).encode()),
+]
+bodies = typed | typed | damaged() | st.sampled_from(right)
+# Whatever the seed; the right ones as often as the user has turns.
+FIXED = [
+    *[("application/json", text.encode()) for text in ODD_DOCUMENTS],
+    *right[:1] * 3,
+    ("application/x-www-form-urlencoded", urlencode({**RIGHT, "password": "wrong"}, safe="{}").encode()),
+    ("text/plain", b"email"),
+]
 cookie_names = (
     st.sampled_from(["session_id", "__Host-session_id", "__Secure-session_id", "Session_Id", "a{b}", "x"]) | latin
 )
@@ -182,9 +202,13 @@ cookie_pairs = st.builds(
     "{}={}".format, cookie_names, st.just(SESSION) | latin | st.sampled_from(['"{session}"', "x" * 200])
 )
 live = st.sampled_from(
-    [f"session_id={SESSION}", f"__Host-session_id={SESSION}", f"é; a{{b}}=1;__Host-session_id={SESSION} ;"]
+    [
+        f"session_id={SESSION}; __Host-session_id={SESSION}",
+        f"__Host-session_id={SESSION}",
+        f"é; a{{b}}=1;session_id={SESSION} ;__Host-session_id={SESSION} ;",
+    ]
 )
-cookies = live | st.lists(cookie_pairs | latin, max_size=4).map("; ".join)
+cookies = live | live | st.lists(cookie_pairs | latin, max_size=4).map("; ".join)
 addresses = (
     st.ip_addresses().map(str)
     | st.sampled_from(["evil", "", "::ffff:1.2.3.4", "[::1]:80", "1.2.3.4, 198.18.0.1"])
@@ -209,18 +233,29 @@ headers = st.fixed_dictionaries(
     },
 )
 peers = st.sampled_from(["127.0.0.1", "127.0.0.1", "127.0.0.1", None, "", "::1", "localhost", "203.0.113.7", "evil"])
-forms = [(method, path) for method, path, *_ in authsvc.ROUTES if method in ("POST", "PUT")]
+# What needs a body and a session.
+confirmed = [("PUT", "/totp"), ("POST", "/totp"), ("DELETE", "/totp"), ("PUT", "/password"), ("DELETE", "/profile")]
+forms = [
+    (method, path)
+    for method, path, *_ in authsvc.ROUTES
+    if method in ("POST", "PUT") and (method, path) not in confirmed
+]
+endings = st.sampled_from(["/sessions/others", "/sessions/others", f"/sessions/{NAME}", "/sessions/all"])
 Call = tuple[str, str, tuple[str, bytes], dict[str, str], str | None, bool]
+LOGGED_IN = {"HTTP_COOKIE": f"session_id={SESSION}; __Host-session_id={SESSION}"}
+CALLS = len(forms) + 5  # of each example
 
 
 @st.composite
 def calls(draw: st.DrawFn) -> list[Call]:
-    """One body to every route that takes one, one set of headers to those with a cookie, and both to any path."""
+    """One body to routes that take one, one set of headers to those with a cookie, and both to any path."""
     body, more = draw(bodies), draw(headers)
     length = {"CONTENT_LENGTH": draw(lengths)} if draw(st.integers(0, 9)) == 5 else {}
     return [
+        ("GET", draw(st.sampled_from(["/profile", "/sessions"])), ("", b""), more, "127.0.0.1", True),
+        (*draw(st.sampled_from(confirmed)), body, LOGGED_IN | length, "127.0.0.1", True),
         *((method, path, body, length, "127.0.0.1", True) for method, path in forms),
-        ("GET", "/profile", ("", b""), more, "127.0.0.1", True),
+        ("DELETE", draw(endings), ("", b""), more, "127.0.0.1", True),
         ("DELETE", "/sessions", ("", b""), more, "127.0.0.1", True),
         (draw(methods), draw(paths), body, more, draw(peers), draw(st.booleans())),
     ]
@@ -240,18 +275,41 @@ class Target:
         self.db = DB(settings.database)
         self.auth = Auth(self.db, settings, self.clock)
         self.app = authsvc.create_app(settings, self.auth)
-        self.auth.register_user(EMAIL, PASSWORD)
+        self.hashed = passwords.hash_password(PASSWORD, COST)
+        self.rounds = 0
         self.renew()
 
     def renew(self) -> None:
-        self.live = {SESSION: str(self.auth.create_session(EMAIL)), TOKEN: self.auth.get_reset_password_token(EMAIL)}
+        """Make the user as at first, but by turns: without a second factor, while setting one up, with one."""
+        try:
+            user = self.auth.find_user(EMAIL)
+        except UnknownEmail:
+            user = self.db.add_user(EMAIL, self.hashed)
+        self.db.update_user(user.id, hashed_password=self.hashed)
+        self.db.remove_totp(user.id)
+        self.db.end_sessions(user.id)
+        session_id, seed = str(self.auth.create_session(EMAIL)), totp.new_seed()
+        if self.rounds % 3:
+            self.db.set_totp(user.id, seed)
+        if self.rounds % 3 == 2:
+            _, session_id, _ = self.auth.confirm_totp(session_id, totp.code(seed, int(self.clock()) // totp.STEP))
+            self.clock.advance(totp.STEP)
+        self.rounds += 1
+        self.live = {
+            SESSION: session_id,
+            NAME: self.auth.list_sessions(session_id)[1],
+            TOKEN: self.auth.get_reset_password_token(EMAIL),
+            CODE: totp.code(seed, int(self.clock()) // totp.STEP),
+        }
 
     def filled(self, text: str) -> str:
-        return text.replace(SESSION, self.live[SESSION]).replace(TOKEN, self.live[TOKEN])
+        for name, value in self.live.items():
+            text = text.replace(name, value)
+        return text
 
     def call_all(self, requests: list[Call]) -> None:
+        self.clock.advance(3600)
         self.renew()
-        self.clock.advance(300)
         for request in requests:
             self.call(*request)
 
@@ -259,6 +317,7 @@ class Target:
         self, method: str, path: str, content: tuple[str, bytes], more: dict[str, str], peer: str | None, told: bool
     ) -> None:
         kind, body = content
+        path = self.filled(path)
         body = self.filled(body.decode("latin-1")).encode("latin-1")
         environ = {
             "REQUEST_METHOD": method,
@@ -302,7 +361,8 @@ def check_answer(status: int, headers: dict[str, str], body: bytes, production: 
         return
     assert headers["Content-Length"] == str(len(body))
     content = json.loads(body)
-    assert all(isinstance(value, str) for value in content.values())
+    lists = ("sessions", "recovery_codes")
+    assert all(isinstance(value, list if name in lists else str) for name, value in content.items())
     assert status < 400 or (content.keys() == {"message"} and content["message"])
 
 
@@ -314,9 +374,12 @@ def check_log(lines: list[str]) -> None:
 
 def made(folder: Path, production: bool) -> Settings:
     if not production:
-        return Settings(database=str(folder / "authsvc.db"), bcrypt_cost=COST, throttle=False)
+        return Settings(database=str(folder / "authsvc.db"), bcrypt_cost=COST, throttle=False, sessions_per_user=100)
     settings = Settings(
-        database=str(folder / "authsvc.db"), public_url="https://auth.example.com", trusted_proxy="127.0.0.1"
+        database=str(folder / "authsvc.db"),
+        public_url="https://auth.example.com",
+        trusted_proxy="127.0.0.1",
+        sessions_per_user=100,
     )
     object.__setattr__(settings, "bcrypt_cost", COST)  # what production refuses, and 100,000 requests need
     return settings
@@ -325,10 +388,9 @@ def made(folder: Path, production: bool) -> Settings:
 @pytest.mark.parametrize("production", [False, True])
 def test_every_request_has_an_answer_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, production: bool) -> None:
     target = Target(made(tmp_path, production), monkeypatch)
-    for text in ODD_DOCUMENTS:  # whatever the seed
-        content = "application/json", text.encode()
-        target.call_all([(method, path, content, {}, "127.0.0.1", True) for method, path in forms])
-    each(calls(), target.call_all, REQUESTS * 45 // 100 // (len(forms) + 3) + 1)
+    for content in FIXED:
+        target.call_all([(*route, content, LOGGED_IN, "127.0.0.1", True) for route in confirmed + forms])
+    each(calls(), target.call_all, REQUESTS * 45 // 100 // CALLS + 1)
     target.db.close()
     monkeypatch.undo()
     print(f"{target.seen.total()} requests, by status: {sorted(target.seen.items())}")

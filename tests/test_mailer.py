@@ -9,6 +9,7 @@ import json
 import queue
 import re
 import shlex
+import smtplib
 import socket
 import ssl
 import statistics
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator
 from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import requests
@@ -29,7 +30,8 @@ from aiosmtpd.smtp import SMTP, AuthResult
 
 import guard
 import mailer
-from auth import Auth
+import totp
+from auth import Auth, AuthError
 from authsvc import create_app
 from mailer import Mailer
 from settings import Settings
@@ -112,7 +114,8 @@ class Post:
 
     def close(self) -> None:
         async def end() -> None:
-            self._server.close()
+            # Takes no more, and closes last: asyncio drops half-made what it had accepted when its server was closed.
+            self._loop.remove_reader(self._listener)
             for last in [False] * 19 + [True]:  # until all have let go of their sockets
                 for one in self._served:
                     for transport in (one.transport, one._original_transport):
@@ -124,6 +127,7 @@ class Post:
                 await asyncio.sleep(0.01)
                 if not rest:
                     break
+            self._server.close()
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(5)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -332,6 +336,89 @@ def test_a_refused_change_is_not_told(call: Client, post: Post, sender: Mailer) 
     assert count_mails(sender, post) == 0
 
 
+def told(post: Post) -> tuple[str, str]:
+    """The next mail to Bob: what it is about, and its text."""
+    _, recipients, mail = post.arrived.get(timeout=5)
+    assert recipients == [BOB]
+    assert mail["Subject"].endswith(" at auth.example.com")
+    return mail["Subject"].removesuffix(" at auth.example.com"), mail.get_content()
+
+
+def test_every_change_by_who_is_logged_in_is_told(auth: Auth, clock: Clock, post: Post) -> None:
+    session_id = auth.create_session(BOB)
+    _, session_id = auth.change_password(session_id, PASSWORD, NEW_PASSWORD)
+    seed, _ = auth.begin_totp(session_id, NEW_PASSWORD)
+    _, session_id, recovery = auth.confirm_totp(session_id, totp.code(seed, int(clock()) // 30))
+    _, session_id = auth.remove_totp(session_id, NEW_PASSWORD, recovery[0])
+    auth.delete_account(session_id, NEW_PASSWORD)
+    mails = [told(post) for _ in range(4)]
+    assert [what for what, _ in mails] == [
+        "Your password was changed",
+        "A second factor was switched on",
+        "The second factor was switched off",
+        "Your account was deleted",
+    ]
+    for what, text in mails:
+        assert text.startswith(f"{what}: {BOB} at auth.example.com, just now.")
+        assert not [secret for secret in (PASSWORD, NEW_PASSWORD, seed, session_id, *recovery) if secret in text]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda auth, mine: auth.change_password(mine, "wrong", NEW_PASSWORD),
+        lambda auth, mine: auth.change_password(mine, PASSWORD, "short"),
+        lambda auth, mine: auth.change_password(None, PASSWORD, NEW_PASSWORD),
+        lambda auth, mine: auth.delete_account(mine, "wrong"),
+        lambda auth, mine: auth.begin_totp(mine, "wrong"),
+        lambda auth, mine: auth.confirm_totp(mine, "000000"),
+        lambda auth, mine: auth.remove_totp(mine, PASSWORD, "000000"),
+    ],
+)
+def test_what_was_refused_is_not_told(
+    auth: Auth, post: Post, sender: Mailer, act: Callable[[Auth, str | None], object]
+) -> None:
+    mine = auth.create_session(BOB)
+    with pytest.raises(AuthError):
+        act(auth, mine)
+    assert count_mails(sender, post) == 0
+
+
+def test_a_seed_that_is_not_in_force_is_not_told(auth: Auth, post: Post, sender: Mailer) -> None:
+    auth.begin_totp(auth.create_session(BOB), PASSWORD)
+    assert count_mails(sender, post) == 0
+
+
+@pytest.mark.parametrize("state", ["invited", "disabled"])
+def test_who_was_only_invited_or_is_disabled_gets_no_mail(
+    call: Client, auth: Auth, db: DB, post: Post, sender: Mailer, clock: Clock, state: str
+) -> None:
+    eve = auth.add_account("eve@x.io")
+    token, _ = auth.link_token(eve)
+    if state == "disabled":
+        auth.update_password(token, PASSWORD)
+        assert post.next()["To"] == "eve@x.io"
+        db.disable_user(eve.id, int(clock()))
+    clock.advance(86_400)  # so that it is not the link's youth that keeps it
+    said = [comparable(ask(call, address)) for address in ("eve@x.io", "nobody@x.io")]
+    assert said[0] == said[1]
+    assert count_mails(sender, post) == 0
+    if state == "invited":  # and the invitation is as good as before
+        auth.update_password(token, PASSWORD)
+
+
+@pytest.mark.parametrize(
+    "address", ["bob@x.io", "o'brien+tag@x.io", "a&token=evil#c@x.io", "a b@x", "почта@x", "%", ""]
+)
+def test_a_link_carries_email_and_token_in_its_fragment_alone(address: str) -> None:
+    link = mailer.reset_link(PUBLIC_URL, address, "to-ken_0")
+    assert re.fullmatch("[!-~]+", link)
+    parts = urlsplit(link)
+    assert (f"{parts.scheme}://{parts.netloc}", parts.path, parts.query) == (PUBLIC_URL, "/reset", "")
+    found = parse_qs(parts.fragment, strict_parsing=True, keep_blank_values=True)
+    assert found == {"token": ["to-ken_0"], "email": [address]}
+
+
 def test_an_unknown_email_gets_no_mail(call: Client, post: Post, sender: Mailer) -> None:
     assert ask(call, "nobody@x.io").status == 200
     assert count_mails(sender, post) == 0
@@ -376,7 +463,7 @@ def test_it_is_sent_over_tls_after_a_login(
 ) -> None:
     post = open_post(scheme)
     sender = Mailer(settings_for(post.url), log)
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     assert post.next()["To"] == BOB
     assert post.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
     assert log.next() == ("mail_sent", {"tries": 1})
@@ -438,6 +525,53 @@ def test_the_log_holds_no_token_and_no_address(
     assert BOB not in logged
 
 
+# Whether it could be sent
+
+
+@pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
+def test_a_check_logs_in_and_sends_nothing(
+    open_post: Callable[..., Post], settings_for: Callable[..., Settings], log: Log, scheme: str
+) -> None:
+    post = open_post(scheme)
+    threads = threading.active_count()
+    Mailer(settings_for(post.url), log).check()
+    assert post.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
+    assert (post.arrived.qsize(), log.text, threading.active_count()) == (0, "", threads)
+
+
+def test_a_check_tells_a_wrong_password(post: Post, settings: Settings, log: Log, tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("canary-wrong")
+    with pytest.raises(smtplib.SMTPAuthenticationError) as refusal:
+        Mailer(settings, log).check()
+    assert "canary" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
+def test_a_check_tells_a_server_that_cannot_prove_who_it_is(
+    open_post: Callable[..., Post], settings_for: Callable[..., Settings], log: Log, scheme: str
+) -> None:
+    post = open_post(scheme, foreign())
+    with pytest.raises(ssl.SSLCertVerificationError):
+        Mailer(settings_for(post.url), log).check()
+    assert post.logins == []
+
+
+def test_a_check_tells_a_server_without_tls(
+    open_post: Callable[..., Post], settings_for: Callable[..., Settings], log: Log
+) -> None:
+    post = open_post(starttls=False)
+    with pytest.raises(smtplib.SMTPNotSupportedError):
+        Mailer(settings_for(post.url), log).check()
+    assert post.logins == []
+
+
+def test_a_check_tells_that_there_is_no_server(settings_for: Callable[..., Settings], log: Log) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        Mailer(settings_for(f"smtps://localhost:{free_port()}"), log).check()
+    with pytest.raises(OSError, match="no mail server"):
+        Mailer(Settings(database="unused"), log).check()
+
+
 # When it cannot be sent
 
 
@@ -450,7 +584,7 @@ def test_a_server_that_is_down_delays_a_mail(
     monkeypatch.setattr(mailer, "RETRIES", (0.05,) * 100)
     port = free_port()
     sender = Mailer(settings_for(f"smtps://{quote(USER, safe='')}@localhost:{port}"), log)
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     assert log.next() == ("mail_delayed", {"reason": "ConnectionRefusedError", "smtp_code": 0, "tries": 1})
     assert open_post("smtps", port=port).next()["To"] == BOB
     while (said := log.next())[0] == "mail_delayed":
@@ -468,7 +602,7 @@ def test_a_recipient_who_is_refused_for_now_is_tried_again(
 ) -> None:
     monkeypatch.setattr(mailer, "RETRIES", (0, 0, 0, 0))
     post.recipient_says = [answer] * 2
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_sent"]
     assert post.next()["To"] == BOB
 
@@ -478,7 +612,7 @@ def test_a_recipient_who_is_refused_for_good_is_not_tried_again(
     post: Post, sender: Mailer, log: Log, answer: str
 ) -> None:
     post.recipient_says = [answer]
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     event, details = log.next()
     assert (event, details["tries"]) == ("mail_dropped", 1)
 
@@ -486,7 +620,7 @@ def test_a_recipient_who_is_refused_for_good_is_not_tried_again(
 @pytest.mark.parametrize(("answer", "event"), [("451 later", "mail_delayed"), ("554 spam", "mail_dropped")])
 def test_a_mail_that_is_refused(post: Post, sender: Mailer, log: Log, answer: str, event: str) -> None:
     post.data_says = [answer]
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     assert log.next() == (event, {"reason": "SMTPDataError", "smtp_code": int(answer[:3]), "tries": 1})
 
 
@@ -495,7 +629,7 @@ def test_a_mail_is_given_up_after_the_last_try(
 ) -> None:
     monkeypatch.setattr(mailer, "RETRIES", (0, 0))
     post.data_says = ["451 later"] * 3
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     said = [log.next() for _ in range(3)]
     assert [(event, details["tries"]) for event, details in said] == [
         ("mail_delayed", 1),
@@ -508,8 +642,8 @@ def test_mails_that_wait_do_not_hold_up_the_next(
     post: Post, sender: Mailer, monkeypatch: pytest.MonkeyPatch, log: Log
 ) -> None:
     post.data_says = ["451 later"]
-    sender.put(lambda: sender.changed("first@x.io"))
-    sender.put(lambda: sender.changed("second@x.io"))
+    sender.put(lambda: sender.notice("first@x.io", "Your password was changed"))
+    sender.put(lambda: sender.notice("second@x.io", "Your password was changed"))
     assert post.next()["To"] == "second@x.io"
 
 
@@ -518,7 +652,7 @@ def test_a_retry_comes_while_new_mail_keeps_coming(
 ) -> None:
     monkeypatch.setattr(mailer, "RETRIES", (0, 0, 0, 0))
     post.data_says = ["451 later"]
-    sender.put(lambda: sender.changed("first@x.io"))
+    sender.put(lambda: sender.notice("first@x.io", "Your password was changed"))
     over = threading.Event()
 
     def again() -> None:
@@ -555,7 +689,7 @@ def test_the_mails_that_wait_for_another_try_are_bounded(
     sender = Mailer(settings, log)
     post.data_says = ["451 later"] * 3
     for _ in range(3):
-        sender.put(lambda: sender.changed(BOB))
+        sender.put(lambda: sender.notice(BOB, "Your password was changed"))
         settle(sender)
     assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_dropped"]
 
@@ -565,7 +699,7 @@ def test_a_task_that_fails_ends_no_worker(post: Post, sender: Mailer, log: Log) 
         raise RuntimeError("canary")
 
     sender.put(fail)
-    sender.put(lambda: sender.changed(BOB))
+    sender.put(lambda: sender.notice(BOB, "Your password was changed"))
     assert post.next()["To"] == BOB
     assert log.next() == ("mail_dropped", {"reason": "RuntimeError"})
 

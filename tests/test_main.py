@@ -31,7 +31,11 @@ import requests
 
 import authsvc
 import main
-from tests.conftest import HERE, Service, clean_environ
+import totp
+from auth import Auth
+from settings import Settings
+from storage import DB
+from tests.conftest import COST, HERE, Service, clean_environ
 
 T = TypeVar("T")
 
@@ -149,6 +153,90 @@ def test_requests_walks_every_route(service: Service) -> None:
     assert all(SECURITY.items() <= answer.headers.items() for answer, _, _ in walk)
     assert [step.status_code for step in walk[6][0].history] == [302]
     assert not client.cookies
+
+
+def test_requests_walks_every_route_behind_a_login(start: Callable[..., Service]) -> None:
+    url = start(AUTHSVC_SESSIONS_PER_USER="3").url
+    account, email = {"email": "all@clients", "password": "b4l0u"}, {"email": "all@clients"}
+    password, new = {"password": "b4l0u"}, {"password": "t4rt1fl3tt3"}
+    requests.post(f"{url}/users", data=account, timeout=5)
+    with requests.Session() as phone, requests.Session() as laptop:
+        for client, agent in ((phone, "phone"), (laptop, 'lap"top\xe9')):
+            client.headers["User-Agent"] = agent
+            assert client.post(f"{url}/sessions", data=account).status_code == 200
+        listed = laptop.get(f"{url}/sessions").json()["sessions"]
+        told = [(one["user_agent"], one["address"], one["current"]) for one in listed]
+        assert told == [('lap"top\xe9', "127.0.0.1", True), ("phone", "127.0.0.1", False)]
+        walk = [
+            (laptop.delete(f"{url}/sessions/{listed[1]['id']}"), 200, {"message": "session ended"}),
+            (laptop.delete(f"{url}/sessions/{listed[1]['id']}"), 404, {"message": "no such session"}),
+            (phone.get(f"{url}/profile"), 403, {"message": "not logged in"}),
+            (phone.post(f"{url}/sessions", data=account), 200, {**email, "message": "logged in"}),
+            (laptop.delete(f"{url}/sessions/others"), 200, {"message": "all other sessions ended"}),
+            (phone.get(f"{url}/profile"), 403, {"message": "not logged in"}),
+            (laptop.delete(f"{url}/sessions/{listed[0]['id']}"), 200, {"message": "session ended"}),
+        ]
+        assert not laptop.cookies
+        walk += [
+            (laptop.post(f"{url}/sessions", data=account), 200, {**email, "message": "logged in"}),
+            (laptop.put(f"{url}/password", data=new | {"new_password": "x"}), 403, {"message": "wrong password"}),
+            (
+                laptop.put(f"{url}/password", data=password | {"new_password": "t4rt1fl3tt3"}),
+                *(200, {**email, "message": "password changed"}),
+            ),
+            (laptop.get(f"{url}/profile"), 200, email),
+            (laptop.delete(f"{url}/sessions/all"), 200, {"message": "all sessions ended"}),
+            (laptop.get(f"{url}/sessions"), 403, {"message": "not logged in"}),
+            (laptop.post(f"{url}/sessions", json=account | new), 200, {**email, "message": "logged in"}),
+            (laptop.delete(f"{url}/profile", data=password), 403, {"message": "wrong password"}),
+            (laptop.delete(f"{url}/profile", json=new), 200, {**email, "message": "account deleted"}),
+            (laptop.post(f"{url}/sessions", data=account | new), 401, {"message": "wrong email or password"}),
+        ]
+        assert not laptop.cookies
+    assert [(answer.status_code, answer.json()) for answer, *_ in walk] == [tuple(rest) for _, *rest in walk]
+    assert all(SECURITY.items() <= answer.headers.items() for answer, *_ in walk)
+
+
+def code_of(seed: str, step: int = 0) -> str:
+    """The code of now, or of a step of 30 s before or after."""
+    return totp.code(seed, int(time.time()) // totp.STEP + step)
+
+
+@pytest.mark.slow
+def test_a_second_factor_outlives_a_restart_and_so_does_what_was_spent(start: Callable[..., Service]) -> None:
+    service = start(AUTHSVC_LISTEN=f"127.0.0.1:{free_port()}")
+    url, account = service.url, {"email": "second@factor", "password": "b4l0u"}
+    password = {"password": account["password"]}
+
+    def logs_in(otp: str | None = None) -> tuple[int, str]:
+        form = account if otp is None else {**account, "otp": otp}
+        answer = requests.post(f"{url}/sessions", data=form, timeout=5)
+        return answer.status_code, answer.json()["message"]
+
+    with requests.Session() as client:
+        client.post(f"{url}/users", data=account)
+        client.post(f"{url}/sessions", data=account)
+        begun = client.post(f"{url}/totp", data=password).json()
+        assert begun["uri"].startswith(f"otpauth://totp/authsvc%3Asecond@factor?secret={begun['secret']}&")
+        service.end()
+        service.start()
+        used = code_of(begun["secret"])
+        confirmed = client.put(f"{url}/totp", data={"otp": used}).json()
+        assert confirmed["message"] == "second factor on"
+        codes = confirmed["recovery_codes"]
+        assert client.get(f"{url}/profile").json() == {"email": account["email"]}
+        assert logs_in(codes[0]) == (200, "logged in")
+        service.end()
+        service.start()
+        assert logs_in() == (401, "one-time code required")
+        assert logs_in(used) == (401, "wrong one-time code")
+        assert logs_in(codes[0]) == (401, "wrong one-time code")
+        form = {**account, "otp": code_of(begun["secret"], 1)}
+        assert client.post(f"{url}/sessions", data=form).status_code == 200
+        answer = client.delete(f"{url}/totp", data=password | {"otp": codes[1]})
+        assert (answer.status_code, answer.json()) == (200, {"message": "second factor off"})
+        assert client.get(f"{url}/profile").json() == {"email": account["email"]}
+        assert logs_in() == (200, "logged in")
 
 
 def curl(*arguments: str) -> tuple[int, str]:
@@ -339,6 +427,79 @@ def test_a_folder_that_cannot_be_written_stops_the_start() -> None:
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o555)
         assert "Permission denied" in refused_start(Path(name), nobody)
+
+
+# What is over is deleted
+
+
+def left_over(path: Path, expired: int) -> str:
+    """Make a database with that many expired sessions of one user and a live one of another; return its id."""
+    settings = Settings(database=str(path), bcrypt_cost=COST)
+    auth = Auth(DB(settings.database), settings)
+    user = auth.register_user("old@sessions", "b4l0u")
+    live = str(auth.create_session(auth.register_user("live@sessions", "b4l0u").email))
+    auth.close()
+    ago = int(time.time()) - 3_000_000
+    rows = [(f"{number:064}", user.id, ago, ago, ago + 2_592_000, "", "") for number in range(expired)]
+    columns = "session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent"
+    connection = sqlite3.connect(path)
+    connection.executemany(f"INSERT INTO sessions ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    connection.commit()
+    connection.close()
+    return live
+
+
+def sessions_in(path: Path) -> int:
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    (count,) = connection.execute("SELECT count(*) FROM sessions").fetchone()
+    connection.close()
+    return int(count)
+
+
+def becomes(fewer_than: int, path: Path) -> int:
+    """Wait until there are fewer sessions; return how many there are."""
+    end = time.monotonic() + 20
+    while (count := sessions_in(path)) >= fewer_than:
+        assert time.monotonic() < end, count
+        time.sleep(0.01)
+    return count
+
+
+@pytest.mark.slow
+def test_expired_sessions_are_deleted_soon_after_the_start_and_live_ones_stay(
+    start: Callable[..., Service], tmp_path: Path
+) -> None:
+    path = tmp_path / "authsvc.db"
+    live = left_over(path, 1000)
+    service = start()
+    assert becomes(2, path) == 1
+    answer = requests.get(f"{service.url}/profile", cookies={"session_id": live}, timeout=5)
+    assert answer.json() == {"email": "live@sessions"}
+    assert service.end() == 0
+    assert [json.loads(line)["event"] for line in service.log.splitlines()] == ["sys_startup", "sys_shutdown"]
+
+
+@pytest.mark.slow
+def test_nobody_waits_while_much_is_deleted_and_a_signal_ends_it(start: Callable[..., Service], tmp_path: Path) -> None:
+    path = tmp_path / "authsvc.db"
+    live = left_over(path, 60_000)
+    service = start()
+    becomes(60_000, path)
+    began = time.monotonic()
+    for _ in range(20):
+        form = {"email": "live@sessions", "password": "b4l0u"}
+        assert requests.post(f"{service.url}/sessions", data=form, timeout=5).status_code == 200
+        assert requests.get(f"{service.url}/profile", cookies={"session_id": live}, timeout=5).status_code == 403
+    assert time.monotonic() - began < 10
+    began = time.monotonic()
+    assert service.end() == 0
+    assert time.monotonic() - began < 5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["authsvc.db", "authsvc.db.lock", "log"]  # it was closed
+    assert sessions_in(path) > 1  # in the middle of it
+    assert "sys_crash" not in service.log
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    connection.close()
 
 
 # Many at once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ import authsvc
 import guard
 import lanes
 import passwords
+import totp
 from auth import Auth
 from authsvc import create_app
 from settings import Settings
@@ -123,6 +125,51 @@ def test_the_cookie(tmp_path: Path, clock: Clock, changes: dict[str, str], name:
     assert ask(call, "GET", "/profile", cookie=f"{name}={session_id}").status == 200
     ended = ask(call, "DELETE", "/sessions", cookie=f"{name}={session_id}")
     assert (ended.status, ended.headers["Set-Cookie"]) == (302, f"{name}={attributes}; Max-Age=0")
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "domain"),
+    [
+        ({}, "__Host-session_id", ""),
+        ({"cookie_domain": "example.com"}, "__Secure-session_id", "; Domain=example.com"),
+    ],
+)
+def test_the_cookie_is_renewed_and_deleted_with_the_same_attributes(
+    tmp_path: Path, clock: Clock, changes: dict[str, str], name: str, domain: str
+) -> None:
+    settings = production(tmp_path, **changes)
+    db = DB(settings.database)
+    call = Client(create_app(settings, Auth(db, settings, clock)))
+    attributes = f"; HttpOnly; Path=/; SameSite=Lax; Secure{domain}"
+    ask(call, "POST", "/users", FORM)
+    session_id, new = ask(call, "POST", "/sessions", FORM).session_id, "choucroute du lundi"
+    seed = ask(call, "POST", "/totp", FORM, cookie=f"{name}={session_id}").json["secret"]
+
+    def code() -> str:
+        clock.advance(totp.STEP)
+        return totp.code(seed, int(clock()) // totp.STEP)
+
+    for method, path, form in [
+        ("PUT", "/totp", {"otp": code()}),
+        ("DELETE", "/totp", {"password": PASSWORD, "otp": code()}),
+        ("PUT", "/password", {"password": PASSWORD, "new_password": new}),
+    ]:
+        renewed = ask(call, method, path, form, cookie=f"{name}={session_id}")
+        assert renewed.status == 200
+        assert re.fullmatch(f"{name}=[A-Za-z0-9_-]{{43}}{attributes}", renewed.headers["Set-Cookie"])
+        assert ask(call, "GET", "/profile", cookie=f"{name}={session_id}").status == 403
+        session_id = renewed.session_id
+        assert ask(call, "GET", "/profile", cookie=f"{name}={session_id}").status == 200
+    for path, form in [
+        (f"/sessions/{hashlib.sha256(session_id.encode()).hexdigest()[:16]}", {}),
+        ("/sessions/all", {}),
+        ("/profile", {"password": new}),
+    ]:
+        ended = ask(call, "DELETE", path, form, cookie=f"{name}={session_id}")
+        assert (ended.status, ended.headers["Set-Cookie"]) == (200, f"{name}={attributes}; Max-Age=0")
+        session_id = ask(call, "POST", "/sessions", {**FORM, "password": new}).session_id
+    assert session_id == ""
     db.close()
 
 
@@ -301,6 +348,43 @@ def test_a_password_of_development_still_logs_in(call: Client, db: DB) -> None:
     assert ask(call, "POST", "/sessions", {"email": BOB, "password": "b4l0u"}).status == 200
 
 
+@pytest.mark.usefixtures("bob")
+def test_a_weak_password_is_no_new_one(call: Client, auth: Auth) -> None:
+    cookie = f"__Host-session_id={auth.log_in(BOB, PASSWORD)}"
+    for password, reason in [("b4l0u", SHORT), ("passwordpassword", COMMON), ("bob@x.io bob@x.io", EMAIL)]:
+        form = {"password": PASSWORD, "new_password": password}
+        refused = ask(call, "PUT", "/password", form, cookie=cookie)
+        assert (refused.status, refused.json) == (400, {"message": reason})
+        assert "Set-Cookie" not in refused.headers
+    assert ask(call, "POST", "/sessions", FORM).status == 200
+
+
+# Who may register
+
+
+@pytest.mark.parametrize(
+    ("registration", "message"),
+    [("closed", "registration is closed"), ("invitation", "registration is by invitation only")],
+)
+def test_registration_may_be_shut(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], registration: str, message: str
+) -> None:
+    settings = production(tmp_path, registration=registration)
+    db = DB(settings.database)
+    auth = Auth(db, settings, clock)
+    call = Client(create_app(settings, auth))
+    token, _ = auth.link_token(auth.add_account(BOB))
+    for email in (BOB, "new@x.io", "nope"):  # nor does it tell who has an account
+        answer = ask(call, "POST", "/users", {"email": email, "password": PASSWORD})
+        assert (answer.status, answer.json) == (403, {"message": message})
+    assert [line["event"] for line in logged(capsys.readouterr().err)] == ["authz_fail"] * 3
+    assert ask(call, "POST", "/sessions", FORM).status == 401
+    invited = {"email": BOB, "reset_token": token, "new_password": PASSWORD}
+    assert ask(call, "PUT", "/reset_password", invited).status == 200
+    assert ask(call, "POST", "/sessions", FORM).status == 200
+    db.close()
+
+
 # The start
 
 
@@ -313,6 +397,7 @@ REFUSED_STARTS = [
     ({"AUTHSVC_THROTTLE": "off"}, "AUTHSVC_THROTTLE cannot be off in production"),
     ({"AUTHSVC_PASSWORD_MIN": "7"}, "AUTHSVC_PASSWORD_MIN must be from 8 to 64"),
     ({"AUTHSVC_RESET_LIFETIME": "3601"}, "AUTHSVC_RESET_LIFETIME must be from 1 to 3600"),
+    ({"AUTHSVC_REGISTRATION": "no"}, "AUTHSVC_REGISTRATION must be one of open, invitation, closed"),
     ({"AUTHSVC_UNSAFE_LISTEN": "1"}, "AUTHSVC_UNSAFE_LISTEN is for development"),
     ({"AUTHSVC_TRUSTED_PROXY": "10.0.0.0/8"}, "AUTHSVC_TRUSTED_PROXY must be one IP address"),
     ({"AUTHSVC_TRUSTED_PROXY": "proxy"}, "AUTHSVC_TRUSTED_PROXY must be one IP address"),
@@ -557,6 +642,33 @@ def test_a_request_from_another_page_is_refused(
     if not passes:
         assert answer.status == 403
         assert "Set-Cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(("site", "origin"), [(CROSS, None), (SAME_SITE, EVIL), (None, "null")])
+@pytest.mark.usefixtures("bob")
+def test_no_route_that_changes_anything_takes_a_request_from_another_page(
+    call: Client, auth: Auth, site: str | None, origin: str | None
+) -> None:
+    session_id, token = auth.log_in(BOB, PASSWORD), auth.get_reset_password_token(BOB)
+    form = {**FORM, "new_password": "choucroute du lundi", "reset_token": token, "otp": "000000"}
+    said = {"HTTP_SEC_FETCH_SITE": site, "HTTP_ORIGIN": origin}
+    (session,), _ = auth.list_sessions(session_id)
+    for method, path, *_ in authsvc.ROUTES:
+        if method == "GET":
+            continue
+        answer = ask(
+            call,
+            method,
+            path.replace("<public_id>", session.id),
+            form,
+            cookie=f"__Host-session_id={session_id}",
+            **{name: value for name, value in said.items() if value is not None},
+        )
+        assert (answer.status, answer.json) == (403, {"message": "cross-origin request refused"})
+        assert "Set-Cookie" not in answer.headers
+    assert auth.list_sessions(session_id)[0] == [session]
+    assert auth.find_user(BOB).totp_secret is None
+    assert auth.valid_login(BOB, PASSWORD)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
@@ -931,7 +1043,48 @@ SECRETS = ("canary-password", "canary-cookie", "canary-token", "canary-query")
 ODD = "\r\n{'event': 1}\x1b[2J\u2028\x85\ud83d"
 
 
-def walk(call: Client, auth: Auth, odd: str) -> list[str]:
+def live(call: Client, auth: Auth, clock: Clock, odd: str, rest: dict[str, Any]) -> list[str]:
+    """Ask for all that needs a session, in right and wrong ways; return the secrets that were handed out."""
+    account = {"email": "live@x.io", "password": "canary-password of a life"}
+    new = "canary-password of another life"
+    ask(call, "POST", "/users", account, **rest)
+    secrets: list[str] = []
+
+    def say(method: str, path: str, *, fails: bool = False, **form: Any) -> Answer:
+        answer = ask(call, method, path, form, cookie=f"__Host-session_id={secrets[-1] if secrets else ''}", **rest)
+        assert answer.status >= 400 if fails else answer.status == 200, (method, path, answer.body)
+        if "=;" not in answer.headers.get("Set-Cookie", "=;"):
+            secrets.append(answer.session_id)
+        return answer
+
+    say("POST", "/sessions", **account)
+    wrong = f"canary-password{odd}".encode("utf-8", "replace")
+    for method, path in (("PUT", "/password"), ("POST", "/totp"), ("DELETE", "/profile")):
+        say(method, path, fails=True, password=wrong, new_password=new)
+        say(method, path, fails=True)
+    say("PUT", "/password", password=account["password"], new_password=new)
+    seed = say("POST", "/totp", password=new).json["secret"]
+    say("PUT", "/totp", fails=True, otp=f"canary-token{odd}".encode("utf-8", "replace"))
+    clock.advance(totp.STEP)
+    codes = say("PUT", "/totp", otp=totp.code(seed, int(clock()) // totp.STEP)).json["recovery_codes"]
+    say("POST", "/sessions", fails=True, email="live@x.io", password=new)
+    say("POST", "/sessions", fails=True, email="live@x.io", password=new, otp="canary-token")
+    say("POST", "/sessions", email="live@x.io", password=new, otp=codes[0])
+    say("DELETE", "/totp", fails=True, password=new, otp="canary-token")
+    say("DELETE", "/totp", password=new, otp=codes[1])
+    say("DELETE", "/totp", fails=True, password=new, otp=codes[2])
+    say("DELETE", "/sessions/canary-token", fails=True)
+    say("DELETE", f"/sessions/{odd.encode('ascii', 'ignore').decode()}", fails=True)
+    say("GET", "/sessions")
+    say("DELETE", "/sessions/others")
+    say("DELETE", "/sessions/all")
+    say("GET", "/sessions", fails=True)
+    say("POST", "/sessions", email="live@x.io", password=new)
+    say("DELETE", "/profile", password=new)
+    return [*secrets, *codes, *(code.replace("-", "") for code in codes), seed]
+
+
+def walk(call: Client, auth: Auth, clock: Clock, odd: str) -> list[str]:
     """Ask for everything there is, in right and wrong ways; return the secrets that were handed out."""
     agent = f"agent{odd}".encode("utf-8", "replace").decode("latin-1")  # as a server reads it
     rest: dict[str, Any] = {"HTTP_USER_AGENT": agent, "HTTP_REFERER": f"https://x/?{SECRETS[3]}"}
@@ -941,6 +1094,7 @@ def walk(call: Client, auth: Auth, odd: str) -> list[str]:
     ask(call, "POST", "/users", right, **rest)
     ask(call, "POST", "/users", {**right, "email": f"a{odd}@x".encode("utf-8", "replace")}, **rest)
     session_id = ask(call, "POST", "/sessions", right, **rest).session_id
+    lived = live(call, auth, clock, odd, rest)
     ask(call, "POST", "/sessions", {**right, "password": "canary-password wrong"}, **rest)
     ask(call, "POST", "/sessions", {**right, "email": f"a{odd}@x".encode("utf-8", "replace")}, **rest)
     for method, path in (("GET", "/profile"), ("GET", "/nowhere"), ("PATCH", "/users"), ("DELETE", "/sessions")):
@@ -955,10 +1109,12 @@ def walk(call: Client, auth: Auth, odd: str) -> list[str]:
     ask(call, "POST", "/sessions", body=b"password=canary-password%ff", **rest)
     for _ in range(12):
         ask(call, "POST", "/sessions", right, **rest)
-    return [session_id, token]
+    return [session_id, token, *lived]
 
 
 EVENTS = {
+    "authn_factor_added",
+    "authn_factor_removed",
     "authn_login_fail",
     "authn_token_fail",
     "authz_fail",
@@ -970,13 +1126,19 @@ EVENTS = {
     "session_ended",
     "sys_crash",
     "user_created",
+    "user_deleted",
 }
 
 
 def test_a_whole_walk_is_logged_in_lines_of_ascii_json_without_a_secret(
-    call: Client, auth: Auth, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    call: Client,
+    auth: Auth,
+    clock: Clock,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    handed_out = walk(call, auth, ODD)
+    handed_out = walk(call, auth, clock, ODD)
 
     def crash(*values: object) -> bool:
         raise RuntimeError(f"{values}")
@@ -999,11 +1161,11 @@ def test_a_whole_walk_is_logged_in_lines_of_ascii_json_without_a_secret(
 def test_no_value_makes_a_line_of_its_own(
     call: Client, auth: Auth, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
-    walk(call, auth, ",")  # no mailbox either
+    walk(call, auth, clock, ",")  # no mailbox either
     plain = [line["event"] for line in logged(capsys.readouterr().err)]
     auth._db.update_user(1, email="before@x.io")
     clock.advance(86_400)
-    walk(call, auth, ODD)
+    walk(call, auth, clock, ODD)
     text = capsys.readouterr().err
     assert len(text.splitlines()) == text.count("\n")  # no other separator of lines
     assert [line["event"] for line in logged(text)] == plain

@@ -21,6 +21,8 @@ DEFAULTS = {
     "session_lifetime": 2_592_000,
     "reset_lifetime": 600,
     "password_min": 15,
+    "registration": "open",
+    "require_totp": False,
     "trusted_proxy": "",
     "cookie_domain": "",
     "smtp_url": "",

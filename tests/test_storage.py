@@ -15,23 +15,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import bcrypt
 import pytest
 
-import storage
-from storage import (
-    DB,
-    AlreadyExists,
-    DatabaseRefused,
-    InvalidRequestError,
-    NoResultFound,
-    StorageUnavailable,
-    User,
-)
+import database
+from database import AlreadyExists, DatabaseRefused, RolledBack, StorageUnavailable
+from storage import DB, InvalidRequestError, NoResultFound, Session, User
 from tests.conftest import COST, HERE, clean_environ
 
 T = TypeVar("T")
@@ -85,7 +78,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory, kept_ran: list[str]) -> Itera
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for another process ends soon; asked for before ``db``."""
-    monkeypatch.setattr(storage, "BUSY_TIMEOUT", 0.02)
+    monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
 
 
 @pytest.fixture
@@ -132,18 +125,19 @@ def rows(connection: sqlite3.Connection, statement: str = "SELECT * FROM users")
     return connection.execute(statement).fetchall()
 
 
-def add_session(db: DB, user: User, session_hash: str, **changed: Any) -> bool:
-    values: dict[str, Any] = {
-        "verified": HASH,
-        "replaced": None,
-        "now": NOW,
-        "idle_since": NOW - 100,
-        "expires_at": NOW + 1000,
-        "address": "127.0.0.1",
-        "user_agent": "curl",
-        "most": 5,
-    }
-    return db.add_session(user.id, session_hash, **(values | changed))
+def add_session(
+    db: DB,
+    user: User,
+    session_hash: str,
+    *,
+    now: int = NOW,
+    expires_at: int = NOW + 1000,
+    replaced: str | None = None,
+    idle_since: int = NOW - 100,
+    most: int = 5,
+) -> bool:
+    session = Session(session_hash, now, now, expires_at, "127.0.0.1", "curl")
+    return db.add_session(user, session, replaced=replaced, idle_since=idle_since, most=most)
 
 
 def find_session(db: DB, session_hash: str, now: int = NOW) -> User | None:
@@ -156,11 +150,43 @@ def live_sessions(db: DB, *session_hashes: str) -> list[str]:
 
 
 def give_token(db: DB, email: str = "bob@x.io") -> None:
-    assert db.set_reset_token(email, "token", NOW + 600)
+    assert set_reset(db, db.find_user_by(email=email).id, "token")
+
+
+def set_reset(db: DB, user_id: int, token_hash: str, unless_since: int = NOW) -> bool:
+    return db.set_reset_token(user_id, token_hash, now=NOW, expires_at=NOW + 600, unless_since=unless_since)
 
 
 def spend(db: DB, token_hash: str = "token", now: int = NOW, new: bytes = NEW_HASH) -> bool:
-    return db.spend_reset(token_hash, new, now=now, latest=now + 900)
+    return db.spend_reset(token_hash, new, now=now, latest=now + 300)
+
+
+def everything(connection: sqlite3.Connection) -> dict[str, list[Any]]:
+    tables = [name for (name,) in rows(connection, "SELECT name FROM sqlite_schema WHERE type = 'table'")]
+    return {table: rows(connection, f"SELECT * FROM {table}") for table in tables}
+
+
+def second_factor(db: DB, user: User, session_hash: str, renewed: str, *codes: str, now: int = NOW) -> bool:
+    assert db.set_totp(user.id, "SEED")
+    seeded = db.find_user_by(id=user.id)
+    return db.confirm_totp(seeded, 1000, codes, now=now, session_hash=session_hash, renewed=renewed)
+
+
+@pytest.fixture
+def furnished(db: DB, eve: User, bob: User) -> None:
+    """Both have all that a user can have; what is bob's is named after him."""
+    for user, name in (bob, "bob"), (eve, "eve"):
+        add_session(db, user, f"{name}0")
+        assert second_factor(db, user, f"{name}0", f"{name}1", f"{name} code", f"{name} spare")
+        assert add_session(db, db.find_user_by(id=user.id), f"{name}2")
+        assert set_reset(db, user.id, f"{name} token")
+        db.remember_address(user.id, f"{name} address", NOW, 10)
+    db.take([("bucket", 1, 60)], NOW)
+    db.throttle_secret(b"secret")
+
+
+SESSIONS = [f"{name}{number}" for name in ("bob", "eve") for number in (1, 2)]
+HERS = SESSIONS[2:]
 
 
 # What a user is
@@ -188,7 +214,9 @@ def test_a_user_is_a_snapshot(bob: User) -> None:
 
 
 def test_a_user_shows_no_secrets() -> None:
-    assert repr(User(1, "bob@x.io", HASH, "session", "token")) == "User(id=1, email='bob@x.io')"
+    assert repr(User(1, "bob@x.io", HASH, "session", "token")) == (
+        "User(id=1, email='bob@x.io', created_at=None, disabled_at=None, totp_since=None)"
+    )
 
 
 def test_the_errors_of_a_search_are_unrelated() -> None:
@@ -308,7 +336,78 @@ def test_many_threads_read_and_write(db: DB) -> None:
     assert [db.find_user_by(id=number).id for number in range(1, 13)] == list(range(1, 13))
 
 
+def test_a_new_user_has_the_moment_of_registering(db: DB) -> None:
+    assert db.add_user("bob@x.io", HASH, NOW).created_at == NOW
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, created_at=NOW)
+
+
+def test_users_are_added_together_with_all_but_their_sessions_and_tokens(db: DB) -> None:
+    brought = User(7, "Bob@x.io", HASH, "s", "t", NOW, NOW + 1, "SEED", NOW + 2)
+    with db.adding_users() as add:
+        assert [add(brought), add(User(7, "eve@x.io", HASH.decode()))] == [1, 2]
+    assert db.find_user_by(email="bob@x.io") == replace(brought, id=1, session_id=None, reset_token=None)
+    assert db.find_user_by(email="eve@x.io") == User(2, "eve@x.io", HASH.decode())
+
+
+def test_an_account_in_other_letters_is_not_added_and_stops_no_other(db: DB, bob: User) -> None:
+    emails = ["é@x.io", "BOB@x.io", "É@X.IO", "eve@x.io"]
+    with db.adding_users() as add:
+        added = [add(User(0, email, NEW_HASH)) for email in emails]
+    assert [user_id is not None for user_id in added] == [True, False, False, True]
+    assert [user.email for user in db.each_user()] == ["bob@x.io", "é@x.io", "eve@x.io"]
+    assert db.find_user_by(id=1) == bob
+
+
+def test_users_added_together_are_seen_together(db: DB) -> None:
+    with db.adding_users() as add:
+        for email in "bob@x.io", "eve@x.io":
+            add(User(0, email, HASH))
+            assert list(db.each_user()) == []
+    assert len(list(db.each_user())) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, RolledBack, KeyboardInterrupt])
+def test_where_the_adding_fails_nobody_is_added(db: DB, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with db.adding_users() as add:
+            assert add(User(0, "bob@x.io", HASH)) == 1
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(db.each_user()) == []
+    assert db.add_user("bob@x.io", HASH).id == 1
+
+
+@pytest.mark.parametrize("unfit", [User(0, "eve\ud800", HASH), User(0, "eve@x.io", 5)])  # type: ignore[arg-type]
+def test_one_unfit_user_stops_all_that_are_added_together(db: DB, unfit: User) -> None:
+    def add_both() -> None:
+        with db.adding_users() as add:
+            add(User(0, "bob@x.io", HASH))
+            add(unfit)
+
+    with pytest.raises(ValueError, match="cannot be"):
+        add_both()
+    assert list(db.each_user()) == []
+
+
 # Finding
+
+
+def test_all_users_are_listed_in_the_order_of_their_ids(db: DB, eve: User, bob: User) -> None:
+    carol = db.add_user("a@x.io", HASH)
+    assert list(db.each_user()) == [bob, eve, carol]
+    db.delete_user(2)
+    assert list(db.each_user()) == [bob, carol]
+
+
+def test_the_list_of_users_is_of_one_moment(db: DB, eve: User, bob: User) -> None:
+    listed = db.each_user()
+    first = next(listed)
+    db.add_user("carol@x.io", HASH)
+    db.update_user(2, email="changed@x.io")
+    assert [first, *listed] == [bob, eve]
+    assert [user.email for user in db.each_user()] == ["bob@x.io", "changed@x.io", "carol@x.io"]
 
 
 def test_all_that_is_named_must_match(db: DB, eve: User) -> None:
@@ -445,6 +544,142 @@ def test_a_hash_is_replaced_only_while_it_is_the_current_one(db: DB, eve: User) 
     assert [db.find_user_by(id=number).hashed_password for number in (1, 2)] == [NEW_HASH, HASH]
 
 
+def test_a_changed_password_leaves_one_session_under_a_new_hash(
+    furnished: None, db: DB, other: sqlite3.Connection
+) -> None:
+    before = everything(other)
+    assert db.change_password(1, HASH, NEW_HASH, "bob1", "renewed")
+    after, bob = everything(other), db.find_user_by(id=1)
+    assert (bob.hashed_password, bob.session_id, bob.reset_token) == (NEW_HASH, "renewed", None)
+    assert live_sessions(db, "renewed", *SESSIONS) == ["renewed", *HERS]
+    assert rows(other, "SELECT reset_expires_at, reset_created_at FROM users WHERE id = 1") == [(None, None)]
+    (his,) = [row for row in before["sessions"] if "bob1" in row]
+    assert tuple("renewed" if value == "bob1" else value for value in his) in after["sessions"]
+    assert (bob.totp_secret, bob.totp_since) == ("SEED", NOW)
+    assert after["users"][1] == before["users"][1]
+    for table in "recovery_codes", "known_addresses", "throttle":
+        assert after[table] == before[table]
+
+
+PASSWORD_KEPT: dict[str, tuple[Any, ...]] = {
+    "it has changed meanwhile": (1, NEW_HASH, b"third", "bob1", "renewed"),
+    "the hash is of another type": (1, HASH.decode(), NEW_HASH, "bob1", "renewed"),
+    "the session has ended": (1, HASH, NEW_HASH, "bob0", "renewed"),
+    "the session is another user's": (1, HASH, NEW_HASH, "eve1", "renewed"),
+    "there is no such user": (9, HASH, NEW_HASH, "bob1", "renewed"),
+}
+
+
+@pytest.mark.parametrize("reason", PASSWORD_KEPT)
+def test_a_password_that_does_not_change_changes_nothing(
+    furnished: None, db: DB, other: sqlite3.Connection, reason: str
+) -> None:
+    before = everything(other)
+    assert not db.change_password(*PASSWORD_KEPT[reason])
+    assert everything(other) == before
+
+
+def test_of_eight_threads_that_change_one_password_one_does(furnished: None, db: DB) -> None:
+    hashes = [b"hash%d" % index for index in range(8)]
+    changed = at_once(8, lambda index: db.change_password(1, HASH, hashes[index], "bob1", f"renewed{index}"))
+    assert sum(changed) == 1
+    bob, winner = db.find_user_by(id=1), changed.index(True)
+    assert (bob.hashed_password, bob.session_id) == (hashes[winner], f"renewed{winner}")
+
+
+def test_a_disabled_user_has_no_session_and_no_token(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    db.disable_user(1, NOW)
+    bob = db.find_user_by(id=1)
+    assert (bob.disabled_at, bob.session_id, bob.reset_token) == (NOW, None, None)
+    assert live_sessions(db, *SESSIONS) == HERS
+    assert not spend(db, "bob token")
+    after = everything(other)
+    assert after["users"][1] == before["users"][1]
+    assert after["recovery_codes"] == before["recovery_codes"]
+
+
+def test_a_disabled_user_is_not_let_in(db: DB, eve: User, bob: User) -> None:
+    db.disable_user(1, NOW)
+    give_token(db)  # as one may be asked for at the same moment
+    for user in bob, db.find_user_by(id=1):
+        assert not add_session(db, user, "s")
+    assert not db.find_reset("token", now=NOW, latest=NOW + 300)
+    assert not spend(db)
+    assert db.find_user_by(id=1).hashed_password == HASH
+    assert add_session(db, eve, "hers")
+
+
+def test_an_enabled_user_is_let_in_again(furnished: None, db: DB) -> None:
+    db.disable_user(1, NOW)
+    db.enable_user(2)
+    assert db.find_user_by(id=1).disabled_at == NOW
+    db.enable_user(1)
+    assert db.find_user_by(id=1).disabled_at is None
+    assert live_sessions(db, *SESSIONS) == HERS
+    assert add_session(db, db.find_user_by(id=1), "s")
+    give_token(db)
+    assert spend(db)
+
+
+def test_a_user_is_disabled_since_the_first_time(db: DB, eve: User) -> None:
+    for now in NOW, NOW + 60:
+        db.disable_user(1, now)
+    assert [db.find_user_by(id=number).disabled_at for number in (1, 2)] == [NOW, None]
+
+
+def test_nobody_is_not_disabled(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    db.disable_user(9, NOW)
+    db.enable_user(9)
+    assert everything(other) == before
+
+
+def test_with_a_user_all_goes_that_is_theirs(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    theirs = {
+        table: [name for _, name, *_ in rows(other, f"PRAGMA table_info({table})")].index("user_id")
+        for (table,) in rows(other, "SELECT DISTINCT m.name FROM sqlite_schema m, pragma_foreign_key_list(m.name)")
+    }
+    assert theirs.keys() == {"sessions", "recovery_codes", "known_addresses"}
+    assert db.delete_user(1)
+    after = everything(other)
+    assert after["users"] == before["users"][1:]
+    for table, column in theirs.items():
+        assert {row[column] for row in before[table]} == {1, 2}
+        assert after[table] == [row for row in before[table] if row[column] == 2]
+    for table in "throttle", "throttle_secret":
+        assert after[table] == before[table]
+
+
+def test_of_a_deleted_user_nothing_is_left_in_the_file(furnished: None, db: DB, path: Path) -> None:
+    rows(db._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
+    assert b"bob" in path.read_bytes()
+    db.delete_user(1)
+    rows(db._writer, "PRAGMA wal_checkpoint(TRUNCATE)")
+    assert b"bob" not in path.read_bytes()
+    assert b"eve" in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("user_id", "verified"), [(1, NEW_HASH), (1, HASH.decode()), (1, b""), (9, HASH), (9, None), (0, None)]
+)
+def test_a_user_is_not_deleted_with_a_password_that_changed(
+    furnished: None, db: DB, other: sqlite3.Connection, user_id: int, verified: Any
+) -> None:
+    before = everything(other)
+    assert not db.delete_user(user_id, verified)
+    assert everything(other) == before
+
+
+@pytest.mark.parametrize("kind", [str, bytes])
+def test_a_user_is_deleted_with_the_present_password_and_once(db: DB, eve: User, kind: type) -> None:
+    hashed = NEW_HASH if kind is bytes else NEW_HASH.decode()
+    db.update_user(2, hashed_password=hashed)
+    assert [db.delete_user(2, hashed), db.delete_user(2, hashed)] == [True, False]
+    assert db.add_user("eve@x.io", HASH).id == 3
+
+
 # Sessions
 
 
@@ -461,6 +696,20 @@ def test_a_session_does_not_start_when_the_password_has_changed(db: DB, bob: Use
     assert not add_session(db, bob, "second", replaced="first")
     assert live_sessions(db, "first", "second") == ["first"]
     assert db.find_user_by(id=1).session_id == "first"
+
+
+def test_a_session_does_not_start_when_the_second_factor_has_changed(db: DB, bob: User) -> None:
+    add_session(db, bob, "0")
+    assert second_factor(db, bob, "0", "1")
+    guarded = db.find_user_by(id=1)
+    assert not add_session(db, bob, "2", replaced="1")
+    assert add_session(db, guarded, "2")
+    assert db.remove_totp(1)
+    assert not add_session(db, guarded, "3")
+    assert add_session(db, bob, "3")
+    assert second_factor(db, bob, "3", "4", now=NOW + 1)
+    assert not add_session(db, guarded, "5")  # neither does one after another second factor
+    assert live_sessions(db, *"012345") == ["4"]
 
 
 def test_nobody_has_no_session(db: DB, bob: User) -> None:
@@ -534,6 +783,62 @@ def test_all_sessions_of_one_user_end(db: DB, eve: User, bob: User) -> None:
     assert [db.find_user_by(id=number).session_id for number in (1, 2)] == [None, "hers"]
 
 
+@pytest.mark.parametrize(("kept", "left"), [("1", ["1"]), ("2", ["2"]), ("hers", []), ("ended", []), (None, [])])
+def test_all_sessions_but_one_end(db: DB, eve: User, bob: User, kept: str | None, left: list[str]) -> None:
+    for user, name in (bob, "1"), (bob, "2"), (bob, "3"), (eve, "hers"):
+        add_session(db, user, name)
+    assert db.end_sessions(1, kept=kept) == 3 - len(left)
+    assert live_sessions(db, "1", "2", "3", "hers") == [*left, "hers"]
+    assert [db.find_user_by(id=number).session_id for number in (1, 2)] == [left[0] if left else None, "hers"]
+
+
+def test_everybodys_sessions_and_tokens_end(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    assert [db.end_all_sessions(), db.end_all_sessions()] == [4, 0]
+    assert live_sessions(db, *SESSIONS) == []
+    assert [spend(db, f"{name} token") for name in ("bob", "eve")] == [False, False]
+    for column in "session_id", "reset_token", "reset_expires_at", "reset_created_at":
+        assert rows(other, f"SELECT {column} FROM users") == [(None,)] * 2
+    after = everything(other)
+    assert {name for name in after if after[name] != before[name]} == {"users", "sessions"}
+    kept = "SELECT id, email, hashed_password, totp_secret, totp_since, totp_step FROM users"
+    assert rows(other, kept) == [
+        (number, f"{name}@x.io", HASH, "SEED", NOW, 1000) for number, name in ((1, "bob"), (2, "eve"))
+    ]
+
+
+def test_the_live_sessions_of_a_user_are_listed_newest_first(db: DB, eve: User, bob: User) -> None:
+    add_session(db, bob, "idle", now=NOW - 50, most=9)
+    add_session(db, bob, "used", most=9)
+    add_session(db, bob, "new", now=NOW + 50, most=9)
+    add_session(db, bob, "future", now=NOW + 351, most=9)
+    add_session(db, bob, "used in the future", most=9)
+    add_session(db, bob, "expires", expires_at=NOW + 50, most=9)
+    add_session(db, eve, "hers")
+    db.touch_session("used", NOW + 40)
+    db.touch_session("used in the future", NOW + 351)
+
+    def listed(user_id: int, now: int) -> list[str]:
+        window = {"now": now, "idle_since": now - 100, "latest": now + 300}
+        return [session.session_hash for session in db.list_sessions(user_id, **window)]
+
+    assert listed(1, NOW) == ["expires", "new", "used", "idle"]
+    assert listed(1, NOW + 50) == ["new", "used"]
+    assert listed(1, NOW + 51) == ["used in the future", "future", "new", "used"]
+    assert listed(2, NOW) == ["hers"]
+    assert listed(9, NOW) == []
+
+
+def test_a_listed_session_says_all_but_its_secret(db: DB, bob: User) -> None:
+    digest = "0123456789abcdef" * 4
+    session = Session(digest, NOW, NOW, NOW + 1000, "192.0.2.1", "curl/8")
+    db.add_session(bob, session, replaced=None, idle_since=NOW - 100, most=5)
+    (listed,) = db.list_sessions(1, now=NOW, idle_since=NOW - 100, latest=NOW)
+    assert listed == session
+    assert listed.id == "0123456789abcdef"
+    assert "0123456789abcdef" not in repr(listed)
+
+
 def test_a_session_lives_within_its_times(db: DB, bob: User) -> None:
     add_session(db, bob, "s")
 
@@ -575,31 +880,61 @@ def test_the_sessions_of_a_deleted_user_go_with_them(db: DB, eve: User, bob: Use
 
 def test_a_reset_token_is_found_until_it_expires(db: DB, bob: User) -> None:
     give_token(db)
-    found = [db.find_reset("token", now=NOW + passed, latest=NOW + 900) for passed in (0, 599, 600)]
+    found = [db.find_reset("token", now=NOW + passed, latest=NOW + 300) for passed in (0, 599, 600)]
     assert [user.id if user else None for user in found] == [1, 1, None]
 
 
 def test_a_token_from_too_far_in_the_future_is_none(db: DB, bob: User) -> None:
     give_token(db)
-    assert not db.find_reset("token", now=NOW - 301, latest=NOW - 301 + 900)
+    assert not db.find_reset("token", now=NOW - 301, latest=NOW - 1)
     assert not spend(db, now=NOW - 301)
 
 
-def test_a_token_is_given_in_any_letter_case_of_the_email(db: DB, eve: User) -> None:
-    give_token(db, "BOB@X.io")
+def test_a_token_is_one_users(db: DB, eve: User) -> None:
+    give_token(db)
     assert [db.find_user_by(id=number).reset_token for number in (1, 2)] == ["token", None]
 
 
-def test_an_unknown_email_gets_no_token(db: DB, bob: User) -> None:
-    assert not db.set_reset_token("eve@x.io", "token", NOW + 600)
+def test_an_unknown_user_gets_no_token(db: DB, bob: User) -> None:
+    assert not set_reset(db, 2, "token")
     assert db.find_user_by(id=1) == bob
 
 
 def test_a_new_token_replaces_the_former(db: DB, bob: User) -> None:
     give_token(db)
-    db.set_reset_token("bob@x.io", "newer", NOW + 600)
+    set_reset(db, 1, "newer")
     assert not spend(db, "token")
     assert spend(db, "newer")
+
+
+# A token that was made when, ends when, and when the next is asked for; whether there is a next one.
+TOKENS: dict[str, tuple[int, int, int, bool]] = {
+    "made just now": (NOW, NOW + 600, NOW, False),
+    "made after": (NOW, NOW + 600, NOW + 299, False),
+    "made at that moment": (NOW, NOW + 600, NOW + 300, True),
+    "made before": (NOW, NOW + 600, NOW + 301, True),
+    "nearly over": (NOW, NOW + 100, NOW + 99, False),
+    "over": (NOW, NOW + 100, NOW + 100, True),
+    "made before the clock jumped back": (NOW, NOW + 600, NOW - 1, True),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_a_token_that_is_young_is_not_replaced(db: DB, eve: User, case: str) -> None:
+    made, ends, now, replaced = TOKENS[case]
+    assert db.set_reset_token(1, "token", now=made, expires_at=ends, unless_since=made)
+    given = db.set_reset_token(1, "newer", now=now, expires_at=now + 600, unless_since=now - 300)
+    assert given is replaced
+    assert [db.find_user_by(id=number).reset_token for number in (1, 2)] == ["newer" if replaced else "token", None]
+    found = db.find_reset("newer" if replaced else "token", now=now, latest=now)
+    assert found == db.find_user_by(id=1)
+    assert db.set_reset_token(2, "hers", now=now, expires_at=now + 600, unless_since=now - 300)
+
+
+def test_of_eight_threads_that_ask_for_a_token_one_gets_it(db: DB, bob: User) -> None:
+    given = at_once(8, lambda index: set_reset(db, 1, f"token{index}", NOW - 300))
+    assert sum(given) == 1
+    assert db.find_user_by(id=1).reset_token == f"token{given.index(True)}"
 
 
 def test_a_spent_token_sets_the_hash_and_ends_the_sessions_of_that_user(db: DB, eve: User, bob: User) -> None:
@@ -630,6 +965,240 @@ def test_of_eight_threads_with_one_token_one_spends_it(db: DB, bob: User) -> Non
     assert db.find_user_by(id=1).hashed_password == hashes[spent.index(True)]
 
 
+# Second factor
+
+
+def test_a_seed_is_kept_and_not_in_force(db: DB, eve: User, bob: User) -> None:
+    assert [db.set_totp(1, "FIRST"), db.set_totp(1, "SECOND"), db.set_totp(9, "SEED")] == [True, True, False]
+    assert db.find_user_by(id=1) == replace(bob, totp_secret="SECOND")
+    assert db.find_user_by(id=2) == eve
+    assert not db.spend_totp(1, 1, 1)
+    assert add_session(db, bob, "s")  # nothing has changed for who logs in
+
+
+def test_a_seed_in_force_is_not_replaced(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    assert not db.set_totp(1, "OTHER")
+    assert everything(other) == before
+
+
+def test_a_confirmed_second_factor_leaves_one_session_under_a_new_hash(
+    db: DB, eve: User, bob: User, other: sqlite3.Connection
+) -> None:
+    for user, name in (bob, "1"), (bob, "2"), (eve, "hers"):
+        add_session(db, user, name)
+    give_token(db)
+    assert second_factor(db, bob, "1", "renewed", "a", "b")
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, "renewed", totp_secret="SEED", totp_since=NOW)
+    assert live_sessions(db, "1", "2", "renewed", "hers") == ["renewed", "hers"]
+    assert not spend(db)
+    assert rows(other, "SELECT * FROM recovery_codes") == [(1, "a"), (1, "b")]
+    assert not db.spend_totp(1, 1000, 1010)  # it was used to confirm
+    assert db.find_user_by(id=2) == replace(eve, session_id="hers")
+
+
+SEEDED = User(1, "bob@x.io", HASH, totp_secret="SEED")
+UNCONFIRMED: dict[str, tuple[User, str]] = {
+    "the seed is another by now": (replace(SEEDED, totp_secret="FORMER"), "1"),
+    "there was no seed": (replace(SEEDED, totp_secret=None), "1"),
+    "the session has ended": (SEEDED, "ended"),
+    "the session is another user's": (SEEDED, "hers"),
+    "the user is another": (replace(SEEDED, id=2), "hers"),
+    "there is no such user": (replace(SEEDED, id=9), "1"),
+}
+
+
+@pytest.mark.parametrize("reason", UNCONFIRMED)
+def test_a_second_factor_that_is_not_confirmed_changes_nothing(
+    db: DB, eve: User, bob: User, other: sqlite3.Connection, reason: str
+) -> None:
+    for user, name in (bob, "1"), (bob, "2"), (eve, "hers"):
+        add_session(db, user, name)
+    give_token(db)
+    db.set_totp(1, "SEED")
+    before = everything(other)
+    user, session_hash = UNCONFIRMED[reason]
+    assert not db.confirm_totp(user, 1000, ["a"], now=NOW, session_hash=session_hash, renewed="renewed")
+    assert everything(other) == before
+
+
+def test_a_second_factor_is_confirmed_once(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    bob = db.find_user_by(id=1)
+    assert not db.confirm_totp(bob, 1001, ["a"], now=NOW, session_hash="bob1", renewed="renewed")
+    assert everything(other) == before
+
+
+def test_of_eight_threads_that_confirm_one_does(db: DB, bob: User, other: sqlite3.Connection) -> None:
+    add_session(db, bob, "s")
+    db.set_totp(1, "SEED")
+
+    def confirm(index: int) -> bool:
+        codes = [f"{index} code", f"{index} spare"]
+        return db.confirm_totp(SEEDED, 1000 + index, codes, now=NOW, session_hash="s", renewed=f"renewed{index}")
+
+    confirmed = at_once(8, confirm)
+    assert sum(confirmed) == 1
+    winner = confirmed.index(True)
+    assert rows(other, "SELECT totp_step, session_id FROM users") == [(1000 + winner, f"renewed{winner}")]
+    assert rows(other, "SELECT code_hash FROM recovery_codes") == [(f"{winner} code",), (f"{winner} spare",)]
+
+
+def test_the_code_of_a_step_works_once_and_that_of_an_earlier_one_never(furnished: None, db: DB) -> None:
+    steps = [1000, 999, 1001, 1001, 1000, 1003, 1002, 1003, 1004]
+    spent = [db.spend_totp(1, step, step + 10) for step in steps]
+    assert spent == [False, False, True, False, False, True, False, False, True]
+    assert db.spend_totp(2, 1001, 1011)  # her own steps
+
+
+@pytest.mark.parametrize(("ahead", "works"), [(1, False), (10, False), (11, True), (1000, True)])
+def test_a_step_far_in_the_future_was_used_before_the_clock_jumped_back(
+    furnished: None, db: DB, ahead: int, works: bool
+) -> None:
+    assert db.spend_totp(1, 2000 + ahead, 2010 + ahead)
+    assert [db.spend_totp(1, 2000, 2010), db.spend_totp(1, 2000, 2010)] == [works, False]
+    assert db.spend_totp(1, 2001 + ahead, 2011 + ahead)
+
+
+def test_no_code_works_without_a_second_factor(db: DB, bob: User) -> None:
+    assert [db.spend_totp(number, 1, 1) for number in (1, 9)] == [False, False]
+    assert not db.spend_recovery_code(1, "")
+
+
+def test_a_recovery_code_works_once_and_for_its_user(furnished: None, db: DB) -> None:
+    codes = ["eve code", "bob code", "bob code", "BOB SPARE", "", "bob spare", "bob spare"]
+    assert [db.spend_recovery_code(1, code) for code in codes] == [False, True, False, False, False, True, False]
+    assert db.spend_recovery_code(2, "eve code")
+
+
+@pytest.mark.parametrize("code", ["step", "recovery code"])
+def test_of_eight_threads_with_one_code_one_spends_it(furnished: None, db: DB, code: str) -> None:
+    def use(index: int) -> bool:
+        return db.spend_totp(1, 1001, 1011) if code == "step" else db.spend_recovery_code(1, "bob code")
+
+    assert sum(at_once(8, use)) == 1
+
+
+@pytest.mark.parametrize("session_hash", [None, "bob1", "bob2"])
+def test_a_second_factor_goes_with_its_codes_and_the_other_sessions(
+    furnished: None, db: DB, other: sqlite3.Connection, session_hash: str | None
+) -> None:
+    her = db.find_user_by(id=2)
+    assert db.remove_totp(1, session_hash, "renewed") if session_hash else db.remove_totp(1)
+    assert live_sessions(db, "renewed", *SESSIONS) == (["renewed", *HERS] if session_hash else HERS)
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, "renewed" if session_hash else None)
+    assert rows(other, "SELECT * FROM recovery_codes ORDER BY code_hash") == [(2, "eve code"), (2, "eve spare")]
+    assert rows(other, "SELECT totp_step FROM users") == [(0,), (1000,)]
+    assert not db.spend_totp(1, 1001, 1011)
+    assert not spend(db, "bob token")
+    assert db.find_user_by(id=2) == her
+    assert db.spend_totp(2, 1001, 1011)
+
+
+def test_the_next_second_factor_counts_its_own_steps(furnished: None, db: DB, bob: User) -> None:
+    assert db.remove_totp(1, "bob1", "bob3")
+    assert db.set_totp(1, "SEED")
+    assert db.confirm_totp(SEEDED, 900, ["new code"], now=NOW, session_hash="bob3", renewed="bob4")
+    assert [db.spend_recovery_code(1, code) for code in ("bob code", "new code")] == [False, True]
+    assert db.spend_totp(1, 901, 911)
+
+
+@pytest.mark.parametrize(("user_id", "session_hash"), [(1, "bob0"), (1, "eve1"), (1, ""), (9, "bob1"), (9, None)])
+def test_a_second_factor_that_stays_changes_nothing(
+    furnished: None, db: DB, other: sqlite3.Connection, user_id: int, session_hash: str | None
+) -> None:
+    before = everything(other)
+    assert not db.remove_totp(user_id, session_hash, "renewed")
+    assert everything(other) == before
+
+
+def test_without_a_second_factor_none_is_switched_off(db: DB, bob: User, other: sqlite3.Connection) -> None:
+    add_session(db, bob, "s")
+    give_token(db)
+    db.set_totp(1, "SEED")  # nor is one that is being set up
+    before = everything(other)
+    assert [db.remove_totp(1, "s", "renewed"), db.remove_totp(1)] == [False, False]
+    assert everything(other) == before
+
+
+# What is over
+
+
+def leave_over(other: sqlite3.Connection, number: int = 1) -> None:
+    """Bob's sessions and addresses, and buckets: as many of each over at NOW, and one that is over a second later."""
+    for index in range(number + 1):
+        moment = NOW + (index == number)
+        other.execute("INSERT INTO throttle VALUES (?, ?)", (f"b{index}", moment))
+        other.execute("INSERT INTO known_addresses VALUES (1, ?, ?)", (f"a{index}", moment - 100))
+        other.execute(
+            "INSERT INTO sessions VALUES (?, ?, 1, ?, ?, ?, '', '')", (100 + index, f"s{index}", NOW, NOW, moment)
+        )
+
+
+def left(other: sqlite3.Connection) -> list[list[str]]:
+    columns = (("sessions", "session_hash"), ("throttle", "key"), ("known_addresses", "address_hash"))
+    return [[name for (name,) in rows(other, f"SELECT {column} FROM {table}")] for table, column in columns]
+
+
+def prune(db: DB, most: int = 200) -> int:
+    return db.prune(now=NOW, known_since=NOW - 100, most=most)
+
+
+def test_what_is_over_is_deleted_and_nothing_live(db: DB, bob: User, other: sqlite3.Connection) -> None:
+    leave_over(other)
+    assert [prune(db), prune(db)] == [3, 0]
+    assert left(other) == [["s1"], ["b1"], ["a1"]]
+
+
+@pytest.mark.parametrize("kind", ["sessions", "throttle", "known_addresses"])
+def test_one_kind_alone_is_deleted(db: DB, bob: User, other: sqlite3.Connection, kind: str) -> None:
+    leave_over(other)
+    for table in {"sessions", "throttle", "known_addresses"} - {kind}:
+        other.execute(f"DELETE FROM {table}")
+    assert [prune(db), prune(db)] == [1, 0]
+    assert sum(map(len, left(other))) == 1
+
+
+def test_pruning_leaves_alone_what_is_in_use(furnished: None, db: DB, other: sqlite3.Connection) -> None:
+    before = everything(other)
+    assert prune(db) == 0
+    assert everything(other) == before
+
+
+def test_at_most_so_many_of_each_kind_are_deleted_at_once(db: DB, bob: User, other: sqlite3.Connection) -> None:
+    leave_over(other, 5)
+    deleted, counts = [], []
+    for _ in range(4):
+        deleted.append(prune(db, most=2))
+        counts.append([len(names) for names in left(other)])
+    assert deleted == [6, 6, 3, 0]
+    assert counts == [[4] * 3, [2] * 3, [1] * 3, [1] * 3]
+    assert left(other) == [["s5"], ["b5"], ["a5"]]
+
+
+def test_after_pruning_the_row_of_a_user_names_the_newest_session_left(db: DB, eve: User, bob: User) -> None:
+    carol = db.add_user("carol@x.io", HASH)
+    for name, expires_at in ("old", NOW + 1), ("newer", NOW + 1), ("newest", NOW + 2):
+        add_session(db, bob, name, expires_at=expires_at)
+    add_session(db, eve, "hers", expires_at=NOW + 2)
+    add_session(db, carol, "long", expires_at=NOW + 99)
+    add_session(db, carol, "short", expires_at=NOW + 1)
+    named = []
+    for now in NOW, NOW + 1, NOW + 2:
+        db.prune(now=now, known_since=0, most=200)
+        named.append([user.session_id for user in db.each_user()])
+    assert named == [["newest", "hers", "short"], ["newest", "hers", "long"], [None, None, "long"]]
+
+
+def test_the_newest_time_is_that_of_any_session(db: DB, eve: User, bob: User) -> None:
+    newest = [db.newest_time()]
+    for user, name, now in (bob, "s", NOW + 5), (eve, "hers", NOW + 9), (bob, "t", NOW):
+        add_session(db, user, name, now=now)
+        newest.append(db.newest_time())
+    db.touch_session("t", NOW + 10_000)
+    assert [*newest, db.newest_time()] == [0, NOW + 5, NOW + 9, NOW + 9, NOW + 10_000]
+
+
 # Statements
 
 LOOK_UPS: dict[str, Callable[[DB], object]] = {
@@ -638,15 +1207,28 @@ LOOK_UPS: dict[str, Callable[[DB], object]] = {
     "user by session": lambda db: db.find_user_by(session_id="s"),
     "user by token": lambda db: db.find_user_by(reset_token="token"),
     "session": lambda db: find_session(db, "s"),
-    "token": lambda db: db.find_reset("token", now=NOW, latest=NOW + 900),
+    "token": lambda db: db.find_reset("token", now=NOW, latest=NOW + 300),
     "update_user": lambda db: db.update_user(1, session_id="s"),
     "replace_hash": lambda db: db.replace_hash(1, HASH, HASH),
     "add_session": lambda db: add_session(db, db.find_user_by(id=1), "t", replaced="s"),
     "touch_session": lambda db: db.touch_session("s", NOW + 60),
     "end_session": lambda db: db.end_session("t"),
     "end_sessions": lambda db: db.end_sessions(1),
-    "set_reset_token": lambda db: db.set_reset_token("bob@x.io", "token", NOW + 600),
+    "set_reset_token": lambda db: set_reset(db, 1, "token"),
     "spend_reset": lambda db: spend(db),
+    "list_sessions": lambda db: db.list_sessions(1, now=NOW, idle_since=NOW - 100, latest=NOW),
+    "end_sessions but one": lambda db: db.end_sessions(1, kept="s"),
+    "session to go on": lambda db: add_session(db, db.find_user_by(id=1), "u"),
+    "change_password": lambda db: db.change_password(1, NEW_HASH, HASH, "u", "v"),
+    "set_totp": lambda db: db.set_totp(1, "SEED"),
+    "confirm_totp": lambda db: db.confirm_totp(SEEDED, 1, ["a"], now=NOW, session_hash="v", renewed="w"),
+    "spend_totp": lambda db: db.spend_totp(1, 2, 2),
+    "spend_recovery_code": lambda db: db.spend_recovery_code(1, "a"),
+    "remove_totp": lambda db: db.remove_totp(1, "w", "x"),
+    "prune": lambda db: db.prune(now=NOW + 1000, known_since=NOW, most=200),
+    "disable_user": lambda db: db.disable_user(1, NOW),
+    "enable_user": lambda db: db.enable_user(1),
+    "delete_user": lambda db: db.delete_user(1, HASH),
 }
 
 
@@ -657,11 +1239,20 @@ def test_every_look_up_searches_an_index(statements: list[str], db: DB, bob: Use
         statements.clear()
         look_up(db)
         looked_up = [one for one in statements if re.match(r"\s*(SELECT|INSERT|UPDATE|DELETE)", one)]
+        looked_up = [one for one in looked_up if "VALUES" not in one]  # which are put, not looked up
         assert looked_up, name
         for statement in looked_up:
             plan = [detail for *_, detail in rows(other, f"EXPLAIN QUERY PLAN {statement}")]
             assert any(detail.startswith("SEARCH") for detail in plan), (name, plan)
             assert not [detail for detail in plan if detail.startswith("SCAN")], (name, plan)
+
+
+def test_what_goes_with_a_deleted_user_is_found_by_an_index(other: sqlite3.Connection) -> None:
+    references = rows(other, 'SELECT m.name, f."from" FROM sqlite_schema m, pragma_foreign_key_list(m.name) f')
+    assert len(references) == 3
+    for table, column in references:
+        plan = [detail for *_, detail in rows(other, f"EXPLAIN QUERY PLAN DELETE FROM {table} WHERE {column} = 1")]
+        assert all(detail.startswith("SEARCH") for detail in plan), (table, plan)
 
 
 def test_the_writer_is_set_up(statements: list[str], db: DB) -> None:
@@ -717,6 +1308,53 @@ def test_a_method_that_fails_half_way_changes_nothing(db: DB, bob: User, other: 
     assert find_session(db, "s") == before
     other.execute("DROP TRIGGER stop")
     assert spend(db)
+
+
+# Where it is stopped, and what is then whole.
+HALF_WAY: dict[str, tuple[str, Callable[[DB], object]]] = {
+    "add_session": ("DELETE ON sessions", lambda db: add_session(db, db.find_user_by(id=1), "s", replaced="bob1")),
+    "change_password": ("DELETE ON sessions", lambda db: db.change_password(1, HASH, NEW_HASH, "bob1", "renewed")),
+    "change_password, at its end": (
+        "UPDATE OF session_id ON users",
+        lambda db: db.change_password(1, HASH, NEW_HASH, "bob1", "renewed"),
+    ),
+    "disable_user": ("DELETE ON sessions", lambda db: db.disable_user(1, NOW)),
+    "delete_user": ("DELETE ON known_addresses", lambda db: db.delete_user(1)),
+    "delete_user and codes": ("DELETE ON recovery_codes", lambda db: db.delete_user(1, HASH)),
+    "end_session": ("UPDATE OF session_id ON users", lambda db: db.end_session("bob2")),
+    "end_sessions": ("UPDATE OF session_id ON users", lambda db: db.end_sessions(1, kept="bob1")),
+    "end_all_sessions": ("DELETE ON sessions", lambda db: db.end_all_sessions()),
+    "spend_reset": ("DELETE ON sessions", lambda db: spend(db, "bob token")),
+    "confirm_totp": (
+        "DELETE ON sessions",
+        lambda db: db.confirm_totp(
+            db.find_user_by(id=3), 1000, ["a"], now=NOW, session_hash="carol1", renewed="renewed"
+        ),
+    ),
+    "remove_totp": ("DELETE ON sessions", lambda db: db.remove_totp(1)),
+    "remove_totp but one session": ("DELETE ON sessions", lambda db: db.remove_totp(1, "bob1", "renewed")),
+    "prune": ("DELETE ON known_addresses", lambda db: prune(db)),
+}
+
+
+@pytest.mark.parametrize("method", HALF_WAY)
+def test_a_method_that_is_stopped_half_way_changes_nothing(
+    furnished: None, db: DB, other: sqlite3.Connection, method: str
+) -> None:
+    carol = db.add_user("carol@x.io", HASH)
+    db.set_totp(3, "SEED")
+    for name in "carol1", "carol2":
+        add_session(db, carol, name)
+    leave_over(other)
+    event, call = HALF_WAY[method]
+    other.execute(f"CREATE TRIGGER stop BEFORE {event} BEGIN SELECT RAISE(ABORT, 'stop'); END")
+    before = everything(other)
+    with pytest.raises(ValueError, match="stop"):
+        call(db)
+    assert everything(other) == before
+    other.execute("DROP TRIGGER stop")
+    call(db)
+    assert everything(other) != before
 
 
 def test_a_write_holds_the_lock_of_the_file(db: DB, path: Path) -> None:
@@ -1085,10 +1723,11 @@ def older(path: Path) -> Path:
 
 
 def _release(monkeypatch: pytest.MonkeyPatch, *migrations: str) -> None:
-    monkeypatch.setattr(storage, "MIGRATIONS", migrations)
-    monkeypatch.setattr(storage, "VERSION", len(migrations) + 1)
+    monkeypatch.setattr(database, "MIGRATIONS", migrations)
+    monkeypatch.setattr(database, "VERSION", len(migrations) + 1)
 
 
+RELEASED = database.MIGRATIONS
 COLOUR = "ALTER TABLE users ADD COLUMN colour TEXT;"
 PAINT = "UPDATE users SET colour = 'blue';"
 
@@ -1100,7 +1739,7 @@ def _state(path: Path) -> tuple[int, list[str], list[Any]]:
 
 
 def test_a_new_file_has_the_newest_version(older: Path) -> None:
-    assert _state(older)[0] == storage.VERSION
+    assert _state(older)[0] == database.VERSION
 
 
 @pytest.mark.parametrize("releases", [[(COLOUR, PAINT)], [(COLOUR,), (COLOUR, PAINT)], [(COLOUR, PAINT)] * 2])
@@ -1108,11 +1747,11 @@ def test_an_older_file_is_lifted_with_its_rows(
     older: Path, monkeypatch: pytest.MonkeyPatch, releases: list[tuple[str, ...]]
 ) -> None:
     for migrations in releases:
-        _release(monkeypatch, *migrations)
+        _release(monkeypatch, *RELEASED, *migrations)
         with closing(DB(older)) as db:
             assert find_session(db, "s") == User(1, "bob@x.io", HASH, "s")
     version, columns, (row,) = _state(older)
-    assert (version, columns[-1], row[-1]) == (3, "colour", "blue")
+    assert (version, columns[-1], row[-1]) == (len(RELEASED) + 3, "colour", "blue")
 
 
 @pytest.mark.parametrize(
@@ -1122,11 +1761,11 @@ def test_a_failed_migration_leaves_the_older_file_whole(
     older: Path, monkeypatch: pytest.MonkeyPatch, impatient: None, broken: str
 ) -> None:
     before = _state(older)
-    _release(monkeypatch, COLOUR, PAINT + broken)
+    _release(monkeypatch, *RELEASED, COLOUR, PAINT + broken)
     with pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db: [^\n]+\Z") as refusal:
         DB(older)
     assert _state(older) == before
-    _release(monkeypatch)  # back to the release that it was made by, while the refused one is still in hand
+    _release(monkeypatch, *RELEASED)  # back to the release that it was made by, while the refused one is still in hand
     with closing(DB(older)) as db:
         db.update_user(1, session_id=None)
     assert refusal.type is DatabaseRefused

@@ -18,6 +18,7 @@ import bcrypt
 import pytest
 import requests
 
+import totp
 from auth import Auth, TooManyAttempts
 from authsvc import create_app
 from settings import Settings
@@ -41,6 +42,7 @@ LIMITS: dict[str, tuple[Attempt, int, int]] = {
     "reset: account": (lambda throttle, n: throttle.reset_request(BOB, f"192.0.2.{n}"), 3, 1200),
     "reset: address": (lambda throttle, n: throttle.reset_request(f"{n}@x.io", HOME), 10, 360),
     "confirm: address": (lambda throttle, n: throttle.reset_confirmation(HOME), 10, 60),
+    "code: account": (lambda throttle, n: throttle.code(BOB, f"192.0.2.{n}"), 5, 900),
 }
 ALL_LIMITS = pytest.mark.parametrize(("attempt", "size", "interval"), LIMITS.values(), ids=LIMITS)
 
@@ -147,6 +149,7 @@ def test_development_leaves_more_room_but_for_one_account(db: DB, development: S
         "reset: account": [300, 1000],
         "reset: address": [300, 1000],
         "confirm: address": [1000],
+        "code: account": [5],
     }
 
 
@@ -240,6 +243,138 @@ def test_a_registration_counts_also_when_it_succeeds(call: Client) -> None:
         return call("POST", "/users", form, REMOTE_ADDR=HOME).status
 
     assert [register(number) for number in range(21)] == [200] * 20 + [429]
+
+
+# One-time codes
+
+
+class Phone:
+    """Bob's: the codes of his second factor, each step's once."""
+
+    def __init__(self, auth: Auth, clock: Clock) -> None:
+        self.session_id = auth.log_in(BOB, PASSWORD, address=HOME)
+        self._clock = clock
+        self._seed, _ = auth.begin_totp(self.session_id, PASSWORD)
+        _, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code())
+
+    def code(self) -> str:
+        self._clock.advance(30)
+        return totp.code(self._seed, int(self._clock()) // 30)
+
+    def wrong(self) -> str:
+        right = {totp.code(self._seed, int(self._clock()) // 30 + near) for near in (-1, 0, 1)}
+        return next(code for code in ("000000", "111111", "222222", "333333") if code not in right)
+
+
+@pytest.fixture
+def phone(auth: Auth, clock: Clock, bob: None) -> Phone:
+    """Bob has a second factor, and his home is known."""
+    return Phone(auth, clock)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The one-time codes that were compared with those of a seed."""
+    reached: list[str] = []
+    matching_step = totp.matching_step
+
+    def count(seed: str, given: str, now: int) -> int | None:
+        reached.append(given)
+        return matching_step(seed, given, now)
+
+    monkeypatch.setattr(totp, "matching_step", count)
+    return reached
+
+
+def outcome(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except ValueError as refusal:
+        return type(refusal).__name__
+    return "done"
+
+
+def test_500_addresses_get_5_guesses_at_a_code_and_the_owner_gets_in_all_the_while(
+    auth: Auth, phone: Phone, checked: list[str], clock: Clock
+) -> None:
+    guesses, owners, guess = Counter[str](), [], phone.wrong()
+    began = clock()
+    for n in range(500):
+        away = f"10.0.{n // 250}.{n % 250}"
+        guesses[outcome(lambda address=away: auth.log_in(BOB, PASSWORD, guess, address=address))] += 1  # type: ignore[misc]
+        if n % 100 == 0:
+            owners.append(outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)))
+    assert clock() - began < 900
+    assert guesses == {"LoginFailed": 5, "TooManyAttempts": 495}
+    assert owners == ["done"] * 5
+    assert checked.count(guess) == 5
+
+
+def test_guesses_at_a_code_from_the_owners_address_are_5(auth: Auth, phone: Phone, checked: list[str]) -> None:
+    guess = phone.wrong()
+    said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)) for _ in range(8)]
+    assert said == ["LoginFailed"] * 5 + ["TooManyAttempts"] * 3
+    assert len(checked) == 5
+    assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=AWAY)) == "done"
+
+
+def test_guesses_at_codes_wherever_they_are_asked_for_share_one_count(
+    auth: Auth, phone: Phone, checked: list[str]
+) -> None:
+    guess = phone.wrong()
+    said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY)) for _ in range(3)]
+    said += [outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, address=AWAY)) for _ in range(3)]
+    said += [outcome(lambda: auth.log_in(BOB, PASSWORD, "not-a-code", address=AWAY))]
+    assert said == ["LoginFailed"] * 3 + ["ReauthenticationFailed"] * 2 + ["TooManyAttempts"] * 2
+    assert len(checked) == 5
+
+
+def test_guesses_at_the_code_that_confirms_are_5(auth: Auth, bob: None, checked: list[str]) -> None:
+    session_id = auth.create_session(BOB)
+    auth.begin_totp(session_id, PASSWORD)
+    said = [outcome(lambda: auth.confirm_totp(session_id, "12345", address=AWAY)) for _ in range(8)]
+    assert said == ["ReauthenticationFailed"] * 5 + ["TooManyAttempts"] * 3
+    assert len(checked) == 5
+
+
+@pytest.mark.parametrize("address", [HOME, AWAY])
+def test_a_right_code_does_not_count(auth: Auth, phone: Phone, address: str) -> None:
+    guess = phone.wrong()
+
+    def answer(otp: str) -> str:
+        return outcome(lambda: auth.log_in(BOB, PASSWORD, otp, address=address))
+
+    answer(phone.code())  # from now on the address is known
+    assert [answer(guess) for _ in range(4)] == ["LoginFailed"] * 4
+    assert {answer(phone.recovery.pop()) for _ in range(7)} == {"done"}
+    assert answer(phone.code()) == "done"
+    assert [answer(guess) for _ in range(2)] == ["LoginFailed", "TooManyAttempts"]
+
+
+def test_a_password_without_its_code_does_not_count(auth: Auth, phone: Phone) -> None:
+    for address in (HOME, AWAY):
+        said = [outcome(lambda here=address: auth.log_in(BOB, PASSWORD, address=here)) for _ in range(40)]  # type: ignore[misc]
+        assert said == ["CodeRequired"] * 40
+
+
+def test_a_wrong_code_counts_as_a_login_too(auth: Auth, phone: Phone) -> None:
+    guess = phone.wrong()
+    for _ in range(5):
+        assert outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)) == "LoginFailed"
+    for _ in range(5):
+        assert outcome(lambda: auth.log_in(BOB, "wrong", address=HOME)) == "LoginFailed"
+    assert outcome(lambda: auth.log_in(BOB, "wrong", address=HOME)) == "TooManyAttempts"
+
+
+def test_who_waits_for_a_code_bucket_is_told_how_long(auth: Auth, phone: Phone, clock: Clock) -> None:
+    guess = phone.wrong()
+    for _ in range(5):
+        outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME))
+    with pytest.raises(TooManyAttempts) as refusal:
+        auth.log_in(BOB, PASSWORD, guess, address=HOME)
+    assert refusal.value.wait == 300
+    clock.advance(300)
+    assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)) == "done"
 
 
 # Over the wire
@@ -385,6 +520,29 @@ def remembered(db: DB, throttle: Throttle) -> int:
     return user.id
 
 
+def test_codes_from_a_known_address_count_apart_from_the_strangers(
+    throttle: Throttle, clock: Clock, remembered: int
+) -> None:
+    (stranger,) = throttle.code(BOB, AWAY)
+    (known,) = throttle.code("BOB@x.io", HOME)
+    assert (stranger[1:], known[1:]) == ((5, 900), (5, 300))
+    assert throttle.code(BOB, "203.0.113.9") == [stranger]  # one for all of them
+    assert stranger[0] != known[0]
+    assert passed(lambda n: throttle.take([stranger])) == 5
+    assert passed(lambda n: throttle.take([known])) == 5
+    assert throttle.take(throttle.code(BOB, HOME)) == 300
+    clock.advance(300)
+    assert throttle.take(throttle.code(BOB, HOME)) == 0
+    assert throttle.take(throttle.code(BOB, AWAY)) == 600
+
+
+def test_an_address_that_is_no_longer_known_counts_its_codes_with_the_strangers(
+    throttle: Throttle, clock: Clock, remembered: int
+) -> None:
+    clock.advance(90 * DAY)
+    assert throttle.code(BOB, HOME) == throttle.code(BOB, AWAY)
+
+
 def test_an_address_is_known_for_its_account_alone(throttle: Throttle, remembered: int) -> None:
     assert knows(throttle, BOB, HOME)
     assert knows(throttle, "BOB@x.io", HOME)
@@ -485,6 +643,7 @@ def test_no_two_things_that_are_counted_share_a_key(throttle: Throttle) -> None:
         *throttle.registration(HOME),
         *throttle.reset_request(HOME, HOME),
         *throttle.reset_confirmation(HOME),
+        *throttle.code(HOME, HOME),
         *throttle.login(HOME + HOME, ""),
         *throttle.login("", HOME + HOME),
     ]

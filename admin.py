@@ -1,0 +1,410 @@
+"""The operator's commands: users, invitations, sessions, moving in and out, backups, checks.
+
+They work on the database of the settings, beside a service that runs on it or without one, and take its locks. Each
+change is one line in the log: on standard error, and in the system's log as ``authsvc``. No command reads, sets or is
+told a password: a link lets its user choose one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import sys
+import syslog
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import IO, Any
+
+import database
+import guard
+import mailer
+import moving
+from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
+from database import DatabaseRefused, RolledBack, StorageUnavailable
+from settings import Settings, SettingsError
+from storage import CLOCK_TOLERANCE, DB, User
+
+PROGRESS_STEP = 5000  # lines
+
+
+class CommandFailed(Exception):
+    """It could not be done; the message says why, and nothing was changed."""
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the commands to the program's parser."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, run: Command, text: str, group: Any = commands) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = group.add_parser(name, parents=[shared], help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    user = commands.add_parser("user", help="add, list, show, disable, enable, delete users")
+    users = user.add_subparsers(required=True, metavar="COMMAND")
+    command("add", _add, "Add a user, who has no password yet: see invite.", users).add_argument("email")
+    command("list", _list, "List all users.", users)
+    command("show", _show, "Show one user.", users).add_argument("email")
+    command("disable", _disable, "Let a user in no more; end the sessions.", users).add_argument("email")
+    command("enable", _enable, "Let a user in again.", users).add_argument("email")
+    delete = command("delete", _delete, "Delete a user and all that is theirs.", users)
+    delete.add_argument("email")
+    delete.add_argument("--yes", action="store_true", help="do not ask")
+    text = "Print the link with which a user, who is added if need be, sets the first password; it lasts 7 days."
+    command("invite", _invite, text).add_argument("email")
+    text = "Print the link with which a user sets a new password; without a mail server, or when mail does not arrive."
+    command("reset-link", _reset_link, text).add_argument("email")
+    sessions = commands.add_parser("sessions", help="list and end sessions")
+    session = sessions.add_subparsers(required=True, metavar="COMMAND")
+    command("list", _sessions, "List a user's sessions.", session).add_argument("email")
+    end = command("end", _end_sessions, "End a user's sessions, or everybody's with all links that are out.", session)
+    whose = end.add_mutually_exclusive_group(required=True)
+    whose.add_argument("email", nargs="?")
+    whose.add_argument("--all", action="store_true", help="everybody's")
+    text = "Switch off the second factor of a user who lost it; end the sessions."
+    command("totp-off", _totp_off, text).add_argument("email")
+    for name, run, text in (
+        ("import", _import, "Add all users of a file, or none: CSV with a heading, JSON lines, htpasswd -B."),
+        ("export", _export, "Write all users, with the hashes of their passwords, to a new file or standard output."),
+    ):
+        move = command(name, run, text)
+        move.add_argument("file", nargs="?" if name == "export" else None)
+        move.add_argument("--format", choices=moving.FORMATS.values(), help="instead of by the file's name")
+    command("backup", _backup, "Copy the database to a new file, while it is used.").add_argument("file")
+    text = "Put a backup in the place of the database, which is kept; end all sessions. Stop the service first."
+    command("restore", _restore, text).add_argument("file")
+    command("check", _check, "Say what is wrong with the database, the settings, the clock or the mail server.")
+    command("prune", _prune, "Delete what is over, at once; the service does so by itself, bit by bit.")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Run the command; return the exit code, 0 or 1."""
+    try:
+        with suppress(BrokenPipeError):  # whoever read the output has seen enough
+            done: int | None = arguments.run(Operator(arguments, settings))
+            sys.stdout.flush()
+            return done or 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+        return 0
+    except (CommandFailed, moving.FormatUnknown, AuthError, DatabaseRefused, StorageUnavailable) as error:
+        print(f"authsvc: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"authsvc: {error.filename or arguments.command}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("authsvc: interrupted, nothing was changed", file=sys.stderr)
+    return 1
+
+
+class Operator:
+    """Who runs a command: the arguments and settings, the rules on the open database, and what is said and logged."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
+        self.arguments = arguments
+        self.settings = settings
+
+    @contextmanager
+    def opened(self, *, new: bool = False) -> Iterator[tuple[Auth, DB]]:
+        """Open the database, which must be there unless it may be ``new``."""
+        path = self.settings.database
+        if not new and not os.path.exists(path):  # a forgotten setting must not make another one
+            raise CommandFailed(f"there is no database {path}: is AUTHSVC_DATABASE set as for the service?")
+        with closing(DB(path, private=self.settings.production)) as db:
+            yield Auth(db, self.settings), db
+
+    @contextmanager
+    def user(self) -> Iterator[tuple[Auth, DB, User]]:
+        """Open the database and find the user that the arguments name."""
+        with self.opened() as (auth, db):
+            yield auth, db, auth.find_user(self.arguments.email)
+
+    def say(self, text: str, **record: Any) -> None:
+        """Print the text; with --json the record."""
+        # A user agent is what a stranger sent: it must not reach the terminal as a command.
+        plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+        print(json.dumps(record) if self.arguments.json else plain)
+
+    def log(self, event: str, **details: Any) -> None:
+        """Log what was done, and by whom."""
+        try:
+            who = os.getlogin()
+        except OSError:  # no terminal: a timer, a container
+            who = getpass.getuser()
+        guard.log(event, operator=who, **details)
+        syslog.openlog("authsvc", 0, syslog.LOG_AUTH)  # standard error is not kept when a person types
+        syslog.syslog(json.dumps({"event": event, "operator": who, **details}))
+
+
+Command = Callable[[Operator], int | None]
+
+
+# Users
+
+
+def _add(operator: Operator) -> None:
+    with operator.opened() as (auth, _):
+        user = auth.add_account(operator.arguments.email)
+        operator.log("user_created", user_id=user.id)
+        operator.say(f"added {user.email}; {user.email} can be invited now", **_record(user))
+
+
+def _list(operator: Operator) -> None:
+    with operator.opened() as (_, db):
+        for user in db.each_user():
+            record = _record(user)
+            factor = "2fa" if user.totp_since else "-"
+            operator.say(f"{user.id:>7}  {record['state']:<8}  {factor:<3}  {user.email}", **record)
+
+
+def _show(operator: Operator) -> None:
+    with operator.user() as (auth, _, user):
+        sessions = auth.sessions_of(user.id)
+        record = _record(user) | {"sessions": len(sessions)}
+        operator.say("\n".join(f"{name:<14}{_shown(value)}" for name, value in record.items()), **record)
+
+
+def _disable(operator: Operator) -> None:
+    with operator.user() as (_, db, user):
+        db.disable_user(user.id, int(time.time()))
+        operator.log("user_disabled", user_id=user.id)
+        operator.say(f"disabled {user.email}; all sessions have ended", email=user.email, state="disabled")
+
+
+def _enable(operator: Operator) -> None:
+    with operator.user() as (_, db, user):
+        db.enable_user(user.id)
+        operator.log("user_enabled", user_id=user.id)
+        operator.say(f"enabled {user.email}", email=user.email, state="active")
+
+
+def _delete(operator: Operator) -> None:
+    with operator.user() as (_, db, user):
+        if not operator.arguments.yes:
+            if not sys.stdin.isatty():
+                raise CommandFailed("give --yes to delete without being asked")
+            if input(f"Delete {user.email} and all that is theirs? [y/N] ").strip().lower() not in ("y", "yes"):
+                raise CommandFailed("not deleted")
+        db.delete_user(user.id)
+        operator.log("user_deleted", user_id=user.id)
+        operator.say(f"deleted {user.email}", email=user.email, state="deleted")
+
+
+def _invite(operator: Operator) -> None:
+    if operator.settings.registration == "closed":
+        raise CommandFailed("AUTHSVC_REGISTRATION=closed: nobody is invited")
+    with operator.opened() as (auth, _):
+        try:
+            user = auth.find_user(operator.arguments.email)
+        except UnknownEmail:
+            user = auth.add_account(operator.arguments.email)
+            operator.log("user_created", user_id=user.id)
+        if user.hashed_password != NO_PASSWORD:
+            raise CommandFailed(f"{user.email} has a password: use reset-link")
+        _say_link(operator, auth, user)
+        operator.log("user_invited", user_id=user.id)
+
+
+def _reset_link(operator: Operator) -> None:
+    with operator.user() as (auth, _, user):
+        _say_link(operator, auth, user)
+        operator.log("authn_reset_token_created", user_id=user.id)
+
+
+def _say_link(operator: Operator, auth: Auth, user: User) -> None:
+    if user.disabled_at:
+        raise CommandFailed(f"{user.email} is disabled: enable first")
+    token, expires_at = auth.link_token(user)
+    link = mailer.reset_link(operator.settings.public_url or f"http://{operator.settings.listen}", user.email, token)
+    operator.say(link, email=user.email, link=link, reset_token=token, expires=guard.timestamp(expires_at))
+
+
+def _totp_off(operator: Operator) -> None:
+    with operator.user() as (_, db, user):
+        if not db.remove_totp(user.id):
+            raise CommandFailed(f"{user.email} has no second factor")
+        operator.log("authn_factor_removed", user_id=user.id)
+        text = f"switched off the second factor of {user.email}; all sessions have ended"
+        operator.say(text, email=user.email, second_factor=False)
+
+
+# Sessions
+
+
+def _sessions(operator: Operator) -> None:
+    with operator.user() as (auth, _, user):
+        for session in auth.sessions_of(user.id):
+            record = {
+                "id": session.id,
+                "created": guard.timestamp(session.created_at),
+                "last_seen": guard.timestamp(session.last_seen_at),
+                "expires": guard.timestamp(auth.expires_at(session)),
+                "address": session.address,
+                "user_agent": session.user_agent,
+            }
+            operator.say("  ".join(map(_shown, record.values())), **record)
+
+
+def _end_sessions(operator: Operator) -> None:
+    if operator.arguments.all:
+        with operator.opened() as (_, db):
+            ended = db.end_all_sessions()
+            operator.log("session_ended", which="all")
+    else:
+        with operator.user() as (_, db, user):
+            ended = db.end_sessions(user.id)
+            operator.log("session_ended", user_id=user.id)
+    operator.say(f"{ended} sessions ended", ended=ended)
+
+
+# Moving in and out
+
+
+def _import(operator: Operator) -> int:
+    path = operator.arguments.file
+    form = moving.format_of(path, operator.arguments.format)
+    faults: list[str] = []
+    imported = 0
+    with open(path, "rb") as file, operator.opened(new=True) as (auth, db):
+        try:
+            with db.adding_users() as add:
+                for line, record in _progress(moving.records(file, form), file):
+                    try:
+                        if add(moving.account(record, auth.check_email, int(time.time()))) is None:
+                            raise ValueError("email already registered, or twice in this file")
+                        imported += 1
+                    except ValueError as error:
+                        faults.append(f"{path}:{line}: {error}")
+                if faults:
+                    raise RolledBack
+        except RolledBack:
+            print(*faults, f"authsvc: {len(faults)} faults, nothing was imported", sep="\n", file=sys.stderr)
+            return 1
+    operator.log("users_imported", users=imported)
+    operator.say(f"{imported} users imported", imported=imported)
+    return 0
+
+
+def _export(operator: Operator) -> None:
+    path = operator.arguments.file
+    form = moving.format_of(path or ".csv", operator.arguments.format)
+    with operator.opened() as (_, db), _output(path) as file:
+        exported, left_out = moving.write(db.each_user(), file, form)
+    operator.log("users_exported", users=exported)
+    if path:
+        operator.say(f"{exported} users exported", exported=exported, left_out=left_out)
+    if left_out:
+        print(f"authsvc: {left_out} users cannot stand in a {form} file and were left out", file=sys.stderr)
+
+
+def _progress(records: Iterable[Any], file: IO[bytes]) -> Iterator[Any]:
+    shown = sys.stderr.isatty()
+    size = max(1, os.fstat(file.fileno()).st_size)
+    for number, record in enumerate(records):
+        if shown and number % PROGRESS_STEP == 0:
+            done = min(40, file.tell() * 40 // size)
+            print(f"\r[{'#' * done:<40}] {number} users", end="", file=sys.stderr, flush=True)
+        yield record
+    if shown:
+        print("\r" + " " * 64, end="\r", file=sys.stderr)
+
+
+@contextmanager
+def _output(path: str | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(file, "w", encoding="utf-8", newline="") as stream:
+            yield stream
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+# The file
+
+
+def _backup(operator: Operator) -> None:
+    path = operator.arguments.file
+    with operator.opened() as (_, db):
+        db.backup(path)
+    operator.log("sys_backup")
+    operator.say(f"backed up to {path}", file=path, bytes=os.path.getsize(path))
+
+
+def _restore(operator: Operator) -> None:
+    path = operator.settings.database
+    former = f"{path}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
+    replaced = database.restore(operator.arguments.file, path, former)
+    with operator.opened() as (_, db):
+        ended = db.end_all_sessions()  # some of them were ended since, by people who had a reason
+    operator.log("sys_restore")
+    kept = f"; what was there is kept as {former}" if replaced else ""
+    record = {"database": path, "kept": former if replaced else None, "sessions_ended": ended}
+    operator.say(f"restored {path}; {ended} sessions ended{kept}", **record)
+
+
+def _check(operator: Operator) -> int:
+    settings = operator.settings
+    found = {
+        "database": database.problems(settings.database),
+        "files": _exposed(settings.database),
+        "settings": settings.warnings(),
+        "clock": _clock_problems(settings),
+        "mail": _mail_problems(settings),
+    }
+    for name, problems in found.items():
+        operator.say(f"{name:<10}{'; '.join(problems) or 'ok'}", check=name, ok=not problems, problems=problems)
+    return 1 if any(found.values()) else 0
+
+
+def _exposed(path: str) -> list[str]:
+    names = [path + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+    return [
+        f"others can read {name}: chmod 600" for name in names if os.path.exists(name) and os.stat(name).st_mode & 0o077
+    ]
+
+
+def _clock_problems(settings: Settings) -> list[str]:
+    if database.problems(settings.database):
+        return ["unknown without a database"]
+    with closing(DB(settings.database)) as db:
+        ahead = db.newest_time() - int(time.time())
+    return [f"the last session is {ahead} s in the future: was the clock set back?"] if ahead > CLOCK_TOLERANCE else []
+
+
+def _mail_problems(settings: Settings) -> list[str]:
+    if not settings.smtp_url:
+        return []
+    try:
+        mailer.Mailer(settings, guard.log).check()
+    except (OSError, SettingsError) as error:  # an SMTPException is an OSError
+        return [f"{settings.smtp_server.hostname if settings.smtp_server else ''}: {error}"]
+    return []
+
+
+def _prune(operator: Operator) -> None:
+    with operator.opened() as (auth, _):
+        while auth.prune():
+            pass
+    operator.log("sys_prune")
+    operator.say("pruned", pruned=True)
+
+
+# Details
+
+
+def _record(user: User) -> dict[str, Any]:
+    state = "disabled" if user.disabled_at else "invited" if user.hashed_password == NO_PASSWORD else "active"
+    created = guard.timestamp(user.created_at) if user.created_at else None
+    factor = user.totp_since is not None
+    return {"id": user.id, "email": user.email, "state": state, "created": created, "second_factor": factor}
+
+
+def _shown(value: object) -> str:
+    return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)

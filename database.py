@@ -1,0 +1,338 @@
+"""The strongroom: one SQLite file, who may write to it when, its versions, and copies of it.
+
+One connection writes, under a lock that processes share; each thread reads through a connection of its own. What is
+in the tables is storage.py's concern. Knows no clock, no password and no HTTP.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from settings import Settings
+
+ENGINE = f"SQLite {sqlite3.sqlite_version}"
+SCHEMA = Path(__file__).with_name("schema.sql")
+
+# MIGRATIONS[n - 1] lifts a file from version n to n + 1; schema.sql always makes the newest.
+MIGRATIONS = (
+    """
+    ALTER TABLE users ADD COLUMN reset_created_at INTEGER;
+    ALTER TABLE users ADD COLUMN created_at INTEGER;
+    ALTER TABLE users ADD COLUMN disabled_at INTEGER;
+    ALTER TABLE users ADD COLUMN totp_secret TEXT;
+    ALTER TABLE users ADD COLUMN totp_since INTEGER;
+    ALTER TABLE users ADD COLUMN totp_step INTEGER NOT NULL DEFAULT 0;
+    UPDATE users SET reset_created_at = reset_expires_at - 3600 WHERE reset_expires_at IS NOT NULL;
+    CREATE TABLE recovery_codes (
+        user_id   INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+        code_hash TEXT NOT NULL,
+        PRIMARY KEY (user_id, code_hash)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX sessions_expires_at ON sessions (expires_at);
+    CREATE INDEX known_addresses_seen_at ON known_addresses (seen_at);
+    """,
+)
+VERSION = len(MIGRATIONS) + 1
+
+BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
+LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
+
+
+class AlreadyExists(Exception):
+    """The email has an account, perhaps in other letters."""
+
+
+class StorageUnavailable(Exception):
+    """The file cannot be read or written now: locked, full, damaged or gone."""
+
+
+class DatabaseRefused(Exception):
+    """The file cannot be opened as a database of this release. Nothing in it was changed."""
+
+
+class RolledBack(Exception):
+    """Raised inside a transaction to undo it."""
+
+
+class Database:
+    """One SQLite file with the tables of schema.sql, made when it is not there. Safe to use from many threads.
+
+    Raises:
+        DatabaseRefused: the file cannot be opened, is no database, another program's, or a newer release's.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, private: bool = False) -> None:
+        chosen = os.fspath(Settings.from_environ().database if path is None else path)
+        self._path = os.path.abspath(chosen)
+        self._write_lock = threading.Lock()
+        self._readers: dict[int, sqlite3.Connection] = {}  # by thread id; a new thread with an old id takes it over
+        with _refused(f"cannot open the database {chosen}"), _opening, ExitStack() as opened:
+            if chosen == ":memory:":
+                raise DatabaseRefused("threads cannot share it; give the path of a file")
+            _make_private(self._path)
+            if private and os.stat(self._path).st_mode & 0o077:
+                raise DatabaseRefused("other users of this machine can read it: chmod 600")
+            self._writer = opened.enter_context(closing(_connect(self._path)))
+            _version(self._writer)  # before anything is written
+            self._lock_file = _open_lock(self._path)
+            opened.callback(os.close, self._lock_file)
+            with self._exclusive():
+                self._migrate()
+            opened.pop_all()
+
+    def close(self) -> None:
+        """Write everything into the one file and let go of it. No thread may be using it then or later."""
+        with self._exclusive():
+            for reader in self._readers.values():
+                reader.close()
+            self._writer.close()  # the last one to close moves the write-ahead log into the file
+        os.close(self._lock_file)
+
+    def backup(self, path: str) -> None:
+        """Write a copy of one moment to a new file, which only the owner can read, while others read and write.
+
+        Raises:
+            DatabaseRefused: there is a file of this name already, or it cannot be written.
+        """
+        with _refused(f"cannot write the backup {path}"), closing(_connect(self._path)) as source:
+            _copy(source, path)
+
+    def _read(self, statement: str, values: dict[str, Any]) -> Any:
+        with _translating():
+            return self._reader().execute(statement, values).fetchone()
+
+    def _read_all(self, statement: str, values: dict[str, Any]) -> list[Any]:
+        with _translating():
+            return self._reader().execute(statement, values).fetchall()
+
+    def _read_each(self, statement: str) -> Iterator[Any]:
+        # A connection of its own: the rows are those of one moment, however long the caller takes.
+        with _translating(), closing(_connect(self._path)) as reader:
+            yield from reader.execute(statement)
+
+    def _reader(self) -> sqlite3.Connection:
+        thread = threading.get_ident()
+        if thread not in self._readers:
+            self._readers[thread] = _connect(self._path)
+            self._readers[thread].execute("PRAGMA query_only = ON")
+        return self._readers[thread]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._exclusive(), _translating():
+            try:
+                # IMMEDIATE: a transaction that reads first and writes later fails at once when another wrote between.
+                self._writer.execute("BEGIN IMMEDIATE")
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:  # some errors (disk full) have rolled back already
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        # The file lock: SQLite 3.7.0 to 3.51.2 can damage the file when two connections write and checkpoint at
+        # the same moment (fixed in 3.51.3), so one process at a time does either.
+        if not self._write_lock.acquire(timeout=BUSY_TIMEOUT):
+            raise StorageUnavailable("another thread keeps the write lock")
+        try:
+            _lock(self._lock_file)
+            yield
+        finally:
+            fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+            self._write_lock.release()
+
+    def _migrate(self) -> None:
+        version = _version(self._writer)  # again: another process may have been faster
+        self._writer.execute("PRAGMA journal_mode = WAL")
+        if version < VERSION:
+            steps = MIGRATIONS[version - 1 :] if version else (SCHEMA.read_text(),)
+            self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {VERSION}; COMMIT;")
+
+
+def restore(backup: str, path: str, former: str) -> bool:
+    """Put a backup in the place of the database; say whether there was one, which is then kept as ``former``.
+
+    Ended by force it leaves the one or the other, whole.
+
+    Raises:
+        DatabaseRefused: the backup is no whole database of this release or an older one; the place is in use.
+    """
+    with _refused(f"cannot restore {backup}"), ExitStack() as opened:
+        if faults := problems(backup):
+            raise DatabaseRefused(faults[0])
+        lock_file = _open_lock(path)
+        opened.callback(os.close, lock_file)
+        _lock(lock_file)
+        source = opened.enter_context(closing(_connect(backup, "ro")))
+        replaced = os.path.exists(path) and os.path.getsize(path) > 0
+        if replaced and (target := _claimed(path)):
+            opened.enter_context(closing(target))
+            _copy(target, former)
+            source.backup(target)  # one transaction, with a journal
+            return True
+        # What is damaged is set aside as it is. Its log must go first: SQLite would apply it to the new file.
+        for suffix in ("-wal", "-shm", ""):
+            with suppress(FileNotFoundError):
+                os.rename(path + suffix, former + suffix)
+        _copy(source, path)
+        if not replaced:
+            with suppress(FileNotFoundError):
+                os.unlink(former)  # it was empty
+        return replaced
+
+
+def problems(path: str) -> list[str]:
+    """Return what is wrong with a file as a database of ours, and change nothing; nothing when all is well."""
+    try:
+        if os.path.getsize(path) < 512:
+            return ["it is not a database"]
+        with closing(_connect(path, "ro")) as db:
+            return _faults(db)
+    except (OSError, sqlite3.Error) as error:
+        return [_reason(error)]
+
+
+# To close any descriptor of a file gives up all locks that this process holds on it (fcntl(2)), SQLite's too: while
+# one thread makes the file, no other may have it open.
+_opening = threading.Lock()
+
+
+def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"file:{quote(os.path.abspath(path))}?mode={mode}",
+        uri=True,
+        timeout=BUSY_TIMEOUT,
+        isolation_level=None,  # transactions are begun here, never by the driver
+        check_same_thread=False,  # the writer is passed on under a lock, a reader when its thread is gone
+    )
+    connection.execute("PRAGMA synchronous = FULL")  # what was answered with 200 is on the disk
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # a deleted row is overwritten, not only forgotten
+    connection.execute("PRAGMA trusted_schema = OFF")  # a planted view or trigger calls no function
+    return connection
+
+
+def _version(db: sqlite3.Connection) -> int:
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if version > VERSION:
+        raise DatabaseRefused(f"it is of a newer release (schema {version}, this one knows {VERSION})")
+    (ours,) = db.execute("SELECT count(*) FROM pragma_table_info('users') WHERE name = 'email_key'").fetchone()
+    if tables and not (version and ours):
+        raise DatabaseRefused("it is the database of another program")
+    return int(version)
+
+
+def _faults(db: sqlite3.Connection) -> list[str]:
+    try:
+        if not _version(db):
+            return ["it is not a database of this program"]
+    except DatabaseRefused as error:
+        return [str(error)]
+    found = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    return found + [f"a row of {row[0]} hangs on nothing" for row in db.execute("PRAGMA foreign_key_check")]
+
+
+def _claimed(path: str) -> sqlite3.Connection | None:
+    """Return a connection that nobody else can be beside, or None when the file is damaged or a newer release's."""
+    if os.path.getsize(path) < 512:
+        return None
+    with ExitStack() as opened:
+        try:
+            target = opened.enter_context(closing(_connect(path)))
+            # Whoever has a database in WAL mode open keeps a shared lock on it: this fails while a service runs.
+            target.execute("PRAGMA locking_mode = EXCLUSIVE")
+            target.execute("PRAGMA journal_mode = DELETE")
+            target.execute("BEGIN EXCLUSIVE")
+            target.execute("ROLLBACK")
+            if _faults(target):
+                return None
+        except sqlite3.DatabaseError as error:
+            if error.sqlite_errorname in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+                return None
+            raise DatabaseRefused("the database is in use: stop the service first") from error
+        opened.pop_all()
+        return target
+
+
+def _copy(source: sqlite3.Connection, path: str) -> None:
+    # Under another name until it is whole and on the disk.
+    folder, name = os.path.split(os.path.abspath(path))
+    file, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # 0600
+    try:
+        with closing(sqlite3.connect(partial)) as target:
+            source.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")  # so that it is one file
+        if faults := problems(partial):  # of the source: else bad copies would replace the good ones, unnoticed
+            raise DatabaseRefused(faults[0])
+        os.fsync(file)
+        os.link(partial, path)  # unlike rename() it replaces nothing
+    finally:
+        os.close(file)
+        os.unlink(partial)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _open_lock(path: str) -> int:
+    return os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _lock(file: int) -> None:
+    for _ in range(int(BUSY_TIMEOUT / LOCK_INTERVAL)):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            threading.Event().wait(LOCK_INTERVAL)
+    raise StorageUnavailable("another process holds the write lock")
+
+
+def _make_private(path: str) -> None:
+    # SQLite would make it 0644; -wal and -shm take the mode of the file.
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):  # not open(): see _opening
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        if 0 < os.path.getsize(path) < 512:  # less than a page, which SQLite would take for nothing and write over
+            raise DatabaseRefused("it is not a database") from None
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error, StorageUnavailable, DatabaseRefused) as error:
+        raise DatabaseRefused(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or "" if isinstance(error, OSError) else str(error)) or type(error).__name__
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", "")  # absent where Python's own driver raises
+        if name == "SQLITE_CONSTRAINT_UNIQUE":
+            raise AlreadyExists(str(error)) from error
+        if isinstance(error, sqlite3.IntegrityError):
+            raise ValueError(str(error)) from error
+        if name in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours or a value of no use: not the file's
+            raise
+        raise StorageUnavailable(str(error)) from error
