@@ -8,9 +8,9 @@ told a password: a link lets its user choose one.
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import os
+import pwd
 import sys
 import syslog
 import time
@@ -22,12 +22,14 @@ import database
 import guard
 import mailer
 import moving
+import storage
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
-from database import DatabaseRefused, RolledBack, StorageUnavailable
+from database import DatabaseRefused, StorageUnavailable
 from settings import Settings, SettingsError
 from storage import CLOCK_TOLERANCE, DB, User
 
 PROGRESS_STEP = 5000  # lines
+PRUNE_REST = 0.02  # seconds between two steps, in which others write
 
 
 class CommandFailed(Exception):
@@ -36,12 +38,14 @@ class CommandFailed(Exception):
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the commands to the program's parser."""
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     shared.add_argument("--json", action="store_true", help="print JSON, one object a line")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, run: Command, text: str, group: Any = commands) -> argparse.ArgumentParser:
-        added: argparse.ArgumentParser = group.add_parser(name, parents=[shared], help=text, description=text)
+        added: argparse.ArgumentParser = group.add_parser(
+            name, parents=[shared], allow_abbrev=False, help=text, description=text
+        )
         added.set_defaults(run=run)
         return added
 
@@ -92,9 +96,9 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
         return 0
     except (CommandFailed, moving.FormatUnknown, AuthError, DatabaseRefused, StorageUnavailable) as error:
-        print(f"authsvc: {error}", file=sys.stderr)
+        print(_plain(f"authsvc: {error}"), file=sys.stderr)
     except OSError as error:
-        print(f"authsvc: {error.filename or arguments.command}: {error.strerror}", file=sys.stderr)
+        print(_plain(f"authsvc: {error.filename or arguments.command}: {error.strerror}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("authsvc: interrupted, nothing was changed", file=sys.stderr)
     return 1
@@ -108,11 +112,13 @@ class Operator:
         self.settings = settings
 
     @contextmanager
-    def opened(self, *, new: bool = False) -> Iterator[tuple[Auth, DB]]:
-        """Open the database, which must be there unless it may be ``new``."""
+    def opened(self) -> Iterator[tuple[Auth, DB]]:
+        """Open the database, which must be there: a forgotten setting must not make another one."""
         path = self.settings.database
-        if not new and not os.path.exists(path):  # a forgotten setting must not make another one
-            raise CommandFailed(f"there is no database {path}: is AUTHSVC_DATABASE set as for the service?")
+        if not os.path.exists(path):
+            raise CommandFailed(
+                f"there is no database {path}: start the service once, or set AUTHSVC_DATABASE as for the service"
+            )
         with closing(DB(path, private=self.settings.production)) as db:
             yield Auth(db, self.settings), db
 
@@ -124,16 +130,11 @@ class Operator:
 
     def say(self, text: str, **record: Any) -> None:
         """Print the text; with --json the record."""
-        # A user agent is what a stranger sent: it must not reach the terminal as a command.
-        plain = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-        print(json.dumps(record) if self.arguments.json else plain)
+        print(json.dumps(record) if self.arguments.json else _plain(text))
 
     def log(self, event: str, **details: Any) -> None:
         """Log what was done, and by whom."""
-        try:
-            who = os.getlogin()
-        except OSError:  # no terminal: a timer, a container
-            who = getpass.getuser()
+        who = _login_name()
         guard.log(event, operator=who, **details)
         syslog.openlog("authsvc", 0, syslog.LOG_AUTH)  # standard error is not kept when a person types
         syslog.syslog(json.dumps({"event": event, "operator": who, **details}))
@@ -263,29 +264,26 @@ def _end_sessions(operator: Operator) -> None:
 # Moving in and out
 
 
-def _import(operator: Operator) -> int:
+def _import(operator: Operator) -> None:
     path = operator.arguments.file
     form = moving.format_of(path, operator.arguments.format)
-    faults: list[str] = []
-    imported = 0
-    with open(path, "rb") as file, operator.opened(new=True) as (auth, db):
-        try:
-            with db.adding_users() as add:
-                for line, record in _progress(moving.records(file, form), file):
-                    try:
-                        if add(moving.account(record, auth.check_email, int(time.time()))) is None:
-                            raise ValueError("email already registered, or twice in this file")
-                        imported += 1
-                    except ValueError as error:
-                        faults.append(f"{path}:{line}: {error}")
-                if faults:
-                    raise RolledBack
-        except RolledBack:
-            print(*faults, f"authsvc: {len(faults)} faults, nothing was imported", sep="\n", file=sys.stderr)
-            return 1
+    faults: dict[int, str] = {}
+    with open(path, "rb") as file, operator.opened() as (auth, db):
+
+        def accounts() -> Iterator[tuple[int, User]]:
+            for line, record in _progress(moving.records(file, form), file):
+                try:
+                    yield line, moving.account(record, auth.check_email, int(time.time()))
+                except ValueError as error:
+                    faults[line] = str(error)
+
+        faults |= dict.fromkeys(db.stage_users(accounts()), "email already registered, or twice in this file")
+        if faults:
+            print(*(f"{path}:{line}: {faults[line]}" for line in sorted(faults)), sep="\n", file=sys.stderr)
+            raise CommandFailed(f"{len(faults)} faults, nothing was imported")
+        imported = db.add_staged_users()
     operator.log("users_imported", users=imported)
     operator.say(f"{imported} users imported", imported=imported)
-    return 0
 
 
 def _export(operator: Operator) -> None:
@@ -331,8 +329,7 @@ def _output(path: str | None) -> Iterator[IO[str]]:
 
 def _backup(operator: Operator) -> None:
     path = operator.arguments.file
-    with operator.opened() as (_, db):
-        db.backup(path)
+    database.backup(operator.settings.database, path)
     operator.log("sys_backup")
     operator.say(f"backed up to {path}", file=path, bytes=os.path.getsize(path))
 
@@ -340,9 +337,14 @@ def _backup(operator: Operator) -> None:
 def _restore(operator: Operator) -> None:
     path = operator.settings.database
     former = f"{path}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
-    replaced = database.restore(operator.arguments.file, path, former)
-    with operator.opened() as (_, db):
-        ended = db.end_all_sessions()  # some of them were ended since, by people who had a reason
+    ended = 0
+
+    def prepare(copy: str) -> None:
+        nonlocal ended
+        with closing(DB(copy)) as db:
+            ended = db.end_all_sessions()  # some of them were ended since, by people who had a reason
+
+    replaced = database.restore(operator.arguments.file, path, former, prepare)
     operator.log("sys_restore")
     kept = f"; what was there is kept as {former}" if replaced else ""
     record = {"database": path, "kept": former if replaced else None, "sessions_ended": ended}
@@ -373,8 +375,7 @@ def _exposed(path: str) -> list[str]:
 def _clock_problems(settings: Settings) -> list[str]:
     if database.problems(settings.database):
         return ["unknown without a database"]
-    with closing(DB(settings.database)) as db:
-        ahead = db.newest_time() - int(time.time())
+    ahead = storage.newest_time(settings.database) - int(time.time())
     return [f"the last session is {ahead} s in the future: was the clock set back?"] if ahead > CLOCK_TOLERANCE else []
 
 
@@ -391,12 +392,29 @@ def _mail_problems(settings: Settings) -> list[str]:
 def _prune(operator: Operator) -> None:
     with operator.opened() as (auth, _):
         while auth.prune():
-            pass
+            time.sleep(PRUNE_REST)
     operator.log("sys_prune")
     operator.say("pruned", pruned=True)
 
 
 # Details
+
+
+def _login_name() -> str:
+    # Not from the environment, which anybody can set.
+    try:
+        return os.getlogin()  # who logged in, also under sudo
+    except OSError:  # no terminal: a timer, a container
+        pass
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def _plain(text: str) -> str:
+    # A user agent, a name in a file: what strangers wrote must not reach the terminal as a command.
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
 
 
 def _record(user: User) -> dict[str, Any]:

@@ -339,7 +339,7 @@ class Auth:
             ReauthenticationFailed: the password is wrong.
         """
         user = self._reauthenticate(self.identify(session_id), password, address)
-        if not self._db.delete_user(user.id, user.hashed_password):
+        if not self._db.delete_verified_user(user, _digest(session_id or "")):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
         return user
@@ -351,10 +351,13 @@ class Auth:
             ReauthenticationFailed: the password is wrong.
             SecondFactorRejected: there is one in force.
         """
-        user = self._reauthenticate(self.identify(session_id, enrolling=True), password, address)
-        seed = totp.new_seed()
-        if not self._db.set_totp(user.id, seed):
+        user = self.identify(session_id, enrolling=True)
+        if user.totp_since:
             raise SecondFactorRejected("a second factor is on already")
+        user = self._reauthenticate(user, password, address)
+        seed = totp.new_seed()
+        if not self._db.set_totp(user, seed, _digest(session_id or "")):
+            raise SessionRequired  # it ended while we hashed, or another began
         return seed, totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
 
     def confirm_totp(self, session_id: str | None, otp: str, *, address: str = "") -> tuple[User, str, list[str]]:
@@ -376,7 +379,7 @@ class Auth:
         if not self._db.confirm_totp(
             user,
             step,
-            map(totp.recovery_hash, codes),
+            [totp.recovery_hash(code) for code in codes],
             now=self._now(),
             session_hash=_digest(session_id or ""),
             renewed=_digest(renewed),
@@ -537,17 +540,15 @@ class Auth:
             raise refusal
 
     def _spend_code(self, user: User, otp: str, address: str) -> bool:
+        if not totp.is_code(otp):  # a recovery code is too long to be guessed
+            return self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
         buckets = self._throttle.code(user.email, address) if address else []
         self._count(buckets)
-        now = self._now()
-        step = totp.matching_step(user.totp_secret or "", otp, now)
-        if step is not None:
-            spent = self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP)
-        else:
-            spent = self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
-        if spent:
-            self._later(self._throttle.give_back, buckets)
-        return spent
+        step = totp.matching_step(user.totp_secret or "", otp, self._now())
+        if step is None or not self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP):
+            return False
+        self._later(self._throttle.give_back, buckets)
+        return True
 
     def _with_current_cost(self, user: User, password: str) -> User:
         # Only now is the password at hand to be hashed anew after the operator has changed the cost.

@@ -140,7 +140,7 @@ class Desk:
                 **({"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}),
             )
             raise
-        _log("authn_login_success", user_id=self._auth.identify(session_id, enrolling=True).id)
+        _log("authn_login_success", user_id=self._auth.find_user(email).id)
         return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
 
     def log_out(self) -> HTTPResponse:

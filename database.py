@@ -12,7 +12,7 @@ import os
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ VERSION = len(MIGRATIONS) + 1
 
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
 LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
+SHARED_LOCK = 510, 2**30 + 2  # bytes and where: what SQLite locks while it has a file open (sqlite3's os.h)
 
 
 class AlreadyExists(Exception):
@@ -82,7 +83,7 @@ class Database:
             _make_private(self._path)
             if private and os.stat(self._path).st_mode & 0o077:
                 raise DatabaseRefused("other users of this machine can read it: chmod 600")
-            self._writer = opened.enter_context(closing(_connect(self._path)))
+            self._writer = opened.enter_context(closing(connect(self._path)))
             _version(self._writer)  # before anything is written
             self._lock_file = _open_lock(self._path)
             opened.callback(os.close, self._lock_file)
@@ -98,38 +99,29 @@ class Database:
             self._writer.close()  # the last one to close moves the write-ahead log into the file
         os.close(self._lock_file)
 
-    def backup(self, path: str) -> None:
-        """Write a copy of one moment to a new file, which only the owner can read, while others read and write.
-
-        Raises:
-            DatabaseRefused: there is a file of this name already, or it cannot be written.
-        """
-        with _refused(f"cannot write the backup {path}"), closing(_connect(self._path)) as source:
-            _copy(source, path)
-
     def _read(self, statement: str, values: dict[str, Any]) -> Any:
-        with _translating():
+        with translating():
             return self._reader().execute(statement, values).fetchone()
 
     def _read_all(self, statement: str, values: dict[str, Any]) -> list[Any]:
-        with _translating():
+        with translating():
             return self._reader().execute(statement, values).fetchall()
 
     def _read_each(self, statement: str) -> Iterator[Any]:
         # A connection of its own: the rows are those of one moment, however long the caller takes.
-        with _translating(), closing(_connect(self._path)) as reader:
+        with translating(), closing(connect(self._path)) as reader:
             yield from reader.execute(statement)
 
     def _reader(self) -> sqlite3.Connection:
         thread = threading.get_ident()
         if thread not in self._readers:
-            self._readers[thread] = _connect(self._path)
+            self._readers[thread] = connect(self._path)
             self._readers[thread].execute("PRAGMA query_only = ON")
         return self._readers[thread]
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._exclusive(), _translating():
+        with self._exclusive(), translating():
             try:
                 # IMMEDIATE: a transaction that reads first and writes later fails at once when another wrote between.
                 self._writer.execute("BEGIN IMMEDIATE")
@@ -161,35 +153,57 @@ class Database:
             self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {VERSION}; COMMIT;")
 
 
-def restore(backup: str, path: str, former: str) -> bool:
+def backup(path: str, target: str) -> None:
+    """Write a copy of one moment of a database to a new file for its owner only, while others read and write.
+
+    Raises:
+        DatabaseRefused: there is a file of this name already, it cannot be written, or the database is damaged.
+    """
+    with _refused(f"cannot write the backup {target}"), closing(connect(path, "ro")) as source:
+        partial = _partial_copy(source, target)
+        try:
+            os.link(partial, target)  # unlike rename() it replaces nothing
+        finally:
+            os.unlink(partial)
+        _sync_folder(target)
+
+
+def restore(source: str, path: str, former: str, prepare: Callable[[str], object] | None = None) -> bool:
     """Put a backup in the place of the database; say whether there was one, which is then kept as ``former``.
 
-    Ended by force it leaves the one or the other, whole.
+    ``prepare`` gets the name of the copy before it is put there. Ended by force it leaves the one or the other, whole.
 
     Raises:
         DatabaseRefused: the backup is no whole database of this release or an older one; the place is in use.
     """
-    with _refused(f"cannot restore {backup}"), ExitStack() as opened:
-        if faults := problems(backup):
+    with _refused(f"cannot restore {source}"), ExitStack() as opened:
+        if faults := problems(source):
             raise DatabaseRefused(faults[0])
+        with closing(connect(source, "ro")) as backed_up:
+            partial = _partial_copy(backed_up, path)
+        opened.callback(_unlink, partial, partial + ".lock")
+        if prepare:
+            prepare(partial)
         lock_file = _open_lock(path)
         opened.callback(os.close, lock_file)
         _lock(lock_file)
-        source = opened.enter_context(closing(_connect(backup, "ro")))
         replaced = os.path.exists(path) and os.path.getsize(path) > 0
         if replaced and (target := _claimed(path)):
             opened.enter_context(closing(target))
-            _copy(target, former)
-            source.backup(target)  # one transaction, with a journal
+            kept = _partial_copy(target, former)
+            opened.callback(_unlink, kept)
+            os.link(kept, former)
+            with closing(connect(partial)) as prepared:
+                prepared.backup(target)  # one transaction, with a journal
             return True
-        # What is damaged is set aside as it is. Its log must go first: SQLite would apply it to the new file.
-        for suffix in ("-wal", "-shm", ""):
+        # What is damaged is set aside as it is. Its logs must go first: SQLite would apply them to the new file.
+        for suffix in ("-wal", "-shm", "-journal"):
             with suppress(FileNotFoundError):
                 os.rename(path + suffix, former + suffix)
-        _copy(source, path)
-        if not replaced:
-            with suppress(FileNotFoundError):
-                os.unlink(former)  # it was empty
+        if replaced:
+            os.link(path, former)
+        os.replace(partial, path)
+        _sync_folder(path)
         return replaced
 
 
@@ -198,7 +212,7 @@ def problems(path: str) -> list[str]:
     try:
         if os.path.getsize(path) < 512:
             return ["it is not a database"]
-        with closing(_connect(path, "ro")) as db:
+        with closing(connect(path, "ro")) as db:
             return _faults(db)
     except (OSError, sqlite3.Error) as error:
         return [_reason(error)]
@@ -209,7 +223,8 @@ def problems(path: str) -> list[str]:
 _opening = threading.Lock()
 
 
-def _connect(path: str, mode: str = "rw") -> sqlite3.Connection:
+def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
+    """Open a file that is there, "rw" or "ro"."""
     connection = sqlite3.connect(
         f"file:{quote(os.path.abspath(path))}?mode={mode}",
         uri=True,
@@ -247,11 +262,16 @@ def _faults(db: sqlite3.Connection) -> list[str]:
 
 def _claimed(path: str) -> sqlite3.Connection | None:
     """Return a connection that nobody else can be beside, or None when the file is damaged or a newer release's."""
+    with open(path, "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *SHARED_LOCK)  # also on what SQLite cannot read any more
+        except OSError:
+            raise DatabaseRefused("the database is in use: stop the service first") from None
     if os.path.getsize(path) < 512:
         return None
     with ExitStack() as opened:
         try:
-            target = opened.enter_context(closing(_connect(path)))
+            target = opened.enter_context(closing(connect(path)))
             # Whoever has a database in WAL mode open keeps a shared lock on it: this fails while a service runs.
             target.execute("PRAGMA locking_mode = EXCLUSIVE")
             target.execute("PRAGMA journal_mode = DELETE")
@@ -267,8 +287,8 @@ def _claimed(path: str) -> sqlite3.Connection | None:
         return target
 
 
-def _copy(source: sqlite3.Connection, path: str) -> None:
-    # Under another name until it is whole and on the disk.
+def _partial_copy(source: sqlite3.Connection, path: str) -> str:
+    """Write a whole copy, checked and on the disk, beside ``path``; return its name."""
     folder, name = os.path.split(os.path.abspath(path))
     file, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # 0600
     try:
@@ -278,13 +298,24 @@ def _copy(source: sqlite3.Connection, path: str) -> None:
         if faults := problems(partial):  # of the source: else bad copies would replace the good ones, unnoticed
             raise DatabaseRefused(faults[0])
         os.fsync(file)
-        os.link(partial, path)  # unlike rename() it replaces nothing
+    except BaseException:
+        os.unlink(partial)
+        raise
     finally:
         os.close(file)
-        os.unlink(partial)
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    return partial
+
+
+def _unlink(*paths: str) -> None:
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
 
 
 def _open_lock(path: str) -> int:
@@ -324,7 +355,8 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _translating() -> Iterator[None]:
+def translating() -> Iterator[None]:
+    """Turn SQLite's errors into those of this module, and what a value or a constraint did into ValueError."""
     try:
         yield
     except sqlite3.Error as error:

@@ -17,12 +17,13 @@ import guard
 import passwords
 from auth import NO_PASSWORD
 from settings import RANGES
-from storage import User
+from storage import CLOCK_TOLERANCE, User
 
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".htpasswd": "htpasswd"}  # by the end of a file's name
 FIELDS = "email", "hashed_password", "created", "disabled", "totp_secret"
 SYNONYMS = {"password_hash": "hashed_password", "hash": "hashed_password"}
 DISABLED = {"": False, "false": False, "0": False, "no": False, "true": True, "1": True, "yes": True}
+LONGEST_SEED = 64  # bytes of a second factor that moves in: a block of SHA-1, beyond which a key gains nothing
 SHORTEST_SEED = 10  # bytes of a second factor that moves in: the least that apps were ever given
 
 Record = dict[str, Any] | ValueError
@@ -80,7 +81,7 @@ def account(record: Record, check_email: Callable[[str], None], now: int) -> Use
         id=0,
         email=text["email"],
         hashed_password=hashed,
-        created_at=_seconds(text["created"]) if "created" in text else now,
+        created_at=_seconds(text["created"], now) if "created" in text else now,
         disabled_at=now if DISABLED[text["disabled"]] else None,
         totp_secret=_seed(text["totp_secret"]) if "totp_secret" in text else None,
         totp_since=now if "totp_secret" in text else None,
@@ -99,7 +100,7 @@ def write(users: Iterable[User], file: IO[str], form: str) -> tuple[int, int]:
             table.writerow(record.values())
         elif form == "jsonl":
             file.write(json.dumps(record) + "\n")
-        elif record["disabled"] or not record["hashed_password"].startswith("$2") or ":" in user.email:
+        elif _exceeds_htpasswd(record):
             left_out += 1
         else:
             file.write(f"{user.email}:{record['hashed_password']}\n")
@@ -116,7 +117,10 @@ def _decoded(file: Iterable[bytes]) -> Iterator[str]:
 
 def _rows(lines: Iterator[str]) -> Iterator[tuple[int, Record]]:
     reader = csv.reader(lines, strict=True)
-    heading = [SYNONYMS.get(name.strip(), name.strip()) for name in next(reader, [])]
+    try:
+        heading = [SYNONYMS.get(name.strip(), name.strip()) for name in next(reader, [])]
+    except csv.Error:
+        heading = []
     if not {"email", "hashed_password"} <= set(heading):
         raise FormatUnknown("the first line of a CSV file must name its columns: email and hashed_password at least")
     while True:
@@ -156,16 +160,25 @@ def _check_hash(hashed: str) -> None:
         raise ValueError(f"a hash of cost {cost} would take too long at each login; {most} is the most")
 
 
-def _seconds(text: str) -> int:
+def _exceeds_htpasswd(record: dict[str, str]) -> bool:
+    email, hashed = record["email"], record["hashed_password"]
+    alone = not (record["disabled"] or record["totp_secret"])  # else who is shut out, or has a second factor, had none
+    return not alone or not hashed.startswith("$2") or ":" in email or email.startswith("#")
+
+
+def _seconds(text: str, now: int) -> int:
     moment = datetime.fromisoformat(text)
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
+    seconds = int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
+    if not 0 <= seconds <= now + CLOCK_TOLERANCE:
+        raise ValueError("created must be a moment since 1970, and not in the future")
+    return seconds
 
 
 def _seed(text: str) -> str:
     seed = text.replace(" ", "").rstrip("=").upper()
     seed += "=" * (-len(seed) % 8)
-    if len(base64.b32decode(seed)) < SHORTEST_SEED:
-        raise ValueError("totp_secret is too short")
+    if not SHORTEST_SEED <= len(base64.b32decode(seed)) <= LONGEST_SEED:
+        raise ValueError(f"totp_secret must be {SHORTEST_SEED} to {LONGEST_SEED} bytes in base32")
     return seed
 
 

@@ -89,13 +89,18 @@ def hash_password(password: str, cost: int) -> bytes:
 
 
 def verify(password: str, hashed: str | bytes | None, cost: int) -> bool:
-    """Say whether this password was hashed; always one bcrypt, so that the time tells nothing of the reason.
+    """Say whether this password was hashed, in a time that tells nothing of the reason.
 
-    None for ``hashed`` (nobody has this email) and whatever cannot match cost as much as a hash of ``cost``.
+    None for ``hashed`` (nobody has this email), whatever cannot match, and a wrong password for a hash of less than
+    ``cost`` take as long as one of ``cost``. One of more takes longer, until its user logs in.
     """
-    secret, target = _comparable(password, hashed) or (b"", b"$2b$%02d$%b" % (cost, b"." * 53))  # matches nothing
+    secret, target = _comparable(password, hashed) or (b"", _nothing(cost))
     with _gate:
-        return bcrypt.checkpw(secret, target)
+        if bcrypt.checkpw(secret, target):
+            return True
+        for missing in range(cost_of(target) or cost, cost):  # 2**n + 2**n + 2**(n + 1) + … = 2**cost
+            bcrypt.checkpw(b"", _nothing(missing))
+    return False
 
 
 def cost_of(hashed: str | bytes) -> int | None:
@@ -122,6 +127,10 @@ def _comparable(password: str, hashed: str | bytes | None) -> tuple[bytes, bytes
         cost, salt, digest = found.groups()
         return _keyed(raw, salt), b"$2b$%02d$%b%b" % (int(cost), salt, digest)
     return None
+
+
+def _nothing(cost: int) -> bytes:
+    return b"$2b$%02d$%b" % (cost, b"." * 53)  # a valid hash that nothing has
 
 
 def _fits_plain(raw: bytes) -> bool:

@@ -7,12 +7,12 @@ said in auth.py, what a column means in schema.sql, how the file is kept in data
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from database import AlreadyExists, Database, RolledBack
+from database import Database, RolledBack, connect, translating
 
 CLOCK_TOLERANCE = 300  # seconds that two readings of the clock may differ before it must have been set
 
@@ -68,6 +68,13 @@ def public_id(session_hash: str) -> str:
     return session_hash[:16]
 
 
+def newest_time(path: str) -> int:
+    """Return the latest moment that a database knows of a session, in unix seconds; 0 when of none."""
+    with closing(connect(path, "ro")) as db:
+        (newest,) = db.execute("SELECT max(max(created_at, last_seen_at)) FROM sessions").fetchone()
+    return newest or 0
+
+
 class DB(Database):
     """The users and their sessions."""
 
@@ -80,36 +87,70 @@ class DB(Database):
             AlreadyExists: the email has an account, in whatever letter case.
             ValueError: one of them is no text.
         """
+        _refuse_unfit(email=email, hashed_password=hashed_password)
         user = User(0, email, hashed_password, created_at=created_at)
-        with self.adding_users() as add:
-            user_id = add(user)
-            if user_id is None:
-                raise AlreadyExists
+        with self._transaction() as db:
+            (user_id,) = db.execute(
+                """
+                INSERT INTO users (email, email_key, hashed_password, created_at)
+                VALUES (:email, :email_key, :hashed_password, :created_at)
+                RETURNING id
+                """,
+                _values(user) | {"email_key": email.casefold()},
+            ).fetchone()
         return replace(user, id=user_id)
 
-    @contextmanager
-    def adding_users(self) -> Iterator[Callable[[User], int | None]]:
-        """Add any number of users in one transaction, or none when the block raises.
+    def stage_users(self, users: Iterable[tuple[int, User]]) -> list[int]:
+        """Lay users aside, each with a number; return the numbers of those whose email is taken, here or by another.
 
-        What is yielded adds one, with a new id, and returns that; None where the email has an account.
+        Nobody else waits meanwhile, however long the users take to come.
+        """
+
+        def checked() -> Iterator[dict[str, Any]]:
+            for number, user in users:
+                _refuse_unfit(email=user.email, hashed_password=user.hashed_password)
+                yield _values(user) | {"number": number, "email_key": user.email.casefold()}
+
+        writer = self._writer
+        with self._write_lock, translating():  # of this process only: the table is in a file of its own
+            writer.execute("DROP TABLE IF EXISTS temp.staged")
+            writer.execute(
+                """
+                CREATE TEMP TABLE staged (number, email, email_key, hashed_password, created_at, disabled_at,
+                                          totp_secret, totp_since)
+                """
+            )
+            writer.executemany(
+                """
+                INSERT INTO temp.staged VALUES (:number, :email, :email_key, :hashed_password, :created_at,
+                                                :disabled_at, :totp_secret, :totp_since)
+                """,
+                checked(),
+            )
+            taken = writer.execute(
+                """
+                SELECT number FROM temp.staged WHERE email_key IN (SELECT email_key FROM main.users)
+                UNION
+                SELECT number FROM (SELECT number, row_number() OVER (PARTITION BY email_key ORDER BY number) AS nth
+                                      FROM temp.staged) WHERE nth > 1
+                """
+            ).fetchall()
+        return [number for (number,) in taken]
+
+    def add_staged_users(self) -> int:
+        """Add the users laid aside, all or none, and return how many.
+
+        Raises:
+            AlreadyExists: an email was taken since.
         """
         with self._transaction() as db:
-
-            def add(user: User) -> int | None:
-                _refuse_unfit(email=user.email, hashed_password=user.hashed_password)
-                added = db.execute(
-                    """
-                    INSERT INTO users (email, email_key, hashed_password, created_at,
-                                       disabled_at, totp_secret, totp_since)
-                    VALUES (:email, :key, :hashed_password, :created_at,
-                            :disabled_at, :totp_secret, :totp_since)
-                    ON CONFLICT (email_key) DO NOTHING
-                    """,
-                    _values(user) | {"key": user.email.casefold()},
-                )
-                return added.lastrowid if added.rowcount else None
-
-            yield add
+            return db.execute(
+                """
+                INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since)
+                SELECT email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since
+                  FROM temp.staged ORDER BY number
+                """
+            ).rowcount
 
     def find_user_by(self, /, **sought: Any) -> User:
         """Return the first user in whom all the named attributes have these values; an email in any letter case.
@@ -174,7 +215,7 @@ class DB(Database):
         with suppress(RolledBack), self._transaction() as db:
             if not _replace_hash(db, user_id, old, new):
                 return False
-            _clear_reset(db, user_id)
+            _void_pending(db, user_id)
             _keep_one_session(db, user_id, session_hash, renewed)
             return True
         return False
@@ -188,7 +229,7 @@ class DB(Database):
                 """,
                 {"user_id": user_id, "now": now},
             )
-            _clear_reset(db, user_id)
+            _void_pending(db, user_id)
             _end_sessions(db, user_id)
 
     def enable_user(self, user_id: int) -> None:
@@ -196,13 +237,23 @@ class DB(Database):
         with self._transaction() as db:
             db.execute("UPDATE users SET disabled_at = NULL WHERE id = :user_id", {"user_id": user_id})
 
-    def delete_user(self, user_id: int, verified: str | bytes | None = None) -> bool:
-        """Delete a user and all that is theirs, if ``verified`` is still the password hash or None; say whether."""
+    def delete_user(self, user_id: int) -> None:
+        """Delete a user and all that is theirs."""
         with self._transaction() as db:
-            statement = (
-                "DELETE FROM users WHERE id = :user_id AND hashed_password = coalesce(:verified, hashed_password)"
-            )
-            return db.execute(statement, {"user_id": user_id, "verified": verified}).rowcount == 1
+            db.execute("DELETE FROM users WHERE id = :user_id", {"user_id": user_id})
+
+    def delete_verified_user(self, user: User, session_hash: str) -> bool:
+        """The same, if the password is still as in ``user`` and this session of theirs lives; say whether."""
+        with self._transaction() as db:
+            deleted = db.execute(
+                """
+                DELETE FROM users
+                 WHERE id = :user_id AND hashed_password = :verified
+                   AND EXISTS (SELECT 1 FROM sessions WHERE session_hash = :session_hash AND user_id = users.id)
+                """,
+                {"user_id": user.id, "verified": user.hashed_password, "session_hash": session_hash},
+            ).rowcount
+        return deleted == 1
 
     # Sessions
 
@@ -304,8 +355,10 @@ class DB(Database):
             db.execute("UPDATE users SET session_id = NULL WHERE session_id IS NOT NULL")
             db.execute(
                 """
-                UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL
-                 WHERE reset_token IS NOT NULL
+                UPDATE users
+                   SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL,
+                       totp_secret = CASE WHEN totp_since IS NULL THEN NULL ELSE totp_secret END
+                 WHERE reset_token IS NOT NULL OR totp_secret IS NOT NULL
                 """
             )
             return db.execute("DELETE FROM sessions").rowcount
@@ -358,20 +411,30 @@ class DB(Database):
             ).fetchone()
             if row is None:
                 return False
-            _clear_reset(db, row[0])
+            _void_pending(db, row[0])
             _end_sessions(db, row[0])
         return True
 
     # Second factor
 
-    def set_totp(self, user_id: int, secret: str) -> bool:
-        """Keep the seed of a second factor that is not in force yet; False when one is."""
+    def set_totp(self, user: User, secret: str, session_hash: str) -> bool:
+        """Keep the seed of a second factor that is not in force yet.
+
+        False when one is, when the password is not as in ``user`` any more, or this session of theirs has ended.
+        """
         with self._transaction() as db:
             changed = db.execute(
                 """
-                UPDATE users SET totp_secret = :secret, totp_step = 0 WHERE id = :user_id AND totp_since IS NULL
+                UPDATE users SET totp_secret = :secret, totp_step = 0
+                 WHERE id = :user_id AND hashed_password = :verified AND totp_since IS NULL
+                   AND EXISTS (SELECT 1 FROM sessions WHERE session_hash = :session_hash AND user_id = users.id)
                 """,
-                {"user_id": user_id, "secret": secret},
+                {
+                    "user_id": user.id,
+                    "verified": user.hashed_password,
+                    "secret": secret,
+                    "session_hash": session_hash,
+                },
             ).rowcount
         return changed == 1
 
@@ -403,7 +466,7 @@ class DB(Database):
                 "INSERT INTO recovery_codes (user_id, code_hash) VALUES (?, ?)",
                 [(user.id, code_hash) for code_hash in code_hashes],
             )
-            _clear_reset(db, user.id)
+            _void_pending(db, user.id)
             _keep_one_session(db, user.id, session_hash, renewed)
             return True
         return False
@@ -442,7 +505,7 @@ class DB(Database):
             if not removed:
                 return False
             db.execute("DELETE FROM recovery_codes WHERE user_id = :user_id", {"user_id": user_id})
-            _clear_reset(db, user_id)
+            _void_pending(db, user_id)
             if session_hash is None:
                 _end_sessions(db, user_id)
             else:
@@ -547,11 +610,6 @@ class DB(Database):
             ).rowcount
         return len(ended) + refilled + forgotten
 
-    def newest_time(self) -> int:
-        """Return the latest moment that is recorded of a session, in unix seconds; 0 when there is none."""
-        (newest,) = self._read("SELECT max(max(created_at, last_seen_at)) FROM sessions", {})
-        return newest or 0
-
 
 def _values(row: User | Session) -> dict[str, Any]:
     return {name: getattr(row, name) for name in row.__slots__}  # asdict() copies deeply, at ten times the cost
@@ -632,10 +690,14 @@ def _keep_one_session(db: sqlite3.Connection, user_id: int, session_hash: str, r
     _end_sessions(db, user_id, renewed)
 
 
-def _clear_reset(db: sqlite3.Connection, user_id: int) -> None:
+def _void_pending(db: sqlite3.Connection, user_id: int) -> None:
+    # What was begun under another password or second factor: a reset, an invitation, a seed that no code confirmed.
     db.execute(
         """
-        UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL WHERE id = :user_id
+        UPDATE users
+           SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL,
+               totp_secret = CASE WHEN totp_since IS NULL THEN NULL ELSE totp_secret END
+         WHERE id = :user_id
         """,
         {"user_id": user_id},
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import secrets
 from urllib.parse import quote, urlencode
 
@@ -37,6 +38,11 @@ def matching_step(seed: str, given: str, now: int) -> int | None:
     steps = range(max(0, now // STEP - DRIFT), now // STEP + DRIFT + 1)
     matching = [step for step in steps if hmac.compare_digest(code(seed, step).encode(), presented)]
     return max(matching, default=None)
+
+
+def is_code(given: str) -> bool:
+    """Say whether this has the form of a one-time code; what has not may be a recovery code."""
+    return re.fullmatch("[0-9]{6}", given.replace(" ", ""), re.ASCII) is not None
 
 
 def uri(seed: str, email: str, issuer: str) -> str:

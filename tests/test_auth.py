@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1690,7 +1691,7 @@ def test_a_seed_that_was_replaced_while_its_code_was_checked_does_not_come_into_
 ) -> None:
     mine = auth.create_session(EMAIL)
     seed, _ = auth.begin_totp(mine, PASSWORD)
-    while_a_code_is_checked(monkeypatch, lambda: db.set_totp(user.id, totp.new_seed()))
+    while_a_code_is_checked(monkeypatch, lambda: auth.begin_totp(mine, PASSWORD))
     with pytest.raises(SessionRequired):
         auth.confirm_totp(mine, code_now(seed, clock))
     assert row().totp_since is None
@@ -1712,15 +1713,20 @@ def test_a_removal_that_was_overtaken_changes_nothing(
 
 def while_a_code_is_checked(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """Let something happen once, after a code was compared and before anything is made of it."""
-    original = totp.matching_step
+    originals: dict[str, Callable[..., Any]] = {
+        "matching_step": totp.matching_step,
+        "recovery_hash": totp.recovery_hash,
+    }
 
-    def matching_step(seed: str, given: str, now: int) -> int | None:
-        monkeypatch.setattr(totp, "matching_step", original)
-        step = original(seed, given, now)
+    def compared(name: str, *given: Any) -> Any:
+        for each, original in originals.items():
+            monkeypatch.setattr(totp, each, original)
+        found = originals[name](*given)
         change()
-        return step
+        return found
 
-    monkeypatch.setattr(totp, "matching_step", matching_step)
+    for name in originals:
+        monkeypatch.setattr(totp, name, partial(compared, name))
 
 
 @pytest.mark.parametrize("later", [-1, 0, 1])

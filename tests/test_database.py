@@ -41,6 +41,10 @@ MANY = 20_000  # rows, with which a migration or a restore takes long enough to 
 HASH = b"$2b$04$" + b"." * 53
 
 
+def back_up(db: DB, target: str) -> None:
+    database.backup(db._path, target)
+
+
 @pytest.fixture
 def path(settings: Settings) -> Path:
     return Path(settings.database)
@@ -344,7 +348,7 @@ def test_a_kill_in_the_midst_of_a_migration_leaves_either_version_whole(untouche
 def test_a_backup_is_one_file_for_its_owner_only(lax_umask: None, db: DB, tmp_path: Path) -> None:
     bob = db.add_user("bob@x.io", HASH)
     (folder := tmp_path / "backups").mkdir()
-    db.backup(str(folder / "copy"))
+    back_up(db, str(folder / "copy"))
     assert [file.name for file in folder.iterdir()] == ["copy"]
     assert stat.S_IMODE((folder / "copy").stat().st_mode) == 0o600
     assert sql(folder / "copy", "PRAGMA journal_mode") == [("delete",)]
@@ -356,7 +360,7 @@ def test_a_backup_is_one_file_for_its_owner_only(lax_umask: None, db: DB, tmp_pa
 
 def test_a_backup_has_all_that_was_there(first_release: Path, tmp_path: Path) -> None:
     with closing(DB(first_release)) as db:
-        db.backup(str(tmp_path / "copy"))
+        back_up(db, str(tmp_path / "copy"))
         assert content(tmp_path / "copy") == content(first_release)
         assert shape(tmp_path / "copy") == shape(first_release)
 
@@ -367,9 +371,8 @@ def test_a_backup_is_of_one_moment_while_others_write(db: DB, tmp_path: Path) ->
     def write() -> int:
         pairs = 0
         while not stopping.is_set():
-            with db.adding_users() as add:
-                for name in "a", "b":
-                    assert add(User(0, f"{name}{pairs}@x.io", HASH))
+            assert db.stage_users((0, User(0, f"{name}{pairs}@x.io", HASH)) for name in "ab") == []
+            assert db.add_staged_users() == 2
             pairs += 1
             written.release()
         return pairs
@@ -381,7 +384,7 @@ def test_a_backup_is_of_one_moment_while_others_write(db: DB, tmp_path: Path) ->
             for number in range(8):
                 assert written.acquire(timeout=5)
                 least = len(list(db.each_user()))
-                db.backup(str(tmp_path / f"copy{number}"))
+                back_up(db, str(tmp_path / f"copy{number}"))
                 most = len(list(db.each_user())) + 2
                 counts.append((least, len(emails(tmp_path / f"copy{number}")), most))
         finally:
@@ -392,9 +395,9 @@ def test_a_backup_is_of_one_moment_while_others_write(db: DB, tmp_path: Path) ->
 
 def test_a_backup_does_not_wait_for_a_transaction(impatient: None, db: DB, tmp_path: Path) -> None:
     db.add_user("bob@x.io", HASH)
-    with db.adding_users() as add:
-        assert add(User(0, "eve@x.io", HASH))
-        db.backup(str(tmp_path / "copy"))
+    with db._transaction() as writer:
+        writer.execute("UPDATE users SET email = 'eve@x.io'")
+        back_up(db, str(tmp_path / "copy"))
     assert emails(tmp_path / "copy") == ["bob@x.io"]
 
 
@@ -410,14 +413,14 @@ def test_a_backup_replaces_nothing(db: DB, path: Path, tmp_path: Path, kind: str
         place.write_bytes(b"" if "empty" in kind else b"precious")
     before = sorted(tmp_path.rglob("*")), tree(tmp_path)
     with pytest.raises(DatabaseRefused, match=r"\Acannot write the backup [^\n]*: File exists\Z"):
-        db.backup(str(place))
+        back_up(db, str(place))
     assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
 
 
 def test_a_backup_into_a_missing_folder_is_refused(db: DB, tmp_path: Path) -> None:
     before = tree(tmp_path)
     with pytest.raises(DatabaseRefused, match=r"\Acannot write the backup [^\n]*: No such file or directory\Z"):
-        db.backup(str(tmp_path / "missing" / "copy"))
+        back_up(db, str(tmp_path / "missing" / "copy"))
     assert tree(tmp_path) == before
 
 
@@ -425,7 +428,7 @@ def test_of_a_damaged_database_no_backup_is_made(path: Path, tmp_path: Path) -> 
     damage(fill(path, "bob@x.io"))
     (folder := tmp_path / "backups").mkdir()
     with closing(DB(path)) as db, pytest.raises(DatabaseRefused, match=r"\Acannot write the backup "):
-        db.backup(str(folder / "copy"))
+        back_up(db, str(folder / "copy"))
     assert list(folder.iterdir()) == []
 
 
@@ -433,7 +436,7 @@ def test_of_a_database_with_rows_that_hang_on_nothing_no_backup_is_made(path: Pa
     sql(fill(path, "bob@x.io"), "DELETE FROM users")  # this connection holds no foreign keys
     (folder := tmp_path / "backups").mkdir()
     with closing(DB(path)) as db, pytest.raises(DatabaseRefused, match="sessions hangs on nothing"):
-        db.backup(str(folder / "copy"))
+        back_up(db, str(folder / "copy"))
     assert list(folder.iterdir()) == []
 
 
@@ -444,7 +447,7 @@ def test_of_a_database_with_rows_that_hang_on_nothing_no_backup_is_made(path: Pa
 def copy(tmp_path: Path) -> Path:
     """A backup, in which is who is not in the database."""
     with closing(DB(fill(tmp_path / "elsewhere.db", "copied@x.io", "carol@x.io"))) as db:
-        db.backup(str(tmp_path / "copy"))
+        back_up(db, str(tmp_path / "copy"))
     return tmp_path / "copy"
 
 
@@ -538,7 +541,7 @@ def test_a_restore_waits_for_the_lock_and_not_for_ever(
     with closing(DB(tmp_path / "other.db")) as holder:
         os.unlink(f"{path}.lock")
         os.link(tmp_path / "other.db.lock", f"{path}.lock")
-        with holder.adding_users():
+        with holder._transaction():
             refuse_restore(copy, path, former, "another process holds the write lock")
     assert emails(path) == ["bob@x.io"]
 
@@ -573,6 +576,50 @@ DAMAGED: dict[str, Callable[[Path], object]] = {
     "less than a page": lambda path: os.truncate(path, 300),
     "one byte": lambda path: path.write_bytes(b"x"),
 }
+
+
+def test_a_journal_that_a_killed_process_left_is_not_applied_to_the_backup(
+    path: Path, copy: Path, former: Path, tmp_path: Path
+) -> None:
+    fill(path, "bob@x.io")
+    with closing(sqlite3.connect(path, isolation_level=None)) as killed:
+        killed.execute("PRAGMA journal_mode = DELETE")
+        killed.execute("PRAGMA cache_size = 1")
+        killed.execute("BEGIN")
+        killed.execute("UPDATE users SET email = 'eve@x.io' || hex(zeroblob(9000))")
+        journal = Path(f"{path}-journal").read_bytes()
+        assert journal[:8] == bytes.fromhex("d9d505f920a163d7")  # a hot one
+        killed.execute("ROLLBACK")
+    path.unlink()
+    Path(f"{path}-journal").write_bytes(journal)
+    assert restore(str(copy), str(path), str(former)) is False
+    assert content(path) == content(copy)
+    assert Path(f"{former}-journal").read_bytes() == journal
+
+
+def test_a_damaged_database_that_a_service_has_open_is_not_replaced(
+    start: Callable[..., Service], path: Path, copy: Path, former: Path
+) -> None:
+    fill(path, "bob@x.io")
+    service = start(AUTHSVC_DATABASE=str(path))
+    with path.open("r+b") as file:
+        file.write(b"\xa5" * 512)
+    refuse_restore(copy, path, former, "in use")
+    service.end()
+    assert restore(str(copy), str(path), str(former)) is True
+    assert content(path) == content(copy)
+
+
+def test_a_backup_is_prepared_before_it_takes_the_place(path: Path, copy: Path, former: Path) -> None:
+    def prepare(partial: str) -> None:
+        assert emails(path) == ["bob@x.io"]
+        sql(Path(partial), "UPDATE users SET email = 'prepared'")
+
+    fill(path, "bob@x.io")
+    assert restore(str(copy), str(path), str(former), prepare)
+    assert set(emails(path)) == {"prepared"}
+    assert emails(former) == ["bob@x.io"]
+    assert not list(path.parent.glob(".*"))
 
 
 def test_the_file_of_a_newer_release_is_set_aside_by_who_goes_back(path: Path, copy: Path, former: Path) -> None:
@@ -700,12 +747,12 @@ print("done", flush=True)
 def test_a_kill_in_the_midst_of_a_restore_leaves_the_one_or_the_other_whole(tmp_path: Path) -> None:
     contents = {}
     for name, number in ("old", MANY), ("new", MANY // 2):
-        with closing(DB(tmp_path / name)) as db, db.adding_users() as add:
-            for index in range(number):
-                add(User(0, f"{name}{index}@x.io", HASH))
+        with closing(DB(tmp_path / name)) as db:
+            db.stage_users((index, User(0, f"{name}{index}@x.io", HASH)) for index in range(number))
+            db.add_staged_users()
         contents[name] = content(tmp_path / name)
     with closing(DB(tmp_path / "new")) as db:
-        db.backup(str(tmp_path / "copy"))
+        back_up(db, str(tmp_path / "copy"))
     duration, left = 0.0, []
     for number in range(ROUNDS + 1):  # the first is not killed in its midst
         (folder := tmp_path / str(number)).mkdir()
@@ -771,8 +818,8 @@ def test_to_look_at_what_a_killed_process_left_moves_nothing_out_of_its_log(db: 
 def test_nothing_is_wrong_with_a_database_in_use(db: DB, path: Path) -> None:
     db.add_user("bob@x.io", HASH)
     assert problems(str(path)) == []
-    with db.adding_users() as add:
-        add(User(0, "eve@x.io", HASH))
+    with db._transaction() as writer:
+        writer.execute("UPDATE users SET email = 'eve@x.io'")
         assert problems(str(path)) == []
 
 
@@ -826,13 +873,12 @@ def test_reading_makes_no_file_where_the_database_is_gone(path: Path) -> None:
     readers: list[Callable[[], object]] = [
         lambda: db.find_user_by(id=1),
         lambda: list(db.each_user()),
-        lambda: db.newest_time(),
     ]
     for read in readers:
         with pytest.raises(StorageUnavailable), ThreadPoolExecutor(1) as pool:
             pool.submit(read).result(timeout=5)
     with pytest.raises(DatabaseRefused, match="unable to open"):
-        db.backup(str(path.with_name("copy")))
+        back_up(db, str(path.with_name("copy")))
     assert problems(str(path)) == ["No such file or directory"]
     assert [file.name for file in path.parent.iterdir()] == ["authsvc.db.lock"]
     db.close()
@@ -843,6 +889,6 @@ def test_a_name_with_signs_of_an_address_is_a_name(tmp_path: Path) -> None:
     fill(path, "bob@x.io")
     assert problems(str(path)) == []
     with closing(DB(path)) as db:
-        db.backup(str(tmp_path / "copy?x"))
+        back_up(db, str(tmp_path / "copy?x"))
         assert replace(db.find_user_by(id=1), session_id=None) == User(1, "bob@x.io", HASH, created_at=MADE)
     assert emails(tmp_path / "copy?x") == ["bob@x.io"]

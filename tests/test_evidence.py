@@ -30,6 +30,7 @@ OPERATORS = {"V12.1.1", "V12.2.1", "V12.2.2"}
 # Numbers that say nothing of a limit.
 NO_LIMITS = {
     "admin.PROGRESS_STEP",
+    "admin.PRUNE_REST",
     "authsvc.HASHES",
     "lanes.HASHING_NICENESS",
     "passwords.CORES",

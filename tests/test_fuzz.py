@@ -290,7 +290,8 @@ class Target:
         self.db.end_sessions(user.id)
         session_id, seed = str(self.auth.create_session(EMAIL)), totp.new_seed()
         if self.rounds % 3:
-            self.db.set_totp(user.id, seed)
+            user = self.auth.find_user(EMAIL)
+            self.db.set_totp(user, seed, str(user.session_id))
         if self.rounds % 3 == 2:
             _, session_id, _ = self.auth.confirm_totp(session_id, totp.code(seed, int(self.clock()) // totp.STEP))
             self.clock.advance(totp.STEP)

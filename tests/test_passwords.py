@@ -253,3 +253,23 @@ def test_no_more_hash_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPat
 )
 def test_the_cost_of_a_stored_hash_can_be_told(stored: str | bytes, cost: int | None) -> None:
     assert passwords.cost_of(stored) == cost
+
+
+@pytest.mark.parametrize(("stored", "configured"), [(4, 4), (4, 6), (5, 6), (6, 4)])
+def test_a_wrong_password_takes_what_the_configured_cost_takes_or_what_its_hash_does(
+    monkeypatch: pytest.MonkeyPatch, stored: int, configured: int
+) -> None:
+    hashed = passwords.hash_password("right", stored)
+    rounds: list[int] = []
+    check = bcrypt.checkpw
+
+    def counted(secret: bytes, target: bytes) -> bool:
+        rounds.append(2 ** int(target[4:6]))
+        return check(secret, target)
+
+    monkeypatch.setattr(bcrypt, "checkpw", counted)
+    assert not passwords.verify("wrong", hashed, configured)
+    assert sum(rounds) == 2 ** max(stored, configured)
+    rounds.clear()
+    assert passwords.verify("right", hashed, configured)
+    assert rounds == [2**stored]

@@ -168,7 +168,8 @@ def test_the_cookie_is_renewed_and_deleted_with_the_same_attributes(
     ]:
         ended = ask(call, "DELETE", path, form, cookie=f"{name}={session_id}")
         assert (ended.status, ended.headers["Set-Cookie"]) == (200, f"{name}={attributes}; Max-Age=0")
-        session_id = ask(call, "POST", "/sessions", {**FORM, "password": new}).session_id
+        again = ask(call, "POST", "/sessions", {**FORM, "password": new})
+        session_id = again.session_id if again.status == 200 else ""
     assert session_id == ""
     db.close()
 
@@ -351,7 +352,7 @@ def test_a_password_of_development_still_logs_in(call: Client, db: DB) -> None:
 @pytest.mark.usefixtures("bob")
 def test_a_weak_password_is_no_new_one(call: Client, auth: Auth) -> None:
     cookie = f"__Host-session_id={auth.log_in(BOB, PASSWORD)}"
-    for password, reason in [("b4l0u", SHORT), ("passwordpassword", COMMON), ("bob@x.io bob@x.io", EMAIL)]:
+    for password, reason in [("b4l0u", SHORT), ("passwordpassword", COMMON), ("aaaaaaaaaaaaaaaa", FEW)]:
         form = {"password": PASSWORD, "new_password": password}
         refused = ask(call, "PUT", "/password", form, cookie=cookie)
         assert (refused.status, refused.json) == (400, {"message": reason})
@@ -1050,35 +1051,42 @@ def live(call: Client, auth: Auth, clock: Clock, odd: str, rest: dict[str, Any])
     ask(call, "POST", "/users", account, **rest)
     secrets: list[str] = []
 
-    def say(method: str, path: str, *, fails: bool = False, **form: Any) -> Answer:
-        answer = ask(call, method, path, form, cookie=f"__Host-session_id={secrets[-1] if secrets else ''}", **rest)
-        assert answer.status >= 400 if fails else answer.status == 200, (method, path, answer.body)
-        if "=;" not in answer.headers.get("Set-Cookie", "=;"):
-            secrets.append(answer.session_id)
-        return answer
+    def answer(method: str, path: str, form: dict[str, Any]) -> Answer:
+        said = ask(call, method, path, form, cookie=f"__Host-session_id={secrets[-1] if secrets else ''}", **rest)
+        if "=;" not in said.headers.get("Set-Cookie", "=;"):
+            secrets.append(said.session_id)
+        return said
+
+    def say(method: str, path: str, /, **form: Any) -> Any:
+        said = answer(method, path, form)
+        assert said.status == 200, (method, path, said.body)
+        return said.json
+
+    def fail(method: str, path: str, /, **form: Any) -> None:
+        assert 400 <= answer(method, path, form).status < 500
 
     say("POST", "/sessions", **account)
     wrong = f"canary-password{odd}".encode("utf-8", "replace")
     for method, path in (("PUT", "/password"), ("POST", "/totp"), ("DELETE", "/profile")):
-        say(method, path, fails=True, password=wrong, new_password=new)
-        say(method, path, fails=True)
+        fail(method, path, password=wrong, new_password=new)
+        fail(method, path)
     say("PUT", "/password", password=account["password"], new_password=new)
-    seed = say("POST", "/totp", password=new).json["secret"]
-    say("PUT", "/totp", fails=True, otp=f"canary-token{odd}".encode("utf-8", "replace"))
+    seed = say("POST", "/totp", password=new)["secret"]
+    fail("PUT", "/totp", otp=f"canary-token{odd}".encode("utf-8", "replace"))
     clock.advance(totp.STEP)
-    codes = say("PUT", "/totp", otp=totp.code(seed, int(clock()) // totp.STEP)).json["recovery_codes"]
-    say("POST", "/sessions", fails=True, email="live@x.io", password=new)
-    say("POST", "/sessions", fails=True, email="live@x.io", password=new, otp="canary-token")
+    codes = say("PUT", "/totp", otp=totp.code(seed, int(clock()) // totp.STEP))["recovery_codes"]
+    fail("POST", "/sessions", email="live@x.io", password=new)
+    fail("POST", "/sessions", email="live@x.io", password=new, otp="canary-token")
     say("POST", "/sessions", email="live@x.io", password=new, otp=codes[0])
-    say("DELETE", "/totp", fails=True, password=new, otp="canary-token")
+    fail("DELETE", "/totp", password=new, otp="canary-token")
     say("DELETE", "/totp", password=new, otp=codes[1])
-    say("DELETE", "/totp", fails=True, password=new, otp=codes[2])
-    say("DELETE", "/sessions/canary-token", fails=True)
-    say("DELETE", f"/sessions/{odd.encode('ascii', 'ignore').decode()}", fails=True)
+    fail("DELETE", "/totp", password=new, otp=codes[2])
+    fail("DELETE", "/sessions/canary-token")
+    fail("DELETE", f"/sessions/{odd.encode('ascii', 'ignore').decode()}")
     say("GET", "/sessions")
     say("DELETE", "/sessions/others")
     say("DELETE", "/sessions/all")
-    say("GET", "/sessions", fails=True)
+    fail("GET", "/sessions")
     say("POST", "/sessions", email="live@x.io", password=new)
     say("DELETE", "/profile", password=new)
     return [*secrets, *codes, *(code.replace("-", "") for code in codes), seed]
@@ -1155,7 +1163,8 @@ def test_a_whole_walk_is_logged_in_lines_of_ascii_json_without_a_secret(
     stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     for secret in (*SECRETS, *handed_out):
         assert secret not in log
-        assert secret.encode() not in stored
+        # The seed of a second factor is kept in plain, as it must be.
+        assert secret.encode() not in stored or re.fullmatch("[A-Z2-7]{32}", secret)
 
 
 def test_no_value_makes_a_line_of_its_own(

@@ -23,8 +23,8 @@ import bcrypt
 import pytest
 
 import database
-from database import AlreadyExists, DatabaseRefused, RolledBack, StorageUnavailable
-from storage import DB, InvalidRequestError, NoResultFound, Session, User
+from database import AlreadyExists, DatabaseRefused, StorageUnavailable
+from storage import DB, InvalidRequestError, NoResultFound, Session, User, newest_time
 from tests.conftest import COST, HERE, clean_environ
 
 T = TypeVar("T")
@@ -166,8 +166,14 @@ def everything(connection: sqlite3.Connection) -> dict[str, list[Any]]:
     return {table: rows(connection, f"SELECT * FROM {table}") for table in tables}
 
 
+def plant(db: DB, user_id: int, secret: str = "SEED") -> bool:
+    """Set a seed from the user's newest session."""
+    user = db.find_user_by(id=user_id)
+    return db.set_totp(user, secret, user.session_id or "")
+
+
 def second_factor(db: DB, user: User, session_hash: str, renewed: str, *codes: str, now: int = NOW) -> bool:
-    assert db.set_totp(user.id, "SEED")
+    assert plant(db, user.id)
     seeded = db.find_user_by(id=user.id)
     return db.confirm_totp(seeded, 1000, codes, now=now, session_hash=session_hash, renewed=renewed)
 
@@ -341,53 +347,62 @@ def test_a_new_user_has_the_moment_of_registering(db: DB) -> None:
     assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, created_at=NOW)
 
 
+def stage(db: DB, *users: User) -> list[int]:
+    return db.stage_users(enumerate(users))
+
+
 def test_users_are_added_together_with_all_but_their_sessions_and_tokens(db: DB) -> None:
     brought = User(7, "Bob@x.io", HASH, "s", "t", NOW, NOW + 1, "SEED", NOW + 2)
-    with db.adding_users() as add:
-        assert [add(brought), add(User(7, "eve@x.io", HASH.decode()))] == [1, 2]
+    assert stage(db, brought, User(7, "eve@x.io", HASH.decode())) == []
+    assert list(db.each_user()) == []
+    assert db.add_staged_users() == 2
     assert db.find_user_by(email="bob@x.io") == replace(brought, id=1, session_id=None, reset_token=None)
     assert db.find_user_by(email="eve@x.io") == User(2, "eve@x.io", HASH.decode())
 
 
-def test_an_account_in_other_letters_is_not_added_and_stops_no_other(db: DB, bob: User) -> None:
-    emails = ["é@x.io", "BOB@x.io", "É@X.IO", "eve@x.io"]
-    with db.adding_users() as add:
-        added = [add(User(0, email, NEW_HASH)) for email in emails]
-    assert [user_id is not None for user_id in added] == [True, False, False, True]
-    assert [user.email for user in db.each_user()] == ["bob@x.io", "é@x.io", "eve@x.io"]
-    assert db.find_user_by(id=1) == bob
+def test_every_email_that_is_taken_is_named(db: DB, bob: User) -> None:
+    emails = ["é@x.io", "BOB@x.io", "É@X.IO", "eve@x.io", "é@X.io", "bob@x.io"]
+    assert stage(db, *(User(0, email, NEW_HASH) for email in emails)) == [1, 2, 4, 5]
+    assert list(db.each_user()) == [bob]
 
 
-def test_users_added_together_are_seen_together(db: DB) -> None:
-    with db.adding_users() as add:
-        for email in "bob@x.io", "eve@x.io":
-            add(User(0, email, HASH))
-            assert list(db.each_user()) == []
-    assert len(list(db.each_user())) == 2
+def test_an_email_that_was_taken_since_stops_all(db: DB) -> None:
+    assert stage(db, User(0, "bob@x.io", HASH), User(0, "eve@x.io", HASH)) == []
+    db.add_user("EVE@x.io", HASH)
+    with pytest.raises(AlreadyExists):
+        db.add_staged_users()
+    assert [user.email for user in db.each_user()] == ["EVE@x.io"]
 
 
-@pytest.mark.parametrize("error", [ValueError, RolledBack, KeyboardInterrupt])
-def test_where_the_adding_fails_nobody_is_added(db: DB, error: type[BaseException]) -> None:
-    def fail() -> None:
-        with db.adding_users() as add:
-            assert add(User(0, "bob@x.io", HASH)) == 1
-            raise error
+def test_nobody_waits_for_users_that_come_slowly(impatient: None, db: DB, path: Path) -> None:
+    def coming() -> Iterator[tuple[int, User]]:
+        yield 1, User(0, "bob@x.io", HASH)
+        with closing(DB(path)) as beside:
+            beside.add_user("eve@x.io", HASH)
+        yield 2, User(0, "carol@x.io", HASH)
+
+    assert db.stage_users(coming()) == []
+    assert db.add_staged_users() == 2
+    assert [user.email for user in db.each_user()] == ["eve@x.io", "bob@x.io", "carol@x.io"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_where_the_coming_fails_nobody_is_added(db: DB, error: type[BaseException]) -> None:
+    def coming() -> Iterator[tuple[int, User]]:
+        yield 1, User(0, "bob@x.io", HASH)
+        raise error
 
     with pytest.raises(error):
-        fail()
-    assert list(db.each_user()) == []
+        db.stage_users(coming())
     assert db.add_user("bob@x.io", HASH).id == 1
+    assert stage(db, User(0, "eve@x.io", HASH)) == []
+    assert db.add_staged_users() == 1
 
 
 @pytest.mark.parametrize("unfit", [User(0, "eve\ud800", HASH), User(0, "eve@x.io", 5)])  # type: ignore[arg-type]
 def test_one_unfit_user_stops_all_that_are_added_together(db: DB, unfit: User) -> None:
-    def add_both() -> None:
-        with db.adding_users() as add:
-            add(User(0, "bob@x.io", HASH))
-            add(unfit)
-
     with pytest.raises(ValueError, match="cannot be"):
-        add_both()
+        stage(db, User(0, "bob@x.io", HASH), unfit)
     assert list(db.each_user()) == []
 
 
@@ -642,7 +657,7 @@ def test_with_a_user_all_goes_that_is_theirs(furnished: None, db: DB, other: sql
         for (table,) in rows(other, "SELECT DISTINCT m.name FROM sqlite_schema m, pragma_foreign_key_list(m.name)")
     }
     assert theirs.keys() == {"sessions", "recovery_codes", "known_addresses"}
-    assert db.delete_user(1)
+    db.delete_user(1)
     after = everything(other)
     assert after["users"] == before["users"][1:]
     for table, column in theirs.items():
@@ -661,22 +676,13 @@ def test_of_a_deleted_user_nothing_is_left_in_the_file(furnished: None, db: DB, 
     assert b"eve" in path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("user_id", "verified"), [(1, NEW_HASH), (1, HASH.decode()), (1, b""), (9, HASH), (9, None), (0, None)]
-)
-def test_a_user_is_not_deleted_with_a_password_that_changed(
-    furnished: None, db: DB, other: sqlite3.Connection, user_id: int, verified: Any
-) -> None:
-    before = everything(other)
-    assert not db.delete_user(user_id, verified)
-    assert everything(other) == before
-
-
 @pytest.mark.parametrize("kind", [str, bytes])
 def test_a_user_is_deleted_with_the_present_password_and_once(db: DB, eve: User, kind: type) -> None:
     hashed = NEW_HASH if kind is bytes else NEW_HASH.decode()
     db.update_user(2, hashed_password=hashed)
-    assert [db.delete_user(2, hashed), db.delete_user(2, hashed)] == [True, False]
+    add_session(db, db.find_user_by(id=2), "s")
+    her = db.find_user_by(id=2)
+    assert [db.delete_verified_user(her, "s"), db.delete_verified_user(her, "s")] == [True, False]
     assert db.add_user("eve@x.io", HASH).id == 3
 
 
@@ -969,16 +975,50 @@ def test_of_eight_threads_with_one_token_one_spends_it(db: DB, bob: User) -> Non
 
 
 def test_a_seed_is_kept_and_not_in_force(db: DB, eve: User, bob: User) -> None:
-    assert [db.set_totp(1, "FIRST"), db.set_totp(1, "SECOND"), db.set_totp(9, "SEED")] == [True, True, False]
-    assert db.find_user_by(id=1) == replace(bob, totp_secret="SECOND")
+    add_session(db, bob, "s")
+    assert [plant(db, 1, "FIRST"), plant(db, 1, "SECOND")] == [True, True]
+    assert db.find_user_by(id=1) == replace(bob, session_id="s", totp_secret="SECOND")
     assert db.find_user_by(id=2) == eve
     assert not db.spend_totp(1, 1, 1)
-    assert add_session(db, bob, "s")  # nothing has changed for who logs in
+    assert add_session(db, bob, "t")  # nothing has changed for who logs in
+
+
+@pytest.mark.parametrize("reason", ["an old password", "an ended session", "another's session", "nobody"])
+def test_a_seed_is_kept_only_for_who_is_still_there(
+    db: DB, eve: User, bob: User, other: sqlite3.Connection, reason: str
+) -> None:
+    for user, name in (bob, "his"), (bob, "ended"), (eve, "hers"):
+        add_session(db, user, name)
+    db.end_session("ended")
+    before = everything(other)
+    user = {"an old password": replace(bob, hashed_password=NEW_HASH), "nobody": replace(bob, id=9)}.get(reason, bob)
+    session = {"an ended session": "ended", "another's session": "hers"}.get(reason, "his")
+    assert not db.set_totp(user, "SEED", session)
+    assert not db.delete_verified_user(user, session)
+    assert everything(other) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda db: db.change_password(1, HASH, NEW_HASH, "s", "t"),
+        lambda db: db.disable_user(1, NOW),
+        lambda db: db.end_all_sessions(),
+        lambda db: (give_token(db), spend(db)),  # type: ignore[func-returns-value]
+    ],
+)
+def test_a_seed_that_is_not_in_force_goes_with_what_it_was_begun_under(
+    db: DB, bob: User, change: Callable[[DB], object]
+) -> None:
+    add_session(db, bob, "s")
+    assert plant(db, 1)
+    change(db)
+    assert db.find_user_by(id=1).totp_secret is None
 
 
 def test_a_seed_in_force_is_not_replaced(furnished: None, db: DB, other: sqlite3.Connection) -> None:
     before = everything(other)
-    assert not db.set_totp(1, "OTHER")
+    assert not plant(db, 1, "OTHER")
     assert everything(other) == before
 
 
@@ -1015,7 +1055,7 @@ def test_a_second_factor_that_is_not_confirmed_changes_nothing(
     for user, name in (bob, "1"), (bob, "2"), (eve, "hers"):
         add_session(db, user, name)
     give_token(db)
-    db.set_totp(1, "SEED")
+    plant(db, 1)
     before = everything(other)
     user, session_hash = UNCONFIRMED[reason]
     assert not db.confirm_totp(user, 1000, ["a"], now=NOW, session_hash=session_hash, renewed="renewed")
@@ -1031,7 +1071,7 @@ def test_a_second_factor_is_confirmed_once(furnished: None, db: DB, other: sqlit
 
 def test_of_eight_threads_that_confirm_one_does(db: DB, bob: User, other: sqlite3.Connection) -> None:
     add_session(db, bob, "s")
-    db.set_totp(1, "SEED")
+    plant(db, 1)
 
     def confirm(index: int) -> bool:
         codes = [f"{index} code", f"{index} spare"]
@@ -1097,7 +1137,7 @@ def test_a_second_factor_goes_with_its_codes_and_the_other_sessions(
 
 def test_the_next_second_factor_counts_its_own_steps(furnished: None, db: DB, bob: User) -> None:
     assert db.remove_totp(1, "bob1", "bob3")
-    assert db.set_totp(1, "SEED")
+    assert plant(db, 1)
     assert db.confirm_totp(SEEDED, 900, ["new code"], now=NOW, session_hash="bob3", renewed="bob4")
     assert [db.spend_recovery_code(1, code) for code in ("bob code", "new code")] == [False, True]
     assert db.spend_totp(1, 901, 911)
@@ -1115,7 +1155,7 @@ def test_a_second_factor_that_stays_changes_nothing(
 def test_without_a_second_factor_none_is_switched_off(db: DB, bob: User, other: sqlite3.Connection) -> None:
     add_session(db, bob, "s")
     give_token(db)
-    db.set_totp(1, "SEED")  # nor is one that is being set up
+    plant(db, 1)  # nor is one that is being set up
     before = everything(other)
     assert [db.remove_totp(1, "s", "renewed"), db.remove_totp(1)] == [False, False]
     assert everything(other) == before
@@ -1190,13 +1230,13 @@ def test_after_pruning_the_row_of_a_user_names_the_newest_session_left(db: DB, e
     assert named == [["newest", "hers", "short"], ["newest", "hers", "long"], [None, None, "long"]]
 
 
-def test_the_newest_time_is_that_of_any_session(db: DB, eve: User, bob: User) -> None:
-    newest = [db.newest_time()]
+def test_the_newest_time_is_that_of_any_session(db: DB, path: Path, eve: User, bob: User) -> None:
+    newest = [newest_time(str(path))]
     for user, name, now in (bob, "s", NOW + 5), (eve, "hers", NOW + 9), (bob, "t", NOW):
         add_session(db, user, name, now=now)
-        newest.append(db.newest_time())
+        newest.append(newest_time(str(path)))
     db.touch_session("t", NOW + 10_000)
-    assert [*newest, db.newest_time()] == [0, NOW + 5, NOW + 9, NOW + 9, NOW + 10_000]
+    assert [*newest, newest_time(str(path))] == [0, NOW + 5, NOW + 9, NOW + 9, NOW + 10_000]
 
 
 # Statements
@@ -1220,7 +1260,7 @@ LOOK_UPS: dict[str, Callable[[DB], object]] = {
     "end_sessions but one": lambda db: db.end_sessions(1, kept="s"),
     "session to go on": lambda db: add_session(db, db.find_user_by(id=1), "u"),
     "change_password": lambda db: db.change_password(1, NEW_HASH, HASH, "u", "v"),
-    "set_totp": lambda db: db.set_totp(1, "SEED"),
+    "set_totp": lambda db: plant(db, 1),
     "confirm_totp": lambda db: db.confirm_totp(SEEDED, 1, ["a"], now=NOW, session_hash="v", renewed="w"),
     "spend_totp": lambda db: db.spend_totp(1, 2, 2),
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "a"),
@@ -1228,7 +1268,7 @@ LOOK_UPS: dict[str, Callable[[DB], object]] = {
     "prune": lambda db: db.prune(now=NOW + 1000, known_since=NOW, most=200),
     "disable_user": lambda db: db.disable_user(1, NOW),
     "enable_user": lambda db: db.enable_user(1),
-    "delete_user": lambda db: db.delete_user(1, HASH),
+    "delete_user": lambda db: db.delete_verified_user(db.find_user_by(id=1), "s"),
 }
 
 
@@ -1320,7 +1360,10 @@ HALF_WAY: dict[str, tuple[str, Callable[[DB], object]]] = {
     ),
     "disable_user": ("DELETE ON sessions", lambda db: db.disable_user(1, NOW)),
     "delete_user": ("DELETE ON known_addresses", lambda db: db.delete_user(1)),
-    "delete_user and codes": ("DELETE ON recovery_codes", lambda db: db.delete_user(1, HASH)),
+    "delete_user and codes": (
+        "DELETE ON recovery_codes",
+        lambda db: db.delete_verified_user(db.find_user_by(id=1), "bob1"),
+    ),
     "end_session": ("UPDATE OF session_id ON users", lambda db: db.end_session("bob2")),
     "end_sessions": ("UPDATE OF session_id ON users", lambda db: db.end_sessions(1, kept="bob1")),
     "end_all_sessions": ("DELETE ON sessions", lambda db: db.end_all_sessions()),
@@ -1342,9 +1385,9 @@ def test_a_method_that_is_stopped_half_way_changes_nothing(
     furnished: None, db: DB, other: sqlite3.Connection, method: str
 ) -> None:
     carol = db.add_user("carol@x.io", HASH)
-    db.set_totp(3, "SEED")
-    for name in "carol1", "carol2":
+    for name in "carol2", "carol1":
         add_session(db, carol, name)
+    assert plant(db, 3)
     leave_over(other)
     event, call = HALF_WAY[method]
     other.execute(f"CREATE TRIGGER stop BEFORE {event} BEGIN SELECT RAISE(ABORT, 'stop'); END")

@@ -42,7 +42,7 @@ LIMITS: dict[str, tuple[Attempt, int, int]] = {
     "reset: account": (lambda throttle, n: throttle.reset_request(BOB, f"192.0.2.{n}"), 3, 1200),
     "reset: address": (lambda throttle, n: throttle.reset_request(f"{n}@x.io", HOME), 10, 360),
     "confirm: address": (lambda throttle, n: throttle.reset_confirmation(HOME), 10, 60),
-    "code: account": (lambda throttle, n: throttle.code(BOB, f"192.0.2.{n}"), 5, 900),
+    "code: account": (lambda throttle, n: throttle.code(BOB, f"192.0.2.{n}"), 5, 3600),
 }
 ALL_LIMITS = pytest.mark.parametrize(("attempt", "size", "interval"), LIMITS.values(), ids=LIMITS)
 
@@ -324,8 +324,17 @@ def test_guesses_at_codes_wherever_they_are_asked_for_share_one_count(
     guess = phone.wrong()
     said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY)) for _ in range(3)]
     said += [outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, address=AWAY)) for _ in range(3)]
-    said += [outcome(lambda: auth.log_in(BOB, PASSWORD, "not-a-code", address=AWAY))]
+    said += [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY))]
     assert said == ["LoginFailed"] * 3 + ["ReauthenticationFailed"] * 2 + ["TooManyAttempts"] * 2
+    assert len(checked) == 5
+
+
+def test_a_recovery_code_gets_in_when_no_more_guesses_are_left(auth: Auth, phone: Phone, checked: list[str]) -> None:
+    guess = phone.wrong()
+    for _ in range(6):
+        outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY))
+    assert outcome(lambda: auth.log_in(BOB, PASSWORD, "not-a-code", address=AWAY)) == "LoginFailed"
+    assert auth.log_in(BOB, PASSWORD, phone.recovery[0], address=AWAY)
     assert len(checked) == 5
 
 
@@ -372,8 +381,8 @@ def test_who_waits_for_a_code_bucket_is_told_how_long(auth: Auth, phone: Phone, 
         outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME))
     with pytest.raises(TooManyAttempts) as refusal:
         auth.log_in(BOB, PASSWORD, guess, address=HOME)
-    assert refusal.value.wait == 300
-    clock.advance(300)
+    assert refusal.value.wait == 900
+    clock.advance(900)
     assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)) == "done"
 
 
@@ -525,15 +534,15 @@ def test_codes_from_a_known_address_count_apart_from_the_strangers(
 ) -> None:
     (stranger,) = throttle.code(BOB, AWAY)
     (known,) = throttle.code("BOB@x.io", HOME)
-    assert (stranger[1:], known[1:]) == ((5, 900), (5, 300))
+    assert (stranger[1:], known[1:]) == ((5, 3600), (5, 900))
     assert throttle.code(BOB, "203.0.113.9") == [stranger]  # one for all of them
     assert stranger[0] != known[0]
     assert passed(lambda n: throttle.take([stranger])) == 5
     assert passed(lambda n: throttle.take([known])) == 5
-    assert throttle.take(throttle.code(BOB, HOME)) == 300
-    clock.advance(300)
+    assert throttle.take(throttle.code(BOB, HOME)) == 900
+    clock.advance(900)
     assert throttle.take(throttle.code(BOB, HOME)) == 0
-    assert throttle.take(throttle.code(BOB, AWAY)) == 600
+    assert throttle.take(throttle.code(BOB, AWAY)) == 2700
 
 
 def test_an_address_that_is_no_longer_known_counts_its_codes_with_the_strangers(
