@@ -6,6 +6,7 @@ Lines in, checked users out, and back. Knows no database and opens no file.
 from __future__ import annotations
 
 import base64
+import binascii
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -68,10 +69,11 @@ def account(record: Record, check_email: Callable[[str], None], now: int) -> Use
     """
     if isinstance(record, ValueError):
         raise record
-    text = {name: record[name] for name in FIELDS if record.get(name) not in (None, "")}
+    text = {name: value for name, value in record.items() if name in FIELDS and value not in (None, "")}
     text["disabled"] = str(text.get("disabled", "")).lower()
-    if not all(isinstance(value, str) for value in text.values()):
-        raise ValueError(f"{', '.join(FIELDS)} must be text")
+    for name, value in text.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text")
     hashed = text.get("hashed_password", "")
     check_email(text.get("email", ""))
     _check_hash(hashed)
@@ -177,7 +179,11 @@ def _seconds(text: str, now: int) -> int:
 def _seed(text: str) -> str:
     seed = text.replace(" ", "").rstrip("=").upper()
     seed += "=" * (-len(seed) % 8)
-    if not SHORTEST_SEED <= len(base64.b32decode(seed)) <= LONGEST_SEED:
+    try:
+        fits = SHORTEST_SEED <= len(base64.b32decode(seed)) <= LONGEST_SEED
+    except binascii.Error:
+        fits = False
+    if not fits:
         raise ValueError(f"totp_secret must be {SHORTEST_SEED} to {LONGEST_SEED} bytes in base32")
     return seed
 

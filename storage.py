@@ -106,10 +106,11 @@ class DB(Database):
         Nobody else waits meanwhile, however long the users take to come.
         """
 
-        def checked() -> Iterator[dict[str, Any]]:
+        def checked() -> Iterator[tuple[object, ...]]:
             for number, user in users:
                 _refuse_unfit(email=user.email, hashed_password=user.hashed_password)
-                yield _values(user) | {"number": number, "email_key": user.email.casefold()}
+                given = user.created_at, user.disabled_at, user.totp_secret, user.totp_since
+                yield number, user.email, user.email.casefold(), user.hashed_password, *given
 
         writer = self._writer
         with self._write_lock, translating():  # of this process only: the table is in a file of its own
@@ -120,13 +121,11 @@ class DB(Database):
                                           totp_secret, totp_since)
                 """
             )
-            writer.executemany(
-                """
-                INSERT INTO temp.staged VALUES (:number, :email, :email_key, :hashed_password, :created_at,
-                                                :disabled_at, :totp_secret, :totp_since)
-                """,
-                checked(),
-            )
+            writer.execute("BEGIN")  # of the temporary file alone, until users is read
+            try:
+                writer.executemany("INSERT INTO temp.staged VALUES (?, ?, ?, ?, ?, ?, ?, ?)", checked())
+            finally:
+                writer.execute("COMMIT")
             taken = writer.execute(
                 """
                 SELECT number FROM temp.staged WHERE email_key IN (SELECT email_key FROM main.users)
