@@ -50,9 +50,11 @@ class AuthError(ValueError):
     """A refusal by the rules. ``message`` is fit to be shown to whoever asked; ``str()`` may say more."""
 
     message = "refused"
+    user_id: int | None = None  # whom it concerns, for the log
 
-    def __init__(self, message: str | None = None, *, text: str | None = None) -> None:
+    def __init__(self, message: str | None = None, *, text: str | None = None, user_id: int | None = None) -> None:
         self.message = message or self.message
+        self.user_id = user_id
         super().__init__(text or self.message)
 
 
@@ -80,7 +82,6 @@ class LoginFailed(AuthError):
     """Wrong password or unknown email; which one is not said, only logged: ``user_id`` is None for the latter."""
 
     message = "wrong email or password"
-    user_id: int | None = None
 
 
 class TokenRejected(AuthError):
@@ -229,9 +230,7 @@ class Auth:
                 self._later(self._recognise, user, address, buckets)
                 return session_id
             # The password or the second factor changed while we compared with the old one: compare again.
-        refusal = LoginFailed()
-        refusal.user_id = user.id if (user := self._find_user(email)) else None
-        raise refusal
+        raise LoginFailed(user_id=user.id if (user := self._find_user(email)) else None)
 
     def create_session(self, email: str) -> str | None:
         """Start a session without a password and return its id, or None when nobody who may log in has this email."""
@@ -265,10 +264,10 @@ class Auth:
             raise SecondFactorRequired
         return user
 
-    def list_sessions(self, session_id: str | None) -> tuple[list[Session], str]:
-        """Return the live sessions of whoever holds this one, and what this one is called among them."""
+    def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
+        """Return whose session this is, all live ones of that user, and what this one is called among them."""
         user = self.identify(session_id)
-        return self.sessions_of(user.id), public_id(_digest(session_id or ""))
+        return user, self.sessions_of(user.id), public_id(_digest(session_id or ""))
 
     def sessions_of(self, user_id: int) -> list[Session]:
         """Return a user's live sessions, the newest first."""
@@ -277,6 +276,10 @@ class Auth:
     def expires_at(self, session: Session) -> int:
         """Return when a session ends if it is not used again, in unix seconds."""
         return min(session.expires_at, session.last_seen_at + self._settings.session_idle)
+
+    def check_store(self) -> None:
+        """Ask the store for something; raise StorageUnavailable where it does not answer."""
+        self._find_user("")
 
     def log_out(self, session_id: str | None) -> User:
         """End this session and no other; return its user.
@@ -374,7 +377,7 @@ class Auth:
         self._count(buckets)
         step = totp.matching_step(user.totp_secret, otp, self._now())
         if step is None:
-            raise ReauthenticationFailed("wrong one-time code")
+            raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
         codes, renewed = totp.new_recovery_codes(), self._new_secret()
         if not self._db.confirm_totp(
             user,
@@ -401,7 +404,7 @@ class Auth:
             raise SecondFactorRejected("no second factor is on")
         user = self._reauthenticate(user, password, address)
         if not self._spend_code(user, otp, address):
-            raise ReauthenticationFailed("wrong one-time code")
+            raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
         renewed = self._new_secret()
         if not self._db.remove_totp(user.id, _digest(session_id or ""), _digest(renewed)):
             raise SessionRequired
@@ -524,7 +527,7 @@ class Auth:
         buckets = self._throttle.login(user.email, address) if address else []
         self._count(buckets)
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
-            raise ReauthenticationFailed("wrong password")
+            raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._later(self._throttle.give_back, buckets)
         return user
 
@@ -535,9 +538,7 @@ class Auth:
             self._later(self._throttle.give_back, buckets)  # the password was no guess
             raise CodeRequired
         if not self._spend_code(user, otp, address):
-            refusal = LoginFailed("wrong one-time code")
-            refusal.user_id = user.id
-            raise refusal
+            raise LoginFailed("wrong one-time code", user_id=user.id)
 
     def _spend_code(self, user: User, otp: str, address: str) -> bool:
         if not totp.is_code(otp):  # a recovery code is too long to be guessed

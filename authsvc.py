@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
@@ -91,6 +92,14 @@ EVENTS: dict[type[AuthError], str] = {
     UnknownEmail: "authz_fail",
 }
 
+# What a browser is shown. It may load and ask its own host, and nothing in it runs but its one script.
+PAGES = Path(__file__).with_name("pages")
+PAGE_NAMES = "login", "register", "forgot", "reset", "account"
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
 MESSAGES = {404: "not found", 405: "method not allowed"}  # Bottle's own quote the path
 
 
@@ -110,6 +119,14 @@ class Desk:
             + ("; Secure" if settings.production else "")
             + (f"; Domain={domain}" if domain else "")
         )
+        template = (PAGES / "index.html").read_text()
+        self._pages = {
+            f"/{name}": template.replace("{page}", name).replace("{domain}", domain).encode() for name in PAGE_NAMES
+        }
+        self._files = {
+            "style.css": ("text/css", (PAGES / "style.css").read_bytes()),
+            "script.js": ("text/javascript", (PAGES / "script.js").read_bytes()),
+        }
 
     def welcome(self) -> HTTPResponse:
         """GET /"""
@@ -154,7 +171,7 @@ class Desk:
 
     def sessions(self) -> HTTPResponse:
         """GET /sessions"""
-        found, own = self._auth.list_sessions(self._cookie())
+        user, found, own = self._auth.list_sessions(self._cookie())
         listed = [
             {
                 "id": session.id,
@@ -167,7 +184,7 @@ class Desk:
             }
             for session in found
         ]
-        return _answer(200, sessions=listed)
+        return _answer(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
 
     def end_session(self, public_id: str) -> HTTPResponse:
         """DELETE /sessions/<id>"""
@@ -191,6 +208,36 @@ class Desk:
     def profile(self) -> HTTPResponse:
         """GET /profile"""
         return _answer(200, email=self._auth.identify(self._cookie()).email)
+
+    def verify(self) -> HTTPResponse:
+        """GET /verify: for a proxy, which asks before each request to an application who it comes from."""
+        try:
+            user = self._auth.identify(self._cookie())
+        except (SessionRequired, SecondFactorRequired) as refusal:
+            if request.query_string != "login=1":
+                return _answer(401, message=refusal.message)
+            answer = _answer(302, message=refusal.message)
+            answer.set_header("Location", self._way_in(refusal))
+            return answer
+        # What a header can hold stands as it is; else percent-encoded, "%" too, so that no two users have one name.
+        name = user.email if re.fullmatch("[!-$&-~]+", user.email) else quote(user.email, safe="@")
+        # Both, always: Caddy before 2.11.2 lets the client's own header through where ours is missing.
+        answer = _answer(200, email=user.email)
+        answer.set_header("Remote-User", name)
+        answer.set_header("Remote-Email", name)
+        return answer
+
+    def _way_in(self, refusal: AuthError) -> str:
+        # What is said of the address that was wanted is checked by the page, when it is used.
+        asked = {part: request.environ.get(f"HTTP_X_FORWARDED_{part}", "") for part in ("PROTO", "HOST", "URI")}
+        wanted = quote(f"{asked['PROTO']}://{asked['HOST']}{asked['URI']}", safe="")
+        page = "account" if isinstance(refusal, SecondFactorRequired) else "login"
+        return f"{self._settings.public_url}/{page}" + (f"?return={wanted}" if all(asked.values()) else "")
+
+    def health(self) -> HTTPResponse:
+        """GET /health"""
+        self._auth.check_store()
+        return _answer(200, message="ok")
 
     def delete_account(self) -> HTTPResponse:
         """DELETE /profile"""
@@ -246,6 +293,16 @@ class Desk:
         _log("authn_password_change", user_id=user_id)
         return _answer(200, email=email, message="Password updated")
 
+    def page(self) -> HTTPResponse:
+        """GET /login and the other pages"""
+        return _file("text/html; charset=utf-8", self._pages[request.path])
+
+    def file(self, name: str) -> HTTPResponse:
+        """GET /pages/<name>"""
+        if name not in self._files:
+            raise HTTPError(404)
+        return _file(*self._files[name])
+
     def _cookie(self) -> str | None:
         """Return the session id that the client holds; None when there is none, or two of them."""
         # Not Bottle's reader: it fails on a malformed neighbour of ours.
@@ -276,6 +333,8 @@ ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
     ("DELETE", "/sessions/all", Desk.end_all_sessions, not HASHES),
     ("DELETE", "/sessions/<public_id>", Desk.end_session, not HASHES),
     ("GET", "/profile", Desk.profile, not HASHES),
+    ("GET", "/verify", Desk.verify, not HASHES),
+    ("GET", "/health", Desk.health, not HASHES),
     ("DELETE", "/profile", Desk.delete_account, HASHES),
     ("PUT", "/password", Desk.change_password, HASHES),
     ("POST", "/totp", Desk.begin_totp, HASHES),
@@ -283,6 +342,8 @@ ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
     ("DELETE", "/totp", Desk.remove_totp, HASHES),
     ("POST", "/reset_password", Desk.request_reset, not HASHES),
     ("PUT", "/reset_password", Desk.reset, HASHES),
+    *(("GET", f"/{name}", Desk.page, not HASHES) for name in PAGE_NAMES),
+    ("GET", "/pages/<name>", Desk.file, not HASHES),
 )
 HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
@@ -314,8 +375,12 @@ def _start_pruning(auth: Auth, stopping: threading.Event) -> threading.Thread:
         rest = 0.0
         while not stopping.wait(rest):
             began, more = time.monotonic(), False
-            with contextlib.suppress(StorageUnavailable):
+            try:
                 more = auth.prune()
+            except StorageUnavailable:
+                pass  # another process writes; the next round will do
+            except Exception as error:
+                guard.log_crash(error)
             rest = (time.monotonic() - began) * PRUNE_REST if more else PRUNE_INTERVAL
 
     thread = threading.Thread(target=prune, daemon=True)
@@ -415,6 +480,10 @@ def _answer(status: int, **content: object) -> HTTPResponse:
     return HTTPResponse(body, status, dict(guard.json_headers(body)))
 
 
+def _file(kind: str, content: bytes) -> HTTPResponse:
+    return HTTPResponse(content, 200, {"Content-Type": kind, "Content-Security-Policy": PAGE_POLICY})
+
+
 def _refuse(status: int, message: str) -> NoReturn:
     _log("authz_fail" if status == 403 else "input_validation_fail", reason=message)
     raise _answer(status, message=message)
@@ -429,7 +498,7 @@ def _refusals(handler: Callable[..., HTTPResponse]) -> Callable[..., HTTPRespons
         except AuthError as error:
             answer = _answer(STATUS[type(error)], message=error.message)
             if event := EVENTS.get(type(error)):
-                _log(event)
+                _log(event, **({"user_id": error.user_id} if error.user_id else {}))
             if isinstance(error, TooManyAttempts):
                 answer.set_header("Retry-After", str(error.wait))
             return answer
@@ -481,7 +550,7 @@ def _form(*names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
         _refuse(400, "malformed body")
     if len(pairs) > MOST_FIELDS:
         _refuse(400, f"at most {MOST_FIELDS} fields")
-    absent = {name for name in optional if all(value == "" for key, value in pairs if key == name)}
+    absent = {name for name in optional if [value for key, value in pairs if key == name] in ([], [""])}
     return tuple("" if name in absent else _field(pairs, name) for name in names + optional)
 
 

@@ -63,7 +63,9 @@ class Guard:
         )
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            return start_response(status, [*headers, *common_headers(request_id, self._settings.production)], exc_info)
+            given = {name for name, _ in headers}  # a page has a Content-Security-Policy of its own
+            common = common_headers(request_id, self._settings.production)
+            return start_response(status, [*headers, *(pair for pair in common if pair[0] not in given)], exc_info)
 
         refusal = self._refusal(environ, request_id, client)
         if refusal is None:

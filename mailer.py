@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import queue
-import shlex
 import smtplib
 import ssl
 import threading
@@ -34,11 +33,6 @@ Somebody, we hope you, asked to reset the password of {email} at {host}.
 Open this link to choose a new one; it works once, for {minutes} minutes:
 
 {link}
-
-Or from a shell, which waits for you to type it:
-
-IFS= read -r NEW && printf %s "$NEW" | curl -X PUT --data-urlencode email={quoted} -d reset_token={token} \\
-  --data-urlencode new_password@- {public_url}/reset_password
 
 If it was not you, nothing has changed and there is nothing to do.
 """
@@ -89,7 +83,7 @@ class Mailer:
         """Return the mail that carries a reset token, and its link in a fragment, which no server and no log sees."""
         link = reset_link(self._settings.public_url, email, token)
         minutes = max(1, self._settings.reset_lifetime // 60)
-        return self._compose(email, "Reset your password", RESET, link=link, token=token, minutes=minutes)
+        return self._compose(email, "Reset your password", RESET, link=link, minutes=minutes)
 
     def notice(self, email: str, what: str) -> EmailMessage:
         """Return the mail that tells of a change in an account."""
@@ -112,9 +106,7 @@ class Mailer:
         mail["Date"] = format_datetime(datetime.now(timezone.utc))
         mail["Message-ID"] = make_msgid(domain=self._settings.mail_from.rpartition("@")[2])
         mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: no out-of-office answers
-        mail.set_content(
-            text.format(email=email, quoted=shlex.quote(email), host=host, public_url=public_url, **details)
-        )
+        mail.set_content(text.format(email=email, host=host, **details))
         return mail
 
     def _work(self) -> None:

@@ -55,7 +55,7 @@ OWNER = Owner()
 # Anew for each case: the one before may have ended the session.
 @(
     schemathesis.auth(refresh_interval=None)
-    .apply_to(path=["/profile", "/password", "/totp"])
+    .apply_to(path=["/profile", "/verify", "/password", "/totp"])
     .apply_to(method="DELETE")
     .apply_to(path="/sessions", method="GET")
 )

@@ -1199,7 +1199,7 @@ def test_sessions_are_listed_the_newest_first_and_ones_own_is_named(three: Auth,
     first = three.log_in(EMAIL, PASSWORD, address="192.0.2.1", user_agent="one")
     clock.advance(5)
     second = three.log_in(EMAIL, PASSWORD, address="192.0.2.2", user_agent="two")
-    listed, own = three.list_sessions(first)
+    _, listed, own = three.list_sessions(first)
     now = int(clock())
     assert [(session.address, session.user_agent, session.created_at, session.last_seen_at) for session in listed] == [
         ("192.0.2.2", "two", now, now),
@@ -1212,7 +1212,7 @@ def test_sessions_are_listed_the_newest_first_and_ones_own_is_named(three: Auth,
 
 def test_what_a_session_is_called_leads_to_nobody(auth: Auth, user: User) -> None:
     session_id = auth.create_session(EMAIL)
-    (session,), own = auth.list_sessions(session_id)
+    _, (session,), own = auth.list_sessions(session_id)
     assert session.id == own
     assert live(auth, own, session.session_hash) == [False, False]
     assert session.session_hash not in repr(session)

@@ -14,9 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import requests
@@ -47,8 +49,19 @@ FORMS = [
 ]
 FIELDS = [(method, path, field) for method, path, fields in FORMS for field in fields]
 
-# What can be asked for without a session, and what cannot.
-OPEN = [("GET", "/"), *((method, path) for method, path, _ in FORMS[:4])]
+# Where each page and each of its files is, and of which type it is.
+HTML = "text/html; charset=utf-8"
+PAGES = {
+    **dict.fromkeys(("/login", "/register", "/forgot", "/reset", "/account"), HTML),
+    "/pages/style.css": "text/css",
+    "/pages/script.js": "text/javascript",
+}
+
+# What can be asked for without a session, and what cannot. The answer of /verify is that there is none.
+OPEN = [
+    *(("GET", path) for path in ("/", "/health", "/verify", *PAGES)),
+    *((method, path) for method, path, _ in FORMS[:4]),
+]
 CLOSED = [
     ("GET", "/profile"),
     ("DELETE", "/profile"),
@@ -271,8 +284,11 @@ def test_an_odd_email_is_an_unknown_one(home: Home, email: str) -> None:
 
 
 def test_every_route_is_open_or_needs_a_session() -> None:
-    routes = [(method, path.replace("<public_id>", "0123456789abcdef")) for method, path, *_ in authsvc.ROUTES]
-    assert sorted(OPEN + CLOSED) == sorted(routes)
+    routes = [
+        (method, path.replace("<public_id>", "0123456789abcdef").replace("<name>", "style.css"))
+        for method, path, *_ in authsvc.ROUTES
+    ]
+    assert sorted(OPEN + CLOSED) == sorted([*routes, ("GET", "/pages/script.js")])
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -286,6 +302,9 @@ def test_without_a_session_it_is_refused(home: Home, method: str, path: str, coo
     [
         *("/nowhere", "/users/", "/users/1", "/Users", "/profile/..", "/authsvc.db"),
         *("/sessions/", "/sessions//", "/sessions/others/", "/sessions/a/b", "/password/", "/totp/1"),
+        *("/verify/", "/verify/login", "/Verify", "/health/", "/login/", "/Login", "/login.html", "/index.html"),
+        *("/pages", "/pages/", "/pages/nothing", "/pages/index.html", "/pages/login", "/pages/Style.css"),
+        *("/pages/style.css/", "/pages/../authsvc.py", "/pages//style.css", "/pages/.", "/pages/..", "/style.css"),
     ],
 )
 def test_another_path_is_not_found(home: Home, path: str) -> None:
@@ -305,6 +324,7 @@ def test_another_path_is_not_found(home: Home, path: str) -> None:
         ("/password", {"PUT"}),
         ("/totp", {"POST", "PUT", "DELETE"}),
         ("/reset_password", {"POST", "PUT"}),
+        *((path, {"GET"}) for path in ("/verify", "/health", *PAGES)),
     ],
 )
 def test_another_method_is_not_allowed(home: Home, path: str, allowed: set[str]) -> None:
@@ -313,15 +333,29 @@ def test_another_method_is_not_allowed(home: Home, path: str, allowed: set[str])
         assert set(home.call(method, path).headers["Allow"].split(",")) - {"HEAD"} == allowed
 
 
-@pytest.mark.parametrize(("status", "path"), [(200, "/"), (200, "/sessions"), (404, "/nowhere"), (405, "/totp")])
+@pytest.mark.parametrize(
+    ("path", "statuses"),
+    [
+        ("/", (200, 200)),
+        ("/sessions", (200, 403)),
+        ("/verify", (200, 401)),
+        ("/verify?login=1", (200, 302)),
+        ("/health", (200, 200)),
+        ("/nowhere", (404, 404)),
+        ("/pages/nothing", (404, 404)),
+        ("/users", (405, 405)),
+        *((path, (200, 200)) for path in PAGES),
+    ],
+)
 @pytest.mark.parametrize("logged_in", [True, False])
-def test_head_answers_as_get_without_a_body(home: Home, status: int, path: str, logged_in: bool) -> None:
-    if path == "/sessions" and not logged_in:
-        status = 403
+def test_head_answers_as_get_without_a_body(home: Home, path: str, statuses: tuple[int, int], logged_in: bool) -> None:
     cookie = f"session_id={home.session_id}" if logged_in else None
     got, headed = (home.call(method, path, cookie=cookie) for method in ("GET", "HEAD"))
-    assert (headed.status, headed.body) == (status, b"")
-    assert headed.headers["Content-Length"] == got.headers["Content-Length"]
+    assert (headed.status, headed.body) == (statuses[not logged_in], b"")
+    assert int(headed.headers["Content-Length"]) == len(got.body) > 0
+    for answer in (got, headed):
+        del answer.headers["X-Request-Id"]
+    assert headed.headers == got.headers
 
 
 @pytest.mark.parametrize(
@@ -375,7 +409,7 @@ def test_sessions_are_listed(crowd: Client, clock: Clock) -> None:
     for cookie in (first, second):
         answer = crowd("GET", "/sessions", cookie=cookie)
         sessions = [{**newest, **shared, "current": cookie == second}, {**oldest, **shared, "current": cookie == first}]
-        assert_200(answer, {"sessions": sessions})
+        assert_200(answer, {"email": "bob@x.io", "second_factor": False, "sessions": sessions})
         assert "Set-Cookie" not in answer.headers
 
 
@@ -696,6 +730,22 @@ def test_where_a_second_factor_is_demanded_a_session_is_good_for_nothing_else(
     bob.confirm()
     assert profile(bob.call, bob.cookie) == 200
     assert bob.call("PUT", "/password", form, cookie=bob.cookie).status == 200
+
+
+def test_whether_a_second_factor_is_on_is_told(crowd: Client, clock: Clock) -> None:
+    bob = Factor(crowd, clock)
+
+    def told(cookie: str) -> bool:
+        on: bool = crowd("GET", "/sessions", cookie=cookie).json["second_factor"]
+        return on
+
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    bob.begin()
+    assert told(bob.cookie) is False  # it is not in force yet
+    bob.confirm()
+    assert (told(bob.cookie), told(eves)) == (True, False)
+    off = crowd("DELETE", "/totp", {"password": "b4l0u", "otp": bob.code()}, cookie=bob.cookie)
+    assert told(cookie_of(off)) is False
 
 
 # Limits
@@ -1291,6 +1341,383 @@ def test_every_refusal_by_the_rules_has_a_status() -> None:
         return {kind for child in kind.__subclasses__() for kind in (child, *below(child))}
 
     assert authsvc.STATUS.keys() == below(AuthError)
+
+
+# For a proxy that guards an application
+
+
+def name_in(answer: Answer) -> str:
+    """Who /verify says it is, in both headers."""
+    assert answer.status == 200
+    assert answer.headers["Remote-User"] == answer.headers["Remote-Email"]
+    return answer.headers["Remote-User"]
+
+
+def with_names(call: Client, path: str, **rest: Any) -> tuple[Answer, list[str]]:
+    """Ask, and return the names of the headers too, each as often as it was given."""
+    names: list[str] = []
+
+    def noting(environ: Any, start_response: Any) -> Any:
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> None:
+            names.extend(name for name, _ in headers)
+            start_response(status, headers, exc_info)
+
+        return call.application(environ, start)
+
+    return Client(noting)("GET", path, **rest), names
+
+
+def nobody_in(answer: Answer, status: int = 401) -> Answer:
+    """Assert that an answer names nobody."""
+    assert answer.status == status
+    assert list(answer.json) == ["message"]
+    assert not {"Remote-User", "Remote-Email", "Set-Cookie"} & answer.headers.keys()
+    assert (status == 302) == ("Location" in answer.headers)
+    return answer
+
+
+def test_who_is_logged_in_is_told_to_a_proxy(home: Home) -> None:
+    answer = home.call("GET", "/verify", cookie=f"session_id={home.session_id}")
+    assert_200(answer, {"email": "bob@x.io"})
+    assert name_in(answer) == "bob@x.io"
+    assert (answer.headers["Cache-Control"], answer.headers["Vary"]) == ("no-store", "Cookie")
+    assert "Set-Cookie" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        None,
+        "",
+        "session_id=",
+        "session_id=00000000-0000-4000-8000-000000000000",
+        "session_id={0}; session_id={0}",
+        "session_id={0}; session_id=evil",
+        'session_id="{0}"',
+        "xsession_id={0}",
+        "__Host-session_id={0}",
+    ],
+)
+def test_whom_no_cookie_names_is_nobody_to_a_proxy(
+    home: Home, cookie: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cookie = cookie and cookie.format(home.session_id)
+    assert home.refuses(401, "GET", "/verify", cookie=cookie) == "not logged in"
+    answer = nobody_in(home.call("GET", "/verify", cookie=cookie))
+    assert (answer.headers["Cache-Control"], answer.headers["Vary"]) == ("no-store", "Cookie")
+    assert "WWW-Authenticate" not in answer.headers  # a browser would ask for a password of its own
+    assert nobody_in(home.call("GET", "/verify?login=1", cookie=cookie), 302).headers["Location"] == "/login"
+    assert capsys.readouterr().err == ""  # it is asked all the time, and no attack
+
+
+def test_a_session_that_ended_or_expired_is_nobody_to_a_proxy(crowd: Client, clock: Clock) -> None:
+    ended, idle, old = (cookie_of(log_in(crowd)) for _ in range(3))
+    for cookie in (ended, idle, old):
+        assert name_in(crowd("GET", "/verify", cookie=cookie)) == "bob@x.io"
+    assert crowd("DELETE", "/sessions", cookie=ended).status == 302
+    nobody_in(crowd("GET", "/verify", cookie=ended))
+    for _ in range(4):
+        clock.advance(6 * 86_400)
+        assert name_in(crowd("GET", "/verify", cookie=old)) == "bob@x.io"
+    nobody_in(crowd("GET", "/verify", cookie=idle))
+    clock.advance(6 * 86_400)  # and was used all the time
+    nobody_in(crowd("GET", "/verify", cookie=old))
+
+
+@pytest.mark.parametrize("way", ["disabled", "deleted", "reset", "changed"])
+def test_who_is_shut_out_is_nobody_to_a_proxy_at_once(crowd: Client, db: DB, clock: Clock, way: str) -> None:
+    mine, other = (cookie_of(log_in(crowd)) for _ in range(2))
+    eves = cookie_of(log_in(crowd, "eve@x.io"))
+    assert name_in(crowd("GET", "/verify", cookie=mine)) == "bob@x.io"
+    if way == "disabled":
+        db.disable_user(db.find_user_by(email="bob@x.io").id, int(clock()))
+    elif way == "deleted":
+        assert crowd("DELETE", "/profile", {"password": "b4l0u"}, cookie=other).status == 200
+    elif way == "reset":
+        form = {"email": "bob@x.io", "reset_token": token_of(crowd), "new_password": "t4rt1fl3tt3"}
+        assert crowd("PUT", "/reset_password", form).status == 200
+    else:
+        form = {"password": "b4l0u", "new_password": "t4rt1fl3tt3"}
+        assert crowd("PUT", "/password", form, cookie=other).status == 200
+    nobody_in(crowd("GET", "/verify", cookie=mine))
+    assert name_in(crowd("GET", "/verify", cookie=eves)) == "eve@x.io"
+
+
+ODD_EMAILS = [
+    "o'brien@x.io",
+    'a "b" c@x.io',
+    "100%@x.io",
+    "a%0d%0aRemote-User: eve@x.io",
+    "a, b@x.io",
+    "eve@x.io; bob@x.io",
+    "a: b\\",
+    " bob@x.io ",
+    "é@x.io",
+    "用户@例子",
+    "🐟",
+    "a\u2028b",
+    "a\xa0b\xad",
+    "ÿ",
+    "É" * 127,
+    "a" * 254,
+]
+
+
+@pytest.mark.parametrize("email", ODD_EMAILS, ids=lambda email: ascii(email)[:30])
+def test_no_email_breaks_or_forges_a_header(call: Client, email: str) -> None:
+    register(call, email)
+    cookie = cookie_of(log_in(call, email))
+    answer, names = with_names(call, "/verify", cookie=cookie)
+    assert_200(answer, {"email": email})
+    assert re.fullmatch("[ -~]+", name_in(answer))
+    assert len(names) == len(set(names))
+    assert not {name for name in names if name.startswith("Remote-")} - {"Remote-User", "Remote-Email"}
+    if not email.isascii():
+        assert re.fullmatch(r"[A-Za-z0-9@._~%-]+", name_in(answer))
+        assert unquote(name_in(answer), errors="strict") == email
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("é@x.io", "%C3%A9@x.io"), ("用户@x.io", "%E7%94%A8%E6%88%B7@x.io"), ("bob@x.io", " bob@x.io"), ("a", "a ")],
+)
+def test_two_users_never_have_one_name(call: Client, one: str, other: str) -> None:
+    names = set()
+    for email in (one, other):
+        register(call, email)
+        names.add(name_in(call("GET", "/verify", cookie=cookie_of(log_in(call, email)))).strip(" "))  # as a proxy does
+    assert len(names) == 2
+
+
+CLAIMS: list[dict[str, Any]] = [
+    {"HTTP_REMOTE_USER": "eve@x.io", "HTTP_REMOTE_EMAIL": "eve@x.io", "REMOTE_USER": "eve@x.io"},
+    {"HTTP_X_FORWARDED_USER": "eve@x.io", "HTTP_AUTHORIZATION": "Basic ZXZlQHguaW86YjRsMHU="},
+    {"HTTP_X_FORWARDED_FOR": "127.0.0.1", "HTTP_X_FORWARDED_HOST": "x", "HTTP_X_FORWARDED_PROTO": "https"},
+    {"HTTP_X_FORWARDED_METHOD": "DELETE", "HTTP_X_FORWARDED_URI": "/?session_id=x", "HTTP_X_ORIGINAL_URL": "/health"},
+    {"HTTP_ORIGIN": "https://evil.example", "HTTP_SEC_FETCH_SITE": "cross-site", "HTTP_HOST": "evil.example"},
+    {"form": {"email": "eve@x.io", "session_id": "x"}},
+    {"body": b"\xff" * 20_000, "content_type": "text/plain"},
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: next(iter(claim)))
+def test_nothing_but_the_cookie_says_who_somebody_is(home: Home, claim: dict[str, Any]) -> None:
+    bobs = f"session_id={home.session_id}"
+    for query in ("", "?email=eve@x.io", f"?session_id={home.session_id}", "?Remote-User=eve@x.io"):
+        answer = home.call("GET", f"/verify{query}", cookie=bobs, **claim)
+        assert_200(answer, {"email": "bob@x.io"})
+        assert name_in(answer) == "bob@x.io"
+        assert "eve" not in str(answer.headers)
+        assert "eve" not in str(nobody_in(home.call("GET", f"/verify{query}", **claim)).headers)
+
+
+WANTED: dict[str, Any] = {
+    "HTTP_X_FORWARDED_PROTO": "https",
+    "HTTP_X_FORWARDED_HOST": "app.x.io",
+    "HTTP_X_FORWARDED_URI": "/a?b=c&d",
+}
+
+
+@pytest.mark.parametrize(
+    "query", ["", "login", "login=", "login=0", "login=2", "login=1&", "login=1&x=1", "x=1&login=1", "LOGIN=1"]
+)
+def test_any_other_question_is_answered_without_a_redirect(home: Home, query: str) -> None:
+    nobody_in(home.call("GET", f"/verify?{query}", **WANTED))
+    nobody_in(home.call("GET", f"/verify?{query.replace('1', '%31')}", **WANTED))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/",
+        "/a?b=c&d",
+        "/a?return=https://evil.example/",
+        "/#fragment",
+        "/%2e%2e/%C3%A9?x=%0d%0a",
+        "//evil.example",
+        "@evil.example/",
+        ".evil.example/",
+        "/a\r\nSet-Cookie: session_id=evil",
+        "/\t\x00\x7f\xe9 \"<script>'",
+        "/" + "a" * 8000,
+    ],
+    ids=lambda uri: ascii(uri)[:20],
+)
+def test_the_way_in_knows_the_way_back(home: Home, uri: str) -> None:
+    answer = nobody_in(home.call("GET", "/verify?login=1", **{**WANTED, "HTTP_X_FORWARDED_URI": uri}), 302)
+    page, _, wanted = answer.headers["Location"].partition("?return=")
+    assert page == "/login"
+    assert re.fullmatch("[A-Za-z0-9._~%-]+", wanted)  # one value, which ends no header, no address and no attribute
+    assert unquote(wanted, errors="strict") == f"https://app.x.io{uri}"
+    assert answer.json == {"message": "not logged in"}
+
+
+@pytest.mark.parametrize("absent", [*((name,) for name in WANTED), tuple(WANTED)])
+@pytest.mark.parametrize("emptied", [True, False])
+def test_without_the_whole_address_there_is_no_way_back(home: Home, absent: tuple[str, ...], emptied: bool) -> None:
+    said = {name: value for name, value in WANTED.items() if name not in absent}
+    said |= dict.fromkeys(absent, "") if emptied else {}
+    answer = nobody_in(home.call("GET", "/verify?login=1", HTTP_HOST="evil.example", **said), 302)
+    assert answer.headers["Location"] == "/login"
+
+
+def test_a_second_factor_that_is_demanded_and_missing_is_nobody(db: DB, settings: Settings, clock: Clock) -> None:
+    settings = replace(settings, require_totp=True)
+    bob = Factor(Client(authsvc.create_app(settings, Auth(db, settings, clock))), clock)
+    register(bob.call)
+    bob.begin()
+    answer = nobody_in(bob.call("GET", "/verify", cookie=bob.cookie))
+    assert answer.json == {"message": "set up a second factor first"}
+    answer = nobody_in(bob.call("GET", "/verify?login=1", cookie=bob.cookie, **WANTED), 302)
+    assert answer.headers["Location"] == "/account?return=https%3A%2F%2Fapp.x.io%2Fa%3Fb%3Dc%26d"
+    assert nobody_in(bob.call("GET", "/verify?login=1", cookie=bob.cookie), 302).headers["Location"] == "/account"
+    answer = nobody_in(bob.call("GET", "/verify?login=1", cookie="session_id=x", **WANTED), 302)
+    assert answer.headers["Location"].startswith("/login?return=")
+    bob.confirm()
+    assert name_in(bob.call("GET", "/verify", cookie=bob.cookie)) == "bob@x.io"
+
+
+def test_a_thousand_answers_to_a_proxy_within_a_minute_write_nothing(
+    call: Client, db: DB, settings: Settings, clock: Clock
+) -> None:
+    def stored() -> tuple[int, bytes, bytes]:
+        path = Path(settings.database)
+        return db._writer.total_changes, path.read_bytes(), path.with_name("authsvc.db-wal").read_bytes()
+
+    register(call)
+    cookie = cookie_of(log_in(call))
+    before = stored()
+    for _ in range(1000):
+        clock.advance(0.059)
+        assert call("GET", "/verify", cookie=cookie, REMOTE_ADDR="127.0.0.1").status == 200
+        assert call("GET", "/verify?login=1", cookie="session_id=x", REMOTE_ADDR="127.0.0.1").status == 302
+    assert stored() == before
+
+
+def test_that_a_session_was_used_is_written_later_and_elsewhere(db: DB, settings: Settings, clock: Clock) -> None:
+    later: list[Callable[[], object]] = []
+    auth = Auth(db, settings, clock, defer=later.append)
+    call = Client(authsvc.create_app(settings, auth))
+    register(call)
+    cookie = cookie_of(log_in(call))
+    for write in later:
+        write()
+    later.clear()
+    clock.advance(60)
+    changes = db._writer.total_changes
+    assert call("GET", "/verify", cookie=cookie).status == 200
+    assert (db._writer.total_changes, len(later)) == (changes, 1)
+    later.pop()()
+    assert auth.list_sessions(cookie.partition("=")[2])[1][0].last_seen_at == clock()
+    assert call("GET", "/verify", cookie=cookie).status == 200
+    assert later == []
+
+
+# Health
+
+
+def test_health(call: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in ("/health", "/health?verbose=1"):
+        answer = call("GET", path, cookie="session_id=x")
+        assert_200(answer, {"message": "ok"})
+        assert "Set-Cookie" not in answer.headers
+    assert capsys.readouterr().err == ""
+
+
+def shut(settings: Settings, how: str) -> Callable[[], object]:
+    """Make the database unreadable to who opens it from now on; return what makes it good again."""
+    path = Path(settings.database)
+    kept = path.with_name("kept")
+    path.rename(kept)
+    if how == "a folder":
+        path.mkdir()
+
+    def reopen() -> None:
+        if how == "a folder":
+            path.rmdir()
+        kept.replace(path)
+
+    return reopen
+
+
+@pytest.mark.parametrize("how", ["gone", "a folder"])
+def test_a_database_that_does_not_answer_is_503(
+    call: Client, settings: Settings, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    def asked(path: str) -> Answer:  # on a thread that has not read yet
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call, "GET", path, cookie="session_id=0").result()
+
+    reopen = shut(settings, how)
+    for path in ("/health", "/verify", "/verify?login=1"):
+        answer = asked(path)
+        assert (answer.status, answer.json) == (503, {"message": "storage unavailable, try again later"})
+        assert (answer.headers["Content-Type"], answer.headers["Retry-After"]) == ("application/json", "5")
+        assert not {"Remote-User", "Location"} & answer.headers.keys()
+        assert "authsvc.db" not in f"{answer.headers}{answer.body!r}"
+        line = json.loads(capsys.readouterr().err)
+        assert (line["event"], line["request_id"]) == ("sys_storage_unavailable", answer.headers["X-Request-Id"])
+    reopen()
+    assert_200(asked("/health"), {"message": "ok"})
+    assert asked("/verify").status == 401
+
+
+def test_a_database_that_another_program_writes_to_is_healthy(call: Client, settings: Settings) -> None:
+    register(call)
+    cookie = cookie_of(log_in(call))
+    with contextlib.closing(sqlite3.connect(settings.database)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert call("GET", "/health").status == 200
+        assert name_in(call("GET", "/verify", cookie=cookie)) == "bob@x.io"
+
+
+# Pages
+
+
+@pytest.mark.parametrize(("path", "kind"), PAGES.items())
+@pytest.mark.parametrize(
+    "rest", [{}, {"HTTP_ACCEPT": "application/json"}, {"form": BOB}, {"HTTP_HOST": "evil.example"}]
+)
+def test_a_page_is_the_same_for_everybody(home: Home, path: str, kind: str, rest: dict[str, Any]) -> None:
+    first, *others = (
+        home.call("GET", f"{path}{query}", cookie=cookie, **rest)
+        for query in ("", "?return=https://evil.example/&domain=evil.example", "?v=1")
+        for cookie in (None, f"session_id={home.session_id}")
+    )
+    assert first.headers["Content-Type"] == kind
+    assert first.headers["Content-Length"] == str(len(first.body))
+    for answer in (first, *others):
+        assert (answer.status, answer.body) == (200, first.body)
+        assert "Set-Cookie" not in answer.headers
+        assert b"evil" not in answer.body
+        assert "evil" not in str(answer.headers)
+
+
+@pytest.mark.parametrize("path", [path for path, kind in PAGES.items() if kind == HTML])
+def test_a_page_knows_which_one_it_is(home: Home, path: str) -> None:
+    text = home.call("GET", path).body.decode()
+    assert f'<body data-page="{path[1:]}" data-domain="">' in text
+    assert f'<section id="{path[1:]}">' in text
+    assert not re.search("[{}]", text)
+
+
+def test_a_page_loads_nothing_but_the_files_that_are_served(home: Home) -> None:
+    text = home.call("GET", "/login").body.decode()
+    loaded = set(re.findall(r'(?:src|<link[^>]* href)="([^"]*)"', text))
+    assert loaded == {path for path in PAGES if path.startswith("/pages/")} | {"data:,"}
+    assert not re.search(r"<style|<script(?! src=)| style=| on[a-z]+=", text)  # which its policy would stop
+
+
+def test_the_policy_of_a_page_lets_in_what_the_page_needs_and_nothing_else() -> None:
+    policy = dict(part.split(" ", 1) for part in authsvc.PAGE_POLICY.split("; "))
+    own = {"script-src": "'self'", "style-src": "'self'", "connect-src": "'self'", "img-src": "data:"}
+    none = dict.fromkeys(("default-src", "frame-ancestors", "base-uri", "form-action"), "'none'")
+    assert policy == own | none
+
+
+@pytest.mark.parametrize("accept", ["text/html", "text/html,application/xhtml+xml,*/*;q=0.8", "*/*"])
+def test_the_welcome_is_no_page(call: Client, accept: str) -> None:
+    assert_200(call("GET", "/", HTTP_ACCEPT=accept), {"message": "Bienvenue"})
 
 
 # The WSGI callable for another server

@@ -298,7 +298,7 @@ class Target:
         self.rounds += 1
         self.live = {
             SESSION: session_id,
-            NAME: self.auth.list_sessions(session_id)[1],
+            NAME: self.auth.list_sessions(session_id)[2],
             TOKEN: self.auth.get_reset_password_token(EMAIL),
             CODE: totp.code(seed, int(self.clock()) // totp.STEP),
         }
