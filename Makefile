@@ -4,12 +4,16 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard *.py *.sql *.md *.toml tests/*)
 
-.PHONY: help run test quick lint check format lock clean
+PACKED = bottle.py bcrypt waitress segno
+
+.PHONY: help run test quick pyz install lint check format lock clean
 
 help:
 	@echo "make run      install what is needed and serve on http://127.0.0.1:5000"
 	@echo "make test     install what is needed and run all tests"
 	@echo "make quick    the tests that take no time"
+	@echo "make pyz      the service in one file, dist/authsvc.pyz, for any python3 >= 3.11 on a machine like this one"
+	@echo "make install  that file, its units and settings into the system (as root); deploy/README.md goes on from there"
 	@echo "make check    format, lint, types and branch coverage (98 %)"
 	@echo "make format   let ruff write the format"
 	@echo "make lock     pin the newest versions that pyproject.toml allows, with hashes (needs uv)"
@@ -24,6 +28,29 @@ test: .venv/dev
 
 quick: .venv/dev
 	$(BIN)/pytest -m "not slow"
+
+pyz: dist/authsvc.pyz
+
+# Our modules lie side by side in it, and never in somebody's site-packages, where a name like auth would be taken.
+dist/authsvc.pyz: .venv/pyz $(wildcard *.py pages/*) schema.sql common.txt.gz
+	@rm -rf build && mkdir -p build dist
+	@cp -r $(filter-out main.py,$(wildcard *.py)) schema.sql common.txt.gz pages build
+	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cp -r $(PACKED) $(CURDIR)/build
+	@find build -name __pycache__ -prune -exec rm -r {} +
+	@$(BIN)/shiv --site-packages build --entry-point authsvc:main --python '/usr/bin/env python3' --reproducible \
+		--output-file $@
+	@rm -rf build
+	@echo $@
+
+# DESTDIR= another root: then nothing of this system is changed.
+install: dist/authsvc.pyz
+	install -D -m 644 dist/authsvc.pyz $(DESTDIR)/opt/authsvc/authsvc.pyz
+	install -D -m 755 deploy/authsvc $(DESTDIR)/usr/local/sbin/authsvc
+	install -D -m 644 -t $(DESTDIR)/etc/systemd/system $(wildcard deploy/*.service deploy/*.timer)
+	$(if $(DESTDIR),,systemd-sysusers --inline 'u authsvc - "authsvc" /var/lib/authsvc')
+	[ -e $(DESTDIR)/etc/authsvc/authsvc.env ] || \
+		install -D -m 640 $(if $(DESTDIR),,-g authsvc) deploy/authsvc.env $(DESTDIR)/etc/authsvc/authsvc.env
+	$(if $(DESTDIR),,systemctl daemon-reload)
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -46,9 +73,11 @@ lock:
 		pyproject.toml -o requirements.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
 		pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
+		pyproject.toml --extra qr --group pyz -c requirements-dev.txt -o requirements-pyz.txt
 
 clean:
-	rm -rf .venv .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -58,6 +87,10 @@ clean:
 
 .venv/run: .venv/bin/python requirements.txt
 	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	@touch $@
+
+.venv/pyz: .venv/run requirements-pyz.txt
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-pyz.txt
 	@touch $@
 
 .venv/dev: .venv/run requirements-dev.txt

@@ -297,6 +297,16 @@ class Desk:
         """GET /login and the other pages"""
         return _file("text/html; charset=utf-8", self._pages[request.path])
 
+    def account(self) -> HTTPResponse:
+        """GET /account"""
+        try:
+            self._auth.identify(self._cookie(), enrolling=True)
+        except SessionRequired as refusal:
+            answer = _answer(302, message=refusal.message)
+            answer.set_header("Location", f"{self._settings.public_url}/login")  # whence one comes back here
+            return answer
+        return self.page()
+
     def file(self, name: str) -> HTTPResponse:
         """GET /pages/<name>"""
         if name not in self._files:
@@ -342,7 +352,8 @@ ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
     ("DELETE", "/totp", Desk.remove_totp, HASHES),
     ("POST", "/reset_password", Desk.request_reset, not HASHES),
     ("PUT", "/reset_password", Desk.reset, HASHES),
-    *(("GET", f"/{name}", Desk.page, not HASHES) for name in PAGE_NAMES),
+    *(("GET", f"/{name}", Desk.page, not HASHES) for name in PAGE_NAMES if name != "account"),
+    ("GET", "/account", Desk.account, not HASHES),
     ("GET", "/pages/<name>", Desk.file, not HASHES),
 )
 HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)

@@ -25,12 +25,12 @@ function say(form, message, wrong = false) {
   status.classList.toggle("error", wrong);
 }
 
-// Where to go after signing in: a page of this host, or of one that shares the cookie; never anywhere else.
+// Where to go after signing in: what was asked for on this host, or on one that shares the cookie; else the account.
 function destination() {
   try {
-    const [, given = "/account"] = location.search.split(/[?&]return=/);
+    const [, given] = location.search.split(/[?&]return=/);
     // nginx cannot encode it: then it is all the rest, with its own & and =.
-    const wanted = new URL(given.includes("://") ? given : decodeURIComponent(given), location.origin);
+    const wanted = new URL(given.includes("://") ? given : decodeURIComponent(given));
     const domain = document.body.dataset.domain;
     const shared = domain && (wanted.hostname === domain || wanted.hostname.endsWith(`.${domain}`));
     const ours = wanted.origin === location.origin || (shared && wanted.protocol === "https:");
@@ -50,14 +50,14 @@ const actions = {
       one("#login-otp").focus();
     }
     refuse(answer);
-    location.assign(destination());
+    await enter();
   },
 
   async register(fields, form) {
     refuse(await ask("POST", "/users", fields));
     say(form, text("registered"));
     refuse(await ask("POST", "/sessions", fields));
-    location.assign(destination());
+    await enter();
   },
 
   async forgot(fields) {
@@ -149,7 +149,9 @@ function showFactor(state) {
 
 async function showAccount() {
   const {status, message, email = "", second_factor: factor = false, sessions = []} = await ask("GET", "/sessions");
-  if (message === "not logged in") return location.replace(`/login?${new URLSearchParams({return: location.href})}`);
+  if (message === "not logged in") return location.reload(); // the service leads to the sign-in page
+  one("#onward").hidden = !location.search || status !== 200;
+  one("#onward a").href = destination();
   one("#who").textContent = status === 200 ? email : text(`:${message}`) ?? message;
   for (const field of all(".aside")) field.value = email;
   showFactor(factor ? "on" : "off");
@@ -167,11 +169,12 @@ async function showAccount() {
   }));
 }
 
-// Who is signed in already goes on; who must set up a second factor first cannot but go there.
-async function skipLogin() {
-  const {status, message} = await ask("GET", "/profile");
-  if (status === 200) location.replace(destination());
-  if (message === "set up a second factor first") location.replace("/account");
+// A 302 is no error in the browser's console, as a 401 is.
+const isIn = async () => (await ask("GET", "/verify?login=1")).status === 200;
+
+// Who must set up a second factor first goes there: an application would send them back here, and so on for ever.
+async function enter() {
+  location.assign(await isIn() ? destination() : `/account${location.search}`);
 }
 
 for (const form of all("form")) {
@@ -204,4 +207,4 @@ if (page === "reset") {
 for (const anchor of all("a[data-keep]")) anchor.search = location.search;
 document.title = one(`#${page} h1`).textContent;
 if (page === "account") showAccount();
-if (page === "login") skipLogin();
+if (page === "login") isIn().then((already) => already && location.replace(destination()));

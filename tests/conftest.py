@@ -101,6 +101,8 @@ class Client:
 class Service:
     """A real ``python authsvc.py`` on a free port of this machine."""
 
+    program: tuple[str, ...] = (sys.executable, str(HERE / "authsvc.py"))
+
     def __init__(self, folder: Path, **environ: str) -> None:
         self.folder = folder
         self.environ = {
@@ -116,7 +118,7 @@ class Service:
         """Start it and wait for the line that says it accepts requests."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "authsvc.py")],
+                self.program,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd=self.folder,
@@ -135,6 +137,12 @@ class Service:
     @property
     def log(self) -> str:
         return self.log_file.read_text()
+
+    def command(self, *arguments: str) -> str:
+        """Run one of the operator's commands with the same settings; return what it prints."""
+        command = [*self.program, *arguments]
+        environ = {**clean_environ(), **self.environ}
+        return subprocess.run(command, cwd=self.folder, env=environ, text=True, capture_output=True, check=True).stdout
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for the end; return the exit code."""

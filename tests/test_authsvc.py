@@ -59,7 +59,7 @@ PAGES = {
 
 # What can be asked for without a session, and what cannot. The answer of /verify is that there is none.
 OPEN = [
-    *(("GET", path) for path in ("/", "/health", "/verify", *PAGES)),
+    *(("GET", path) for path in ("/", "/health", "/verify", *PAGES) if path != "/account"),
     *((method, path) for method, path, _ in FORMS[:4]),
 ]
 CLOSED = [
@@ -288,7 +288,8 @@ def test_every_route_is_open_or_needs_a_session() -> None:
         (method, path.replace("<public_id>", "0123456789abcdef").replace("<name>", "style.css"))
         for method, path, *_ in authsvc.ROUTES
     ]
-    assert sorted(OPEN + CLOSED) == sorted([*routes, ("GET", "/pages/script.js")])
+    between = [("GET", "/account")]  # leads who has no session to the sign-in page
+    assert sorted(OPEN + CLOSED + between) == sorted([*routes, ("GET", "/pages/script.js")])
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -344,7 +345,7 @@ def test_another_method_is_not_allowed(home: Home, path: str, allowed: set[str])
         ("/nowhere", (404, 404)),
         ("/pages/nothing", (404, 404)),
         ("/users", (405, 405)),
-        *((path, (200, 200)) for path in PAGES),
+        *((path, (200, 302 if path == "/account" else 200)) for path in PAGES),
     ],
 )
 @pytest.mark.parametrize("logged_in", [True, False])
@@ -1674,6 +1675,15 @@ def test_a_database_that_another_program_writes_to_is_healthy(call: Client, sett
 # Pages
 
 
+def test_the_page_of_an_account_is_for_who_has_one(home: Home) -> None:
+    bobs = f"session_id={home.session_id}"
+    assert home.call("GET", "/account", cookie=bobs).status == 200
+    for path in ("/account", "/account?return=https://evil.example/"):
+        for cookie in (None, "session_id=x", f"{bobs}; {bobs}"):
+            answer = home.call("GET", path, cookie=cookie, HTTP_HOST="evil.example")
+            assert (answer.status, answer.headers["Location"]) == (302, "/login")
+
+
 @pytest.mark.parametrize(("path", "kind"), PAGES.items())
 @pytest.mark.parametrize(
     "rest", [{}, {"HTTP_ACCEPT": "application/json"}, {"form": BOB}, {"HTTP_HOST": "evil.example"}]
@@ -1683,6 +1693,7 @@ def test_a_page_is_the_same_for_everybody(home: Home, path: str, kind: str, rest
         home.call("GET", f"{path}{query}", cookie=cookie, **rest)
         for query in ("", "?return=https://evil.example/&domain=evil.example", "?v=1")
         for cookie in (None, f"session_id={home.session_id}")
+        if cookie or path != "/account"
     )
     assert first.headers["Content-Type"] == kind
     assert first.headers["Content-Length"] == str(len(first.body))
@@ -1695,7 +1706,7 @@ def test_a_page_is_the_same_for_everybody(home: Home, path: str, kind: str, rest
 
 @pytest.mark.parametrize("path", [path for path, kind in PAGES.items() if kind == HTML])
 def test_a_page_knows_which_one_it_is(home: Home, path: str) -> None:
-    text = home.call("GET", path).body.decode()
+    text = home.call("GET", path, cookie=f"session_id={home.session_id}").body.decode()
     assert f'<body data-page="{path[1:]}" data-domain="">' in text
     assert f'<section id="{path[1:]}">' in text
     assert not re.search("[{}]", text)
