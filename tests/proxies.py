@@ -107,6 +107,7 @@ class Site:
     """One proxy, the service behind it and the application beside it, all on this machine and over TLS."""
 
     deploy = HERE / "deploy"
+    guarded = 0  # the port of what is guarded in place of the Application
 
     def __init__(self, kind: str, folder: Path, start: Callable[..., Service], **environ: str) -> None:
         self.kind, self.folder = kind, folder
@@ -179,12 +180,8 @@ class Site:
 
     def _start_proxy(self) -> None:
         text = getattr(self, f"_{self.kind}")()
-        for former, new in {
-            "127.0.0.1:5000": "{}:{}".format(*self.service.address),
-            "127.0.0.1:8000": f"127.0.0.1:{self.application.server_port}",
-        }.items():
-            assert former in text
-            text = text.replace(former, new)
+        text = text.replace("127.0.0.1:5000", "{}:{}".format(*self.service.address))
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.guarded or self.application.server_port}")
         (self.folder / "proxy.conf").write_text(text)
         command = {
             "nginx": [self.program, "-p", str(self.folder), "-c", "nginx.conf", "-e", "stderr"],

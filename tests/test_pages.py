@@ -418,6 +418,7 @@ def test_without_script_the_page_says_what_it_needs(visit: Visit) -> None:
     for name in PAGES[:-1]:
         bob.open(f"/{name}")
         expect(bob.page.locator("noscript p")).to_contain_text("need JavaScript")
+        expect(bob.page.locator("noscript p")).to_be_visible()
 
 
 def test_a_demanded_factor_is_set_up_on_the_way(browser: Browser, tmp_path: Path) -> None:
