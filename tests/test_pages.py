@@ -407,10 +407,11 @@ def _is_fine(page: Page, width: int) -> None:
 def test_an_answer_moves_nothing(visit: Visit) -> None:
     bob = visit(viewport={"width": 320, "height": 800})
     bob.open("/login")
-    before = bob.page.locator("#login button").bounding_box()
+    after_it = bob.page.get_by_role("link", name="Make an account")
+    before = after_it.bounding_box()
     bob.fill("login", email="nobody@example.com", password="wrong")
     bob.hears("login", "Wrong email or password.")
-    assert bob.page.locator("#login button").bounding_box() == before
+    assert after_it.bounding_box() == before
 
 
 def test_without_script_the_page_says_what_it_needs(visit: Visit) -> None:
