@@ -352,8 +352,10 @@ class Target:
 
 def check_answer(status: int, headers: dict[str, str], body: bytes, production: bool, head: bool = False) -> None:
     assert status < 500 or status == 501, (status, body)
-    common = [*guard.SECURITY_HEADERS, ("Content-Type", "application/json")]
-    for name, value in [*common, guard.HSTS] if production else common:
+    page = headers["Content-Type"].startswith("text/")
+    common = dict([*guard.SECURITY_HEADERS, guard.HSTS] if production else guard.SECURITY_HEADERS)
+    common |= {"Content-Security-Policy": authsvc.PAGE_POLICY} if page else {"Content-Type": "application/json"}
+    for name, value in common.items():
         assert headers[name] == value, (status, name)
     assert re.fullmatch("[0-9a-f]{16}", headers["X-Request-ID"])
     assert not any(re.search(r"[\x00-\x1f\x7f]", value) for value in headers.values())
@@ -361,9 +363,12 @@ def check_answer(status: int, headers: dict[str, str], body: bytes, production: 
         assert body == b""
         return
     assert headers["Content-Length"] == str(len(body))
+    if page:
+        assert status == 200
+        return
     content = json.loads(body)
-    lists = ("sessions", "recovery_codes")
-    assert all(isinstance(value, list if name in lists else str) for name, value in content.items())
+    kinds = {"sessions": list, "recovery_codes": list, "second_factor": bool}
+    assert all(isinstance(value, kinds.get(name, str)) for name, value in content.items())
     assert status < 400 or (content.keys() == {"message"} and content["message"])
 
 
