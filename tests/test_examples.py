@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -96,9 +98,15 @@ def refuses_who_comes_past_nginx(site: Site) -> bool:
             time.sleep(0.05)
 
 
+def listens_on_no_other_address(site: Site) -> bool:
+    with socket.socket() as other:  # 127.0.0.2 stands for all that 0.0.0.0 would open
+        return other.connect_ex(("127.0.0.2", site.guarded)) == errno.ECONNREFUSED
+
+
 def test_flask(guard: Guard) -> None:
     site = guard(sys.executable, str(EXAMPLES / "flask_app.py"))
     assert refuses_who_comes_past_nginx(site)
+    assert listens_on_no_other_address(site)
     shown = holds(site, site.log_in(BOB))
     assert BOB in shown
     assert "eve" not in shown
@@ -112,6 +120,7 @@ def test_express(guard: Guard, tmp_path: Path) -> None:
     subprocess.run([npm, "ci", *quiet], cwd=folder, check=True, capture_output=True, timeout=300, env=os.environ)
     site = guard(node, "app.js", folder=folder)
     assert refuses_who_comes_past_nginx(site)
+    assert listens_on_no_other_address(site)
     shown = holds(site, site.log_in(BOB))
     assert BOB in shown
     assert "eve" not in shown
@@ -130,6 +139,7 @@ def test_static_files(guard: Guard, tmp_path: Path) -> None:
     site = guard(configuration=tmp_path / "configuration")
     cookie = site.log_in(BOB)
     assert holds(site, cookie, "/page.html") == "for members"
+    assert site.ask("GET", f"{site.app}/page.html", cookie=cookie).headers["Cache-Control"] == "no-store"
     assert site.ask("GET", f"{site.app}/nothing.html", cookie=cookie).status == 404
     assert site.ask("GET", f"{site.app}/nothing.html").status == 302
     site.service.end()
