@@ -356,6 +356,8 @@ ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
     ("GET", "/account", Desk.account, not HASHES),
     ("GET", "/pages/<name>", Desk.file, not HASHES),
 )
+# Asked before each request to an application, so answered without Bottle's router, which takes as long as the look-up.
+SHORTCUTS: dict[str, Callable[..., HTTPResponse]] = {"/profile": Desk.profile, "/verify": Desk.verify}
 HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
 
@@ -368,12 +370,23 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
     desk = Desk(auth or _open(settings), settings)
     bottle = Bottle()
     bottle.config["catchall"] = False  # guard.py answers what nobody foresaw
-    bottle.config["json.disable"] = True
+    bottle.uninstall(True)  # Bottle's own plugins: handlers return neither dicts nor templates
     bottle.install(_refusals)
     bottle.default_error_handler = _error
     for method, path, handler, _ in ROUTES:
         bottle.route(path, method, functools.partial(handler, desk))
-    return guard.Guard(bottle, settings)
+    shortcuts = {path: _refusals(functools.partial(handler, desk)) for path, handler in SHORTCUTS.items()}
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
+        handler = shortcuts.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "GET" else None
+        if handler is None:
+            return bottle(environ, start_response)
+        request.bind(environ)
+        answer = handler()
+        start_response(answer.status_line, answer.headerlist)
+        return [answer.body]
+
+    return guard.Guard(application, settings)
 
 
 def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = lambda write: write()) -> Auth:

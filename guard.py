@@ -63,9 +63,10 @@ class Guard:
         )
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            given = {name for name, _ in headers}  # a page has a Content-Security-Policy of its own
             common = common_headers(request_id, self._settings.production)
-            return start_response(status, [*headers, *(pair for pair in common if pair[0] not in given)], exc_info)
+            if any(name == "Content-Security-Policy" for name, _ in headers):  # a page has its own
+                common = [pair for pair in common if pair[0] != "Content-Security-Policy"]
+            return start_response(status, [*headers, *common], exc_info)
 
         refusal = self._refusal(environ, request_id, client)
         if refusal is None:
@@ -112,8 +113,13 @@ def client_address(peer: str, forwarded_for: str | None, trusted_proxy: str) -> 
         if forwarded_for is not None:
             _warn_of_forwarding()
         return peer
+    return _parsed_address(forwarded_for.rpartition(",")[2].strip()[:100])
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed_address(text: str) -> str:
     try:
-        parsed = ipaddress.ip_address(forwarded_for.rpartition(",")[2].strip())
+        parsed = ipaddress.ip_address(text)
     except ValueError:
         return "unknown"
     return str(getattr(parsed, "ipv4_mapped", None) or parsed)

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 from waitress import create_server, wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
-from waitress.task import ErrorTask
-from waitress.utilities import Error
+from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import Error, build_http_date
 
 import guard
 import throttle
@@ -94,6 +94,30 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
+class PlainTask(WSGITask):  # type: ignore[misc]
+    """Writes an answer as the application gives it, in one piece; the application is ours and says how long it is.
+
+    waitress checks, spells and sorts the headers of each answer anew and sends the body apart from them, which takes as
+    long as to look up a session.
+    """
+
+    def execute(self) -> None:
+        if self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close":
+            super().execute()
+            return
+        body = b"".join(self.channel.server.application(self.get_environment(), self._begin))
+        lines = "".join([f"{name}: {value}\r\n" for name, value in self.response_headers])
+        head = f"HTTP/1.1 {self.status}\r\n{lines}Date: {_date(int(self.start_time))}\r\n\r\n"
+        self.wrote_header = True
+        self.channel.write_soon(head.encode("latin-1") + body)
+
+    def _begin(self, status: str, headers: list[tuple[str, str]], _exc_info: object = None) -> None:
+        self.status, self.response_headers = status, headers
+
+
+_date = functools.lru_cache(maxsize=2)(build_http_date)
+
+
 class StrictParser(HTTPRequestParser):  # type: ignore[misc]
     """Refuses what a proxy in front may read in another way, and so could be used to smuggle a request past it.
 
@@ -112,21 +136,21 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        lines = header_plus.split(b"\r\n")
-        fields = [line.partition(b":")[::2] for line in lines[1:] if line]
-        names = [name.lower() for name, _ in fields]
-        encodings = [value for name, value in fields if name.lower() == b"transfer-encoding"]
-        version = lines[0].rpartition(b" ")[2]
+        first, *lines = header_plus.rstrip(b"\r\n").split(b"\r\n")
+        names = [line.partition(b":")[0].lower() for line in lines]
+        version = first.rpartition(b" ")[2]
         if version not in (b"HTTP/1.0", b"HTTP/1.1"):
             raise ParsingError("unknown version")
-        if any(line[:1] in (b" ", b"\t") for line in lines):
+        if first[:1] in b" \t" or b"\r\n " in header_plus or b"\r\n\t" in header_plus:
             raise ParsingError("folded header")
-        if any(names.count(name) > 1 for name in SINGLE):
+        if len(set(names)) < len(names) and any(names.count(name) > 1 for name in SINGLE):
             raise ParsingError("repeated header")
         if version == b"HTTP/1.1" and b"host" not in names:
             raise ParsingError("no Host")
-        if encodings and (version == b"HTTP/1.0" or b"content-length" in names or b"," in encodings[0]):
-            raise ParsingError("ambiguous length")
+        if b"transfer-encoding" in names:
+            encoding = lines[names.index(b"transfer-encoding")]
+            if version == b"HTTP/1.0" or b"content-length" in names or b"," in encoding:
+                raise ParsingError("ambiguous length")
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # from urlsplit("http://["): else the connection closes without an answer
@@ -137,6 +161,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """A connection whose quick requests are served by the thread that read them."""
 
     parser_class = StrictParser
+    task_class = PlainTask
     error_task_class = JSONErrorTask
     production = False
     serve_now = False  # set by Lanes.add_task
@@ -209,10 +234,14 @@ class Lanes:
         quick = request.error or request.command in ("GET", "HEAD")
         # One of a connection's requests at a time: hundreds may have come pipelined in one read, and meanwhile this
         # thread would not see to anybody else, nor empty the pipe by which waitress wakes it.
-        if quick and threading.get_ident() == self._io_thread and not channel.serve_now:
+        if quick and self.serves_here() and not channel.serve_now:
             channel.serve_now = True
         else:
             self._writing_queue.put(channel.service)
+
+    def serves_here(self) -> bool:
+        """Say whether this is the thread that serves."""
+        return threading.get_ident() == self._io_thread
 
     def defer(self, write: Callable[[], object]) -> None:
         """Run a write that nobody waits for, soon, or not at all when too many are waiting."""
@@ -271,13 +300,16 @@ class Server:
             max_request_body_size=LARGEST_BODY + 1,  # waitress refuses this size itself
             max_request_header_size=LARGEST_HEADER,
         )
+        # waitress wakes the thread that serves after each answer: it need not wake itself.
+        self._wake = self._server.pull_trigger
+        self._server.pull_trigger = lambda: None if lanes.serves_here() else self._wake()
         self._server.channel_class = type("Channel", (Channel,), {"production": lanes.settings.production})
 
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler; the second signal of its kind ends it the hard way."""
         signal.signal(number, signal.SIG_DFL)
         self._stopping = True
-        self._server.pull_trigger()
+        self._wake()
 
     def run(self) -> bool:
         """Serve until stopped, then finish what was asked, within 10 s; say whether nothing was left undone."""

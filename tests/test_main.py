@@ -664,4 +664,4 @@ def test_what_was_answered_survives_a_kill(start: Callable[..., Service]) -> Non
         connection = sqlite3.connect(f"file:{service.environ['AUTHSVC_DATABASE']}?mode=ro", uri=True)
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         connection.close()
-    assert promised > 10 * ROUNDS
+    assert promised > ROUNDS  # it lost nothing because there was something to lose
