@@ -6,7 +6,7 @@ SOURCES = $(wildcard *.py *.sql *.md *.toml tests/*)
 
 PACKED = bottle.py bcrypt waitress segno
 
-.PHONY: help run test quick pyz install lint check format lock clean
+.PHONY: help run test quick bench pyz install lint check format lock clean
 
 help:
 	@echo "make run      install what is needed and serve on http://127.0.0.1:5000"
@@ -14,6 +14,7 @@ help:
 	@echo "make quick    the tests that take no time"
 	@echo "make pyz      the service in one file, dist/authsvc.pyz, for any python3 >= 3.11 on a machine like this one"
 	@echo "make install  that file, its units and settings into the system (as root); deploy/README.md goes on from there"
+	@echo "make bench    measure it beside what people pick instead, half an hour (needs wrk, Node and npm)"
 	@echo "make check    format, lint, types and branch coverage (98 %)"
 	@echo "make format   let ruff write the format"
 	@echo "make lock     pin the newest versions that pyproject.toml allows, with hashes (needs uv)"
@@ -28,6 +29,9 @@ test: .venv/dev
 
 quick: .venv/dev
 	$(BIN)/pytest -m "not slow"
+
+bench: .venv/dev
+	$(BIN)/python bench/run.py --write
 
 pyz: dist/authsvc.pyz
 

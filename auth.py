@@ -279,6 +279,7 @@ class Auth:
 
     def check_store(self) -> None:
         """Ask the store for something; raise StorageUnavailable where it does not answer."""
+        self._db.check_place()
         self._find_user("")
 
     def log_out(self, session_id: str | None) -> User:

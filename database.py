@@ -89,6 +89,9 @@ class Database:
             opened.callback(os.close, self._lock_file)
             with self._exclusive():
                 self._migrate()
+            self._place = self._look()
+            with self._transaction():
+                self._place = self._look()  # the write-ahead log is there by now, too
             opened.pop_all()
 
     def close(self) -> None:
@@ -98,6 +101,36 @@ class Database:
                 reader.close()
             self._writer.close()  # the last one to close moves the write-ahead log into the file
         os.close(self._lock_file)
+
+    def check_place(self) -> None:
+        """Look whether the file is still where it was opened; a file without a name takes every write, and keeps none.
+
+        Raises:
+            StorageUnavailable: it was deleted, replaced or cut short. What was not in a backup is lost; a start makes
+                do with what is there.
+        """
+        found = self._look()
+        for suffix, (file, size) in found.items():
+            own, least = self._place[suffix]
+            if own not in (None, file):
+                state = "replaced" if file else "deleted"
+            elif size < least and not suffix:  # nothing here shrinks it
+                state = "cut short"
+            else:
+                continue
+            raise StorageUnavailable(
+                f"{self._path}{suffix} was {state} while it was served; restart, or restore a backup"
+            )
+        self._place = found
+
+    def _look(self) -> dict[str, tuple[tuple[int, int] | None, int]]:
+        """Return which file is there, and its bytes."""
+        places: dict[str, tuple[tuple[int, int] | None, int]] = {"": (None, 0), "-wal": (None, 0)}
+        for suffix in places:
+            with suppress(FileNotFoundError):
+                found = os.stat(self._path + suffix)
+                places[suffix] = (found.st_dev, found.st_ino), found.st_size
+        return places
 
     def _read(self, statement: str, values: dict[str, Any]) -> Any:
         with translating():
@@ -125,8 +158,10 @@ class Database:
             try:
                 # IMMEDIATE: a transaction that reads first and writes later fails at once when another wrote between.
                 self._writer.execute("BEGIN IMMEDIATE")
+                self.check_place()
                 yield self._writer
                 self._writer.execute("COMMIT")
+                self.check_place()  # again, as nobody may be told of a write that went into a file without a name
             except BaseException:
                 if self._writer.in_transaction:  # some errors (disk full) have rolled back already
                     self._writer.execute("ROLLBACK")
@@ -365,6 +400,8 @@ def translating() -> Iterator[None]:
             raise AlreadyExists(str(error)) from error
         if isinstance(error, sqlite3.IntegrityError):
             raise ValueError(str(error)) from error
+        if "no such table" in str(error):  # the file was emptied under us
+            raise StorageUnavailable(str(error)) from error
         if name in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours or a value of no use: not the file's
             raise
         raise StorageUnavailable(str(error)) from error

@@ -316,6 +316,7 @@ class Server:
         looked = time.monotonic()
         while not self._stopping:
             self._turn(1.0)
+            self._make_room()
             if time.monotonic() - looked > 1.0:
                 looked = time.monotonic()
                 self._close_slow(looked - DEADLINE)
@@ -330,6 +331,14 @@ class Server:
         for channel in list(self._server.active_channels.values()):  # a worker may close one meanwhile
             if channel.request is not None and channel.request.began < cutoff:
                 channel.will_close = True  # without an answer: whoever takes 30 s for 16 KiB is no client
+
+    def _make_room(self) -> None:
+        # At its limit waitress accepts nobody; those who say nothing would keep everybody out for as long as they may.
+        if len(self._server._map) >= CONNECTIONS:  # as it counts them
+            channels = list(self._server.active_channels.values())
+            silent = [one for one in channels if not (one.requests or one.request or one.total_outbufs_len)]
+            for channel in sorted(silent, key=lambda one: float(one.last_activity))[: CONNECTIONS // 4]:
+                channel.will_close = True
 
     def _turn(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)

@@ -139,13 +139,13 @@ def test_a_crash_in_a_route_tells_the_client_nothing(
     call: Client, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with contextlib.closing(sqlite3.connect(settings.database)) as other:
-        other.execute("DROP TABLE users")
+        other.execute("ALTER TABLE users RENAME COLUMN email_key TO gone")
     answer = call("POST", "/users", BOB, HTTP_HOST="evil.example")
     assert (answer.status, answer.json) == (500, {"message": "internal error"})
     assert_complete(answer)
     log = capsys.readouterr().err
     assert json.loads(log)["event"] == "sys_crash"
-    assert not re.search("no such table|Traceback|evil|bob|b4l0u", log)
+    assert not re.search("no such column|Traceback|evil|bob|b4l0u", log)
 
 
 def test_a_refusal_of_a_head_request_has_no_body(settings: Settings) -> None:

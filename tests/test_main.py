@@ -591,9 +591,9 @@ def test_no_secret_is_in_a_file_or_in_the_log(start: Callable[..., Service], mon
         wire.sendall(b"GET /c4n4ry\xff HTTP/1.1\r\nc4n4ry c4n4ry\r\n\r\n")
         assert b" 400 " in wire.recv(100)
     connection = sqlite3.connect(service.environ["AUTHSVC_DATABASE"])
-    connection.executescript("ALTER TABLE users RENAME TO gone")
+    connection.executescript("ALTER TABLE users RENAME COLUMN email_key TO gone")
     assert requests.post(f"{url}/sessions", data=form, timeout=5).status_code == HTTPStatus.INTERNAL_SERVER_ERROR
-    connection.executescript("ALTER TABLE gone RENAME TO users")
+    connection.executescript("ALTER TABLE users RENAME COLUMN gone TO email_key")
     connection.close()
 
     left = contents(service.folder)
