@@ -49,6 +49,8 @@ dist/authsvc.pyz: .venv/pyz $(wildcard *.py pages/*) schema.sql common.txt.gz
 # DESTDIR= another root: then nothing of this system is changed.
 install: dist/authsvc.pyz
 	install -D -m 644 dist/authsvc.pyz $(DESTDIR)/opt/authsvc/authsvc.pyz
+	umask 022 && SHIV_ROOT=$(DESTDIR)/opt/authsvc/unpacked \
+		/usr/bin/python3 -sP $(DESTDIR)/opt/authsvc/authsvc.pyz --help >/dev/null
 	install -D -m 755 deploy/authsvc $(DESTDIR)/usr/local/sbin/authsvc
 	install -D -m 644 -t $(DESTDIR)/etc/systemd/system $(wildcard deploy/*.service deploy/*.timer)
 	$(if $(DESTDIR),,systemd-sysusers --inline 'u authsvc - "authsvc" /var/lib/authsvc')

@@ -316,7 +316,7 @@ class Desk:
     def _cookie(self) -> str | None:
         """Return the session id that the client holds; None when there is none, or two of them."""
         # Not Bottle's reader: it fails on a malformed neighbour of ours.
-        pairs = [pair.strip(" \t").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
+        pairs = [pair.strip(" ").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
         found = [value for name, _, value in pairs if name == self._cookie_name]
         # Two are ambiguous: a neighbour under the same name may have planted one.
         return found[0] if len(found) == 1 and re.fullmatch("[A-Za-z0-9_-]{1,128}", found[0], re.ASCII) else None

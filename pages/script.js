@@ -33,8 +33,8 @@ function destination() {
     const wanted = new URL(given.includes("://") ? given : decodeURIComponent(given));
     const domain = document.body.dataset.domain;
     const shared = domain && (wanted.hostname === domain || wanted.hostname.endsWith(`.${domain}`));
-    const ours = wanted.origin === location.origin || (shared && wanted.protocol === "https:");
-    return ours && !wanted.username && !wanted.password ? wanted.href : "/account";
+    const ours = wanted.origin === location.origin || shared;
+    return ours && wanted.protocol === location.protocol && !wanted.username && !wanted.password ? wanted.href : "/account";
   } catch {
     return "/account";
   }
@@ -172,6 +172,14 @@ async function showAccount() {
 // A 302 is no error in the browser's console, as a 401 is.
 const isIn = async () => (await ask("GET", "/verify?login=1")).status === 200;
 
+// Who comes back from there at once would go to and fro for ever: a cookie that only the application gets, beside the
+// session's, makes two, and two are none.
+function onward() {
+  const [last, at] = (sessionStorage.getItem("onward") ?? "").split(" ");
+  sessionStorage.setItem("onward", `${location.search} ${Date.now()}`);
+  return last === location.search && Date.now() - at < 10_000 ? `/account${location.search}` : destination();
+}
+
 // Who must set up a second factor first goes there: an application would send them back here, and so on for ever.
 async function enter() {
   location.assign(await isIn() ? destination() : `/account${location.search}`);
@@ -207,4 +215,6 @@ if (page === "reset") {
 for (const anchor of all("a[data-keep]")) anchor.search = location.search;
 document.title = one(`#${page} h1`).textContent;
 if (page === "account") showAccount();
-if (page === "login") isIn().then((already) => already && location.replace(destination()));
+if (page === "login") isIn().then((already) => already && location.replace(onward()));
+// A link that is opened in a tab which shows this page already.
+addEventListener("hashchange", () => location.reload());

@@ -31,7 +31,7 @@ SERVICE, DAILY, TIMER = UNITS = tuple(
 )
 ENV = (DEPLOY / "authsvc.env").read_text()
 ENABLED = re.sub("^#(?=[A-Z])", "", ENV, flags=re.MULTILINE)
-STATE, CACHE, PROGRAM = "/var/lib/authsvc", "/var/cache/authsvc", "/opt/authsvc/authsvc.pyz"
+STATE, UNPACKED, PROGRAM = "/var/lib/authsvc", "/opt/authsvc/unpacked", "/opt/authsvc/authsvc.pyz"
 MOST_EXPOSURE = 1.5
 
 # Where the two services differ; all else, the hardening before all, is the same.
@@ -182,10 +182,12 @@ def test_user_folders_and_settings_go_together(unit: Path) -> None:
     assert found["Group"] == [user]
     assert f"systemd-sysusers --inline 'u {user} - " in (HERE / "Makefile").read_text()
     assert found["StateDirectory"] == [f"{user} {user}/backup"]
-    assert found["StateDirectoryMode"] == found["CacheDirectoryMode"] == ["0700"]
+    assert found["StateDirectoryMode"] == ["0700"]
     assert found["UMask"] == ["0077"]
     assert f"/var/lib/{user}" == STATE == os.path.dirname(settings["AUTHSVC_DATABASE"])
-    assert [f"/var/cache/{name}" for name in found["CacheDirectory"]] == [CACHE] == [settings["SHIV_ROOT"]]
+    assert settings["SHIV_ROOT"] == UNPACKED  # root's, where the user of the units cannot write
+    assert found["ProtectSystem"] == ["strict"]
+    assert f"SHIV_ROOT=$(DESTDIR){UNPACKED}" in (HERE / "Makefile").read_text()
     assert found["EnvironmentFile"] == ["/etc/authsvc/authsvc.env"]
 
 
@@ -278,8 +280,8 @@ class Packed(Service):
         settings = variables((root / "etc/authsvc/authsvc.env").read_text())
         own = {
             "AUTHSVC_LISTEN": "127.0.0.1:0",
-            "AUTHSVC_DATABASE": str(folder / "authsvc.db"),
-            "SHIV_ROOT": str(folder),
+            "AUTHSVC_DATABASE": f"{folder}/authsvc.db",
+            "SHIV_ROOT": f"{root}{UNPACKED}",
         }
         super().__init__(folder, **{**settings, **environ, **own})
 
@@ -332,13 +334,15 @@ class Machine:
 
     def start_site(self) -> None:
         class Installed(Site):
-            deploy = self.folder
+            deploy = self.folder / "configuration"
 
         def start(**environ: str) -> Service:
             self.services.append(Packed(self.root, self.folder, **environ))
             return self.services[-1]
 
-        shutil.copy(self.root / "etc/nginx/conf.d/authsvc.conf", self.folder / "nginx.conf")
+        text = (self.root / "etc/nginx/conf.d/authsvc.conf").read_text()
+        (self.folder / "configuration").mkdir()
+        (self.folder / "configuration/nginx.conf").write_text(text)
         self.sites.append(Installed("nginx", self.folder, start))
 
     def move_wrapper(self) -> None:

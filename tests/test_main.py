@@ -546,7 +546,7 @@ def test_a_wrong_password_says_and_takes_the_same_for_a_known_and_an_unknown_ema
                 began = time.perf_counter()
                 answer = client.post(f"{url}/sessions", data={"email": email, "password": "wrong"})
                 took[email].append(time.perf_counter() - began)
-                headers = {**answer.headers, "Date": "", "X-Request-Id": ""}
+                headers = {**answer.headers, "Date": "", "X-Request-ID": ""}
                 said.append((answer.status_code, answer.content, headers))
         assert said[0][0] == 401
         assert all(one == said[0] for one in said)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 import trustme
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, expect, sync_playwright
 
 import totp
 from tests.conftest import HERE, Service
@@ -333,6 +333,7 @@ ELSEWHERE = [
     "https://auth.example.com@evil.example/",
     "https://user:pass@app.example.com/",
     "http://app.example.com/",
+    "blob:{auth}/b",
     "javascript:document.title='evil'",
     "data:text/html,evil",
     "\tjavascript:alert(1)",
@@ -352,11 +353,34 @@ def test_nobody_is_led_elsewhere(visit: Visit, place: tuple[Site, Post]) -> None
     bob.page.locator("#login-password").fill("")
     bob.signs_in("led@example.com")
     for wanted in ELSEWHERE:  # from here on as who is signed in already
-        for given in (wanted, quote(wanted, safe="")):
+        there = wanted.replace("{auth}", place[0].auth)
+        for given in (there, quote(there, safe="")):
             bob.open("/forgot")
             bob.page.goto(f"{place[0].auth}/login?return={given}", wait_until="commit")
-            bob.arrives("/account")
+            bob.page.wait_for_url(re.compile(rf"{place[0].auth}/account(\?.*)?$"))
     assert not [url for url in bob.requests if not url.startswith((f"{place[0].auth}/", "data:,"))]
+
+
+def test_who_is_sent_to_and_fro_ends_at_the_account(visit: Visit, place: tuple[Site, Post]) -> None:
+    place[0].register("loop@example.com")
+    bob = visit()
+    bob.open("/login")
+    bob.signs_in("loop@example.com")
+    # Planted by a sibling host, and sent to the application alone: two sessions are none.
+    name, path = "__Secure-session_id", "/private"
+    planted: Any = {"name": name, "value": "x" * 43, "domain": ".example.com", "path": path, "secure": True}
+    bob.context.add_cookies([planted])
+    with contextlib.suppress(Error):  # a redirect in the midst of the loading
+        bob.open(f"{place[0].app}/private")
+    bob.page.wait_for_url(re.compile(r"/account\?return="))
+
+
+def test_a_link_that_is_opened_in_the_same_tab_leaves_the_address_bar_too(visit: Visit) -> None:
+    bob = visit()
+    bob.open("/reset")
+    bob.page.evaluate("location.hash = 'token=abc&email=bob@example.com'")
+    expect(bob.page.locator("#reset-email")).to_have_value("bob@example.com")
+    bob.arrives("/reset")
 
 
 def test_a_page_is_at_most_4_requests_and_40_kb(visit: Visit) -> None:

@@ -89,6 +89,9 @@ CLAIMS = {
     "Remote-Name": "Eve",
     "Remote_User": "eve@example.com",
     "REMOTE_EMAIL": "eve@example.com",
+    "Forwarded": "for=198.51.100.66",
+    "X-Forwarded-User": "eve@example.com",
+    "X-Forwarded-Prefix": "/eve",
     "X-Forwarded-For": "198.51.100.66",
     "X_Forwarded_For": "198.51.100.66",
     "X-Forwarded-Uri": "/eve",
@@ -158,6 +161,26 @@ def test_a_websocket_passes(shared: Site, cookie: str) -> None:
     with shared.connect(APP) as socket:
         socket.sendall(f"{request}\r\n".encode())
         assert b" 302 " in socket.recv(4096)
+
+
+@pytest.mark.parametrize("upgrade", ["h2c", "h2c, websocket", "websocket, h2c", "foo"])
+def test_no_other_protocol_is_tunnelled(shared: Site, cookie: str, upgrade: str) -> None:
+    # The application would answer 101 to "websocket" alone; what is asked here is that nothing else reaches it.
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": upgrade, "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    with shared.connect(APP) as socket:
+        lines = "".join(f"{name}: {value}\r\n" for name, value in {"Host": APP, "Cookie": cookie, **headers}.items())
+        socket.sendall(f"GET / HTTP/1.1\r\n{lines}\r\n".encode())
+        said = socket.recv(65536)
+    if b" 101 " in said.partition(b"\r\n")[0]:
+        assert b"websocket" in said.lower()  # Caddy asks for one, whatever was asked of it
+    assert b"h2c" not in said
+    assert b"foo" not in said
+
+
+def test_a_client_cannot_have_its_name_left_out(shared: Site, cookie: str) -> None:
+    for named in ("Remote-User", "close, Remote-User, Remote-Email"):
+        reply = shared.ask_exactly("GET", f"{shared.app}/", cookie=cookie, Connection=named)
+        assert reply.json["headers"]["remote-user"] == reply.json["headers"]["remote-email"] == [BOB]
 
 
 @pytest.mark.parametrize("path", ["/.authsvc", "/.authsvc?login=1"])
