@@ -253,13 +253,13 @@ class Auth:
             SessionRequired: it is not live.
             SecondFactorRequired: the operator demands one, and the user has none.
         """
-        now, session_hash = self._now(), _digest(session_id or "")
-        found = self._db.find_session(session_hash, **self._session_window()) if session_id else None
+        session_hash, window = _digest(session_id or ""), self._session_window()
+        found = self._db.find_session(session_hash, **window) if session_id else None
         if not found:
             raise SessionRequired
         user, last_seen_at = found
-        if last_seen_at <= now - min(SEEN_INTERVAL, self._settings.session_idle // 2):
-            self._later(self._db.touch_session, session_hash, now)
+        if last_seen_at <= window["now"] - min(SEEN_INTERVAL, self._settings.session_idle // 2):
+            self._later(self._db.touch_session, session_hash, window["now"])
         if self._settings.require_totp and not user.totp_since and not enrolling:
             raise SecondFactorRequired
         return user

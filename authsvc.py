@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import parse_qsl, quote
@@ -101,6 +102,21 @@ PAGE_POLICY = (
 )
 
 MESSAGES = {404: "not found", 405: "method not allowed"}  # Bottle's own quote the path
+TOKEN = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)  # what may be a session id
+PLAIN = re.compile("[!-$&-~]+")  # what a header can hold as it is, but for "%"
+
+
+class Answer(Exception):
+    """What a handler returns, or raises to refuse. Bottle's own takes as long to make as a session to look up."""
+
+    def __init__(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
+        self.status = status
+        self.body = body
+        self.headers = list(headers)
+
+    def add_header(self, name: str, value: str) -> None:
+        """Add a header."""
+        self.headers.append((name, value))
 
 
 class Desk:
@@ -128,18 +144,18 @@ class Desk:
             "script.js": ("text/javascript", (PAGES / "script.js").read_bytes()),
         }
 
-    def welcome(self) -> HTTPResponse:
+    def welcome(self) -> Answer:
         """GET /"""
         return _answer(200, message="Bienvenue")
 
-    def register(self) -> HTTPResponse:
+    def register(self) -> Answer:
         """POST /users"""
         email, password = _form("email", "password")
         user = self._auth.register_user(email, password, address=_client())
         _log("user_created", user_id=user.id)
         return _answer(200, email=email, message="user created")
 
-    def log_in(self) -> HTTPResponse:
+    def log_in(self) -> Answer:
         """POST /sessions"""
         email, password, otp = _form("email", "password", optional=("otp",))
         try:
@@ -160,16 +176,16 @@ class Desk:
         _log("authn_login_success", user_id=self._auth.find_user(email).id)
         return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
 
-    def log_out(self) -> HTTPResponse:
+    def log_out(self) -> Answer:
         """DELETE /sessions"""
         user = self._auth.log_out(self._cookie())
         _log("session_ended", user_id=user.id)
         # Not redirect(): it says 303 and repeats the Host header.
         answer = _answer(302, message="logged out")
-        answer.set_header("Location", "/")
+        answer.add_header("Location", "/")
         return self._without_cookie(answer)
 
-    def sessions(self) -> HTTPResponse:
+    def sessions(self) -> Answer:
         """GET /sessions"""
         user, found, own = self._auth.list_sessions(self._cookie())
         listed = [
@@ -186,30 +202,30 @@ class Desk:
         ]
         return _answer(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
 
-    def end_session(self, public_id: str) -> HTTPResponse:
+    def end_session(self, public_id: str) -> Answer:
         """DELETE /sessions/<id>"""
         user, own = self._auth.end_session(self._cookie(), public_id)
         _log("session_ended", user_id=user.id)
         answer = _answer(200, message="session ended")
         return self._without_cookie(answer) if own else answer
 
-    def end_other_sessions(self) -> HTTPResponse:
+    def end_other_sessions(self) -> Answer:
         """DELETE /sessions/others"""
         user = self._auth.end_sessions(self._cookie(), but_this=True)
         _log("session_ended", user_id=user.id, which="others")
         return _answer(200, message="all other sessions ended")
 
-    def end_all_sessions(self) -> HTTPResponse:
+    def end_all_sessions(self) -> Answer:
         """DELETE /sessions/all"""
         user = self._auth.end_sessions(self._cookie(), but_this=False)
         _log("session_ended", user_id=user.id, which="all")
         return self._without_cookie(_answer(200, message="all sessions ended"))
 
-    def profile(self) -> HTTPResponse:
+    def profile(self) -> Answer:
         """GET /profile"""
         return _answer(200, email=self._auth.identify(self._cookie()).email)
 
-    def verify(self) -> HTTPResponse:
+    def verify(self) -> Answer:
         """GET /verify: for a proxy, which asks before each request to an application who it comes from."""
         try:
             user = self._auth.identify(self._cookie())
@@ -217,14 +233,14 @@ class Desk:
             if request.query_string != "login=1":
                 return _answer(401, message=refusal.message)
             answer = _answer(302, message=refusal.message)
-            answer.set_header("Location", self._way_in(refusal))
+            answer.add_header("Location", self._way_in(refusal))
             return answer
         # What a header can hold stands as it is; else percent-encoded, "%" too, so that no two users have one name.
-        name = user.email if re.fullmatch("[!-$&-~]+", user.email) else quote(user.email, safe="@")
+        name = user.email if PLAIN.fullmatch(user.email) else quote(user.email, safe="@")
         # Both, always: Caddy before 2.11.2 lets the client's own header through where ours is missing.
         answer = _answer(200, email=user.email)
-        answer.set_header("Remote-User", name)
-        answer.set_header("Remote-Email", name)
+        answer.add_header("Remote-User", name)
+        answer.add_header("Remote-Email", name)
         return answer
 
     def _way_in(self, refusal: AuthError) -> str:
@@ -234,33 +250,33 @@ class Desk:
         page = "account" if isinstance(refusal, SecondFactorRequired) else "login"
         return f"{self._settings.public_url}/{page}" + (f"?return={wanted}" if all(asked.values()) else "")
 
-    def health(self) -> HTTPResponse:
+    def health(self) -> Answer:
         """GET /health"""
         self._auth.check_store()
         return _answer(200, message="ok")
 
-    def delete_account(self) -> HTTPResponse:
+    def delete_account(self) -> Answer:
         """DELETE /profile"""
         (password,) = _form("password")
         user = self._auth.delete_account(self._cookie(), password, address=_client())
         _log("user_deleted", user_id=user.id)
         return self._without_cookie(_answer(200, email=user.email, message="account deleted"))
 
-    def change_password(self) -> HTTPResponse:
+    def change_password(self) -> Answer:
         """PUT /password"""
         password, new_password = _form("password", "new_password")
         user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
         _log("authn_password_change", user_id=user.id)
         return self._with_cookie(_answer(200, email=user.email, message="password changed"), session_id)
 
-    def begin_totp(self) -> HTTPResponse:
+    def begin_totp(self) -> Answer:
         """POST /totp"""
         (password,) = _form("password")
         secret, uri = self._auth.begin_totp(self._cookie(), password, address=_client())
         picture = totp.picture(uri)
         return _answer(200, secret=secret, uri=uri, **({"qr": picture} if picture else {}))
 
-    def confirm_totp(self) -> HTTPResponse:
+    def confirm_totp(self) -> Answer:
         """PUT /totp"""
         (otp,) = _form("otp")
         user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client())
@@ -268,14 +284,14 @@ class Desk:
         answer = _answer(200, message="second factor on", recovery_codes=codes)
         return self._with_cookie(answer, session_id)
 
-    def remove_totp(self) -> HTTPResponse:
+    def remove_totp(self) -> Answer:
         """DELETE /totp"""
         password, otp = _form("password", "otp")
         user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=_client())
         _log("authn_factor_removed", user_id=user.id)
         return self._with_cookie(_answer(200, message="second factor off"), session_id)
 
-    def request_reset(self) -> HTTPResponse:
+    def request_reset(self) -> Answer:
         """POST /reset_password"""
         (email,) = _form("email")
         if self._settings.production:
@@ -286,28 +302,28 @@ class Desk:
             _refuse(403, "reset tokens are given only to this machine, and through no proxy")
         return _answer(200, email=email, reset_token=self._auth.get_reset_password_token(email, address=_client()))
 
-    def reset(self) -> HTTPResponse:
+    def reset(self) -> Answer:
         """PUT /reset_password"""
         email, reset_token, new_password = _form("email", "reset_token", "new_password")
         user_id = self._auth.update_password(reset_token, new_password, email, address=_client())
         _log("authn_password_change", user_id=user_id)
         return _answer(200, email=email, message="Password updated")
 
-    def page(self) -> HTTPResponse:
+    def page(self) -> Answer:
         """GET /login and the other pages"""
         return _file("text/html; charset=utf-8", self._pages[request.path])
 
-    def account(self) -> HTTPResponse:
+    def account(self) -> Answer:
         """GET /account"""
         try:
             self._auth.identify(self._cookie(), enrolling=True)
         except SessionRequired as refusal:
             answer = _answer(302, message=refusal.message)
-            answer.set_header("Location", f"{self._settings.public_url}/login")  # whence one comes back here
+            answer.add_header("Location", f"{self._settings.public_url}/login")  # whence one comes back here
             return answer
         return self.page()
 
-    def file(self, name: str) -> HTTPResponse:
+    def file(self, name: str) -> Answer:
         """GET /pages/<name>"""
         if name not in self._files:
             raise HTTPError(404)
@@ -319,12 +335,12 @@ class Desk:
         pairs = [pair.strip(" ").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
         found = [value for name, _, value in pairs if name == self._cookie_name]
         # Two are ambiguous: a neighbour under the same name may have planted one.
-        return found[0] if len(found) == 1 and re.fullmatch("[A-Za-z0-9_-]{1,128}", found[0], re.ASCII) else None
+        return found[0] if len(found) == 1 and TOKEN.fullmatch(found[0]) else None
 
-    def _without_cookie(self, answer: HTTPResponse) -> HTTPResponse:
+    def _without_cookie(self, answer: Answer) -> Answer:
         return self._with_cookie(answer, "", "; Max-Age=0")
 
-    def _with_cookie(self, answer: HTTPResponse, value: str, expiry: str = "") -> HTTPResponse:
+    def _with_cookie(self, answer: Answer, value: str, expiry: str = "") -> Answer:
         # Not Bottle's writer: it spells SameSite in its own way.
         answer.add_header("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}")
         return answer
@@ -333,7 +349,7 @@ class Desk:
 HASHES = True  # the route may hash: see lanes.py
 
 # Every route there is.
-ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
+ROUTES: tuple[tuple[str, str, Callable[..., Answer], bool], ...] = (
     ("GET", "/", Desk.welcome, not HASHES),
     ("POST", "/users", Desk.register, HASHES),
     ("POST", "/sessions", Desk.log_in, HASHES),
@@ -357,7 +373,7 @@ ROUTES: tuple[tuple[str, str, Callable[..., HTTPResponse], bool], ...] = (
     ("GET", "/pages/<name>", Desk.file, not HASHES),
 )
 # Asked before each request to an application, so answered without Bottle's router, which takes as long as the look-up.
-SHORTCUTS: dict[str, Callable[..., HTTPResponse]] = {"/profile": Desk.profile, "/verify": Desk.verify}
+SHORTCUTS: dict[str, Callable[..., Answer]] = {"/profile": Desk.profile, "/verify": Desk.verify}
 HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
 
@@ -371,10 +387,10 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
     bottle = Bottle()
     bottle.config["catchall"] = False  # guard.py answers what nobody foresaw
     bottle.uninstall(True)  # Bottle's own plugins: handlers return neither dicts nor templates
-    bottle.install(_refusals)
+    bottle.install(_for_bottle)
     bottle.default_error_handler = _error
     for method, path, handler, _ in ROUTES:
-        bottle.route(path, method, functools.partial(handler, desk))
+        bottle.route(path, method, _refusals(functools.partial(handler, desk)))
     shortcuts = {path: _refusals(functools.partial(handler, desk)) for path, handler in SHORTCUTS.items()}
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
@@ -383,7 +399,7 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
             return bottle(environ, start_response)
         request.bind(environ)
         answer = handler()
-        start_response(answer.status_line, answer.headerlist)
+        start_response(_status_line(answer.status), answer.headers)
         return [answer.body]
 
     return guard.Guard(application, settings)
@@ -499,13 +515,13 @@ def _bind(settings: Settings) -> socket.socket:
 # Answers
 
 
-def _answer(status: int, **content: object) -> HTTPResponse:
+def _answer(status: int, **content: object) -> Answer:
     body = guard.json_body(content)
-    return HTTPResponse(body, status, dict(guard.json_headers(body)))
+    return Answer(status, body, *guard.json_headers(body))
 
 
-def _file(kind: str, content: bytes) -> HTTPResponse:
-    return HTTPResponse(content, 200, {"Content-Type": kind, "Content-Security-Policy": PAGE_POLICY})
+def _file(kind: str, content: bytes) -> Answer:
+    return Answer(200, content, ("Content-Type", kind), ("Content-Security-Policy", PAGE_POLICY))
 
 
 def _refuse(status: int, message: str) -> NoReturn:
@@ -513,26 +529,41 @@ def _refuse(status: int, message: str) -> NoReturn:
     raise _answer(status, message=message)
 
 
-def _refusals(handler: Callable[..., HTTPResponse]) -> Callable[..., HTTPResponse]:
-    """Return the handler as a Bottle plugin does: what the layers below refuse becomes an answer."""
+def _refusals(handler: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Return the handler so that what it and the layers below refuse becomes an answer."""
 
-    def answered(**parts: str) -> HTTPResponse:
+    def answered(**parts: str) -> Answer:
         try:
             return handler(**parts)
+        except Answer as refusal:
+            return refusal
         except AuthError as error:
             answer = _answer(STATUS[type(error)], message=error.message)
             if event := EVENTS.get(type(error)):
                 _log(event, **({"user_id": error.user_id} if error.user_id else {}))
             if isinstance(error, TooManyAttempts):
-                answer.set_header("Retry-After", str(error.wait))
+                answer.add_header("Retry-After", str(error.wait))
             return answer
         except StorageUnavailable as error:
             _log("sys_storage_unavailable", reason=str(error))
             answer = _answer(503, message="storage unavailable, try again later")
-            answer.set_header("Retry-After", str(guard.RETRY_AFTER))
+            answer.add_header("Retry-After", str(guard.RETRY_AFTER))
             return answer
 
     return answered
+
+
+def _for_bottle(handler: Callable[..., Answer]) -> Callable[..., HTTPResponse]:
+    def answered(**parts: str) -> HTTPResponse:
+        answer = handler(**parts)
+        return HTTPResponse(answer.body, answer.status, answer.headers)
+
+    return answered
+
+
+@functools.cache
+def _status_line(status: int) -> str:
+    return f"{status} {HTTPStatus(status).phrase}"
 
 
 def _error(error: HTTPError) -> bytes:

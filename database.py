@@ -133,8 +133,11 @@ class Database:
         return places
 
     def _read(self, statement: str, values: dict[str, Any]) -> Any:
-        with translating():
+        try:  # to enter translating() each time takes a tenth of a session check
             return self._reader().execute(statement, values).fetchone()
+        except sqlite3.Error:
+            with translating():
+                raise
 
     def _read_all(self, statement: str, values: dict[str, Any]) -> list[Any]:
         with translating():

