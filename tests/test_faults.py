@@ -7,6 +7,7 @@ them long, FAULT_SEED repeats a run.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -632,6 +633,42 @@ def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_c
 def test_as_many_idle_connections_as_the_limit_allows_keep_nobody_out(warmed: Service) -> None:
     with idle(warmed, lanes.CONNECTIONS):
         assert ask(warmed, "GET", "/", timeout=1) in (200, 503)
+
+
+FLOOD = 10_000
+
+
+@contextmanager
+def flood(service: Service, count: int) -> Iterator[None]:
+    """So many connections at once, most of which the system leaves waiting."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ExitStack() as opened:
+        for _ in range(min(count, hard - 500)):  # both ends of a connection are on this machine, in two processes
+            one = opened.enter_context(socket.socket())
+            one.setblocking(False)
+            assert one.connect_ex(service.address) in (0, errno.EINPROGRESS)
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_ten_thousand_idle_connections_take_no_memory_and_are_over_when_they_are_gone(warmed: Service) -> None:
+    service = warmed
+    before = resident(service)
+    with flood(service, FLOOD):
+        assert awaited(lambda: "connection limit" in service.log)
+        began, served = time.monotonic(), 0
+        while served < 20 and time.monotonic() < began + 30:
+            assert sockets(service) <= lanes.CONNECTIONS
+            assert resident(service) < before + 16 * 2**20
+            with suppress(requests.Timeout, requests.ConnectionError):  # it has its turn among ten thousand
+                served += ask(service, "GET", "/health", timeout=5) == 200
+        assert served
+    assert ask(service, "GET", "/health", timeout=5) == 200
+    assert awaited(lambda: sockets(service) == 1, 10)
+    assert resident(service) < before + 4 * 2**20
+    print(f"{served} of others answered meanwhile, {(resident(service) - before) / 2**20:.1f} MB more")
+    assert_whole(service)
 
 
 def form_of(email: str, *, length: int = 0) -> tuple[bytes, bytes]:
