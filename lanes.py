@@ -292,6 +292,12 @@ class Lanes:
         if self._deferred_queue.qsize() < DEFERRED:
             self._deferred_queue.put(write)
 
+    def finish(self, timeout: float) -> bool:
+        """Wait so many seconds for the writes that nobody waits for; say whether all are done."""
+        done = threading.Event()
+        self._deferred_queue.put(done.set)
+        return done.wait(timeout)
+
     def drain(self) -> None:
         """Answer 503 to what waits for a hash, now and from now on. On the thread that serves."""
         self._stopping = True
@@ -369,7 +375,7 @@ class Server:
         end = time.monotonic() + DRAIN
         while self._in_hand() and time.monotonic() < end:
             self._turn(0.05)
-        return not self._in_hand()
+        return not self._in_hand() and self._lanes.finish(max(0.0, end - time.monotonic()))
 
     def _close_slow(self, cutoff: float) -> None:
         for channel in list(self._server.active_channels.values()):  # a worker may close one meanwhile

@@ -557,6 +557,21 @@ def test_the_end_comes_after_8_seconds_whatever_is_being_served(inside: Inside, 
     assert not inside.thread.is_alive()
 
 
+def test_the_end_waits_for_the_writes_that_nobody_waits_for(inside: Inside) -> None:
+    begun, written = threading.Event(), threading.Event()
+    inside.lanes.defer(begun.set)
+    inside.lanes.defer(inside.gate.wait)
+    inside.lanes.defer(written.set)
+    assert begun.wait(5)
+    inside.stop()
+    inside.thread.join(0.3)
+    assert inside.thread.is_alive()
+    inside.gate.set()
+    inside.thread.join(5)
+    assert not inside.thread.is_alive()
+    assert written.is_set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_idle_service_ends_at_once(start: Callable[..., Service], dial: Callable[..., Wire], number: int) -> None:
     service = start()
