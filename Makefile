@@ -36,9 +36,9 @@ bench: .venv/dev
 pyz: dist/authsvc.pyz
 
 # Our modules lie side by side in it, and never in somebody's site-packages, where a name like auth would be taken.
-dist/authsvc.pyz: .venv/pyz $(wildcard *.py pages/*) schema.sql common.txt.gz
+dist/authsvc.pyz: .venv/pyz $(wildcard *.py pages/*) $(wildcard *.sql) common.txt.gz
 	@rm -rf build && mkdir -p build dist
-	@cp -r $(filter-out main.py,$(wildcard *.py)) schema.sql common.txt.gz pages build
+	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) common.txt.gz pages build
 	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cp -r $(PACKED) $(CURDIR)/build
 	@find build -name __pycache__ -prune -exec rm -r {} +
 	@$(BIN)/shiv --site-packages build --entry-point authsvc:main --python '/usr/bin/env python3' --reproducible \

@@ -18,15 +18,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import IO, Any
 
-import database
 import guard
 import mailer
 import moving
-import storage
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
 from database import DatabaseRefused, StorageUnavailable
-from settings import Settings, SettingsError
-from storage import CLOCK_TOLERANCE, DB, User
+from settings import Settings, SettingsError, shown
+from storage import CLOCK_TOLERANCE, Store, User, engine, open_store
 
 PROGRESS_STEP = 5000  # lines
 PRUNE_REST = 0.02  # seconds between two steps, in which others write
@@ -112,18 +110,19 @@ class Operator:
         self.settings = settings
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Auth, DB]]:
+    def opened(self) -> Iterator[tuple[Auth, Store]]:
         """Open the database, which must be there: a forgotten setting must not make another one."""
-        path = self.settings.database
-        if not os.path.exists(path):
+        place = self.settings.database
+        if not engine(place).is_there(place):
+            place = shown(place)
             raise CommandFailed(
-                f"there is no database {path}: start the service once, or set AUTHSVC_DATABASE as for the service"
+                f"there is no database {place}: start the service once, or set AUTHSVC_DATABASE as for the service"
             )
-        with closing(DB(path, private=self.settings.production)) as db:
+        with closing(open_store(place, private=self.settings.production)) as db:
             yield Auth(db, self.settings), db
 
     @contextmanager
-    def user(self) -> Iterator[tuple[Auth, DB, User]]:
+    def user(self) -> Iterator[tuple[Auth, Store, User]]:
         """Open the database and find the user that the arguments name."""
         with self.opened() as (auth, db):
             yield auth, db, auth.find_user(self.arguments.email)
@@ -328,8 +327,8 @@ def _output(path: str | None) -> Iterator[IO[str]]:
 
 
 def _backup(operator: Operator) -> None:
-    path = operator.arguments.file
-    database.backup(operator.settings.database, path)
+    path, place = operator.arguments.file, operator.settings.database
+    engine(place).backup(place, path)
     operator.log("sys_backup")
     operator.say(f"backed up to {path}", file=path, bytes=os.path.getsize(path))
 
@@ -341,10 +340,10 @@ def _restore(operator: Operator) -> None:
 
     def prepare(copy: str) -> None:
         nonlocal ended
-        with closing(DB(copy)) as db:
+        with closing(open_store(copy)) as db:
             ended = db.end_all_sessions()  # some of them were ended since, by people who had a reason
 
-    replaced = database.restore(operator.arguments.file, path, former, prepare)
+    replaced = engine(path).restore(operator.arguments.file, path, former, prepare)
     operator.log("sys_restore")
     kept = f"; what was there is kept as {former}" if replaced else ""
     record = {"database": path, "kept": former if replaced else None, "sessions_ended": ended}
@@ -353,11 +352,10 @@ def _restore(operator: Operator) -> None:
 
 def _check(operator: Operator) -> int:
     settings = operator.settings
-    found = {
-        "database": database.problems(settings.database),
-        "files": _exposed(settings.database),
+    found = engine(settings.database).check(settings.database)
+    found |= {
         "settings": settings.warnings(),
-        "clock": _clock_problems(settings),
+        "clock": _clock_problems(settings, found["database"]),
         "mail": _mail_problems(settings),
     }
     for name, problems in found.items():
@@ -365,17 +363,10 @@ def _check(operator: Operator) -> int:
     return 1 if any(found.values()) else 0
 
 
-def _exposed(path: str) -> list[str]:
-    names = [path + suffix for suffix in ("", "-wal", "-shm", ".lock")]
-    return [
-        f"others can read {name}: chmod 600" for name in names if os.path.exists(name) and os.stat(name).st_mode & 0o077
-    ]
-
-
-def _clock_problems(settings: Settings) -> list[str]:
-    if database.problems(settings.database):
+def _clock_problems(settings: Settings, faults: list[str]) -> list[str]:
+    if faults:
         return ["unknown without a database"]
-    ahead = storage.newest_time(settings.database) - int(time.time())
+    ahead = engine(settings.database).newest_time(settings.database) - int(time.time())
     return [f"the last session is {ahead} s in the future: was the clock set back?"] if ahead > CLOCK_TOLERANCE else []
 
 

@@ -33,7 +33,7 @@ import totp
 from database import AlreadyExists, StorageUnavailable
 from mailer import Mailer
 from settings import MAILBOX, Settings
-from storage import CLOCK_TOLERANCE, DB, NoResultFound, Session, User, public_id
+from storage import CLOCK_TOLERANCE, NoResultFound, Session, Store, User, open_store, public_id
 from throttle import KNOWN_FOR, Bucket, Throttle
 
 LONGEST_EMAIL = 254  # bytes (RFC 5321 4.5.3.1.3, less the angle brackets)
@@ -155,14 +155,14 @@ class Auth:
 
     def __init__(
         self,
-        db: DB | None = None,
+        db: Store | None = None,
         settings: Settings | None = None,
         clock: Callable[[], float] = time.time,
         defer: Callable[[Callable[[], object]], object] = lambda write: write(),
         mailer: Mailer | None = None,
     ) -> None:
         self._settings = settings or Settings.from_environ()
-        self._db = db or DB(self._settings.database, private=self._settings.production)
+        self._db = db or open_store(self._settings.database, private=self._settings.production)
         self._clock = clock
         self._defer = defer
         self._mailer = mailer
@@ -171,6 +171,11 @@ class Auth:
     def close(self) -> None:
         """Let go of the store. No thread may be using it then or later."""
         self._db.close()
+
+    @property
+    def engine(self) -> str:
+        """What keeps the rows, and in which version."""
+        return self._db.engine
 
     # Accounts
 

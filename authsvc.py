@@ -48,10 +48,10 @@ from auth import (
     TooManyAttempts,
     UnknownEmail,
 )
-from database import ENGINE, DatabaseRefused, StorageUnavailable
+from database import DatabaseRefused, StorageUnavailable
 from mailer import Mailer
 from settings import Settings, SettingsError
-from storage import DB
+from storage import open_store
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -407,7 +407,7 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
 
 def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = lambda write: write()) -> Auth:
     mailer = Mailer(settings, guard.log)  # before the database: a start that fails must leave no file behind
-    return Auth(DB(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
+    return Auth(open_store(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
 
 
 def _start_pruning(auth: Auth, stopping: threading.Event) -> threading.Thread:
@@ -488,7 +488,7 @@ def serve(settings: Settings) -> int:
         signal.signal(number, server.stop)
     host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
-    guard.log("sys_startup", database=ENGINE, production=settings.production)
+    guard.log("sys_startup", database=auth.engine, production=settings.production)
     for warning in settings.warnings():
         guard.log("sys_warning", reason=warning)
     stopping = threading.Event()

@@ -20,7 +20,6 @@ from urllib.parse import quote
 
 from settings import Settings
 
-ENGINE = f"SQLite {sqlite3.sqlite_version}"
 SCHEMA = Path(__file__).with_name("schema.sql")
 
 # MIGRATIONS[n - 1] lifts a file from version n to n + 1; schema.sql always makes the newest.
@@ -54,11 +53,11 @@ class AlreadyExists(Exception):
 
 
 class StorageUnavailable(Exception):
-    """The file cannot be read or written now: locked, full, damaged or gone."""
+    """The database cannot be read or written now: locked, full, damaged or gone."""
 
 
 class DatabaseRefused(Exception):
-    """The file cannot be opened as a database of this release. Nothing in it was changed."""
+    """What was named cannot be opened as a database of this release. Nothing in it was changed."""
 
 
 class RolledBack(Exception):
@@ -101,6 +100,33 @@ class Database:
                 reader.close()
             self._writer.close()  # the last one to close moves the write-ahead log into the file
         os.close(self._lock_file)
+
+    @property
+    def engine(self) -> str:
+        """What keeps the rows, and in which version."""
+        return f"SQLite {sqlite3.sqlite_version}"
+
+    @classmethod
+    def is_there(cls, place: str) -> bool:
+        """Say whether there is a file."""
+        return os.path.exists(place)
+
+    @classmethod
+    def check(cls, place: str) -> dict[str, list[str]]:
+        """Return what is wrong with a file, and with who can read it."""
+        names = [place + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+        readable = [name for name in names if os.path.exists(name) and os.stat(name).st_mode & 0o077]
+        return {"database": problems(place), "files": [f"others can read {name}: chmod 600" for name in readable]}
+
+    @classmethod
+    def backup(cls, place: str, target: str) -> None:
+        """Write a copy of one moment to a new file: see backup()."""
+        backup(place, target)
+
+    @classmethod
+    def restore(cls, source: str, place: str, former: str, prepare: Callable[[str], object]) -> bool:
+        """Put a backup, prepared, in the place of the database: see restore()."""
+        return restore(source, place, former, prepare)
 
     def check_place(self) -> None:
         """Look whether the file is still where it was opened; a file without a name takes every write, and keeps none.
@@ -155,8 +181,12 @@ class Database:
             self._readers[thread].execute("PRAGMA query_only = ON")
         return self._readers[thread]
 
+    def _write(self, statement: str, values: dict[str, Any]) -> int:
+        with self._transaction() as db:
+            return db.execute(statement, values).rowcount
+
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, **_whose: object) -> Iterator[sqlite3.Connection]:  # one at a time, whosoever it is about
         with self._exclusive(), translating():
             try:
                 # IMMEDIATE: a transaction that reads first and writes later fails at once when another wrote between.

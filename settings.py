@@ -9,9 +9,9 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 PREFIX = "AUTHSVC_"
 
@@ -32,6 +32,13 @@ RANGES = {
 _ATOM = r"""[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]+"""
 MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!\.)")
 
+# What libpq takes for one (PostgreSQL 34.1.1.2), and nothing that it would read in another way than a person: an "@" or
+# "/" of a password must be percent-encoded, else a part of the password would be taken for the name of a host.
+_HOST = r"(?:(?:[A-Za-z0-9._-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?"
+_PARTS = r"(?:/(?P<name>[^\s/@?#]*))?(?:\?(?P<options>[^\s@?#]*))?"
+DATABASE_URL = re.compile(r"postgres(?:ql)?://(?:[^\s/@?#]*@)?(?P<hosts>" + _HOST + "(?:," + _HOST + ")*)" + _PARTS)
+SEALED = "require", "verify-ca", "verify-full"  # of sslmode: those that never go on in plain
+
 REGISTRATION = "open", "invitation", "closed"
 
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
@@ -50,7 +57,7 @@ class Settings:
     """
 
     listen: str = "127.0.0.1:5000"  # host:port; port 0 takes a free one
-    database: str = "authsvc.db"  # path of the SQLite file, from the working folder
+    database: str = field(default="authsvc.db", repr=False)  # path of the SQLite file, or postgresql://user@host/name
     public_url: str = ""  # https://…, the address people use; set, it makes this a production service
     bcrypt_cost: int = 12  # log2 of the rounds, 0.24 s of a core; each step more doubles it; production: 10 or more
     throttle: bool = True  # on or off; production: on
@@ -75,24 +82,26 @@ class Settings:
         Raises:
             SettingsError: an unknown name, or a value that cannot be read.
         """
-        readers = {PREFIX + field.name.upper(): field for field in fields(cls)}
+        readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
         for name in sorted(environ):
             if not name.startswith(PREFIX) or name in FOREIGN:
                 continue
             if name not in readers:
                 raise SettingsError(f"{name} is not a setting; the README lists them all")
-            field = readers[name]
-            values[field.name] = _read(name, environ[name], type(field.default))
+            known = readers[name]
+            values[known.name] = _read(name, environ[name], type(known.default))
         return cls(**values)
 
     def __post_init__(self) -> None:
-        for field, (least, most) in RANGES.items():
-            self._demand(least <= getattr(self, field) <= most, field, f"must be from {least} to {most}")
-        self._demand(
-            not self.database.startswith("postgres"), "database", "must be a file; PostgreSQL is not in this release"
-        )
+        for name, (least, most) in RANGES.items():
+            self._demand(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
         self._demand(self.database != "", "database", "must name a file")
+        self._demand(
+            not is_url(self.database) or bool(DATABASE_URL.fullmatch(self.database)),
+            "database",
+            "must be a file or postgresql://user:password@host:port/name, with what is special percent-encoded",
+        )
         self._demand(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
         self._demand(
             not self.trusted_proxy or _is_address(self.trusted_proxy), "trusted_proxy", "must be one IP address"
@@ -120,16 +129,21 @@ class Settings:
         self._demand(
             not self.unsafe_listen, "unsafe_listen", "is for development; production listens where it is told to"
         )
+        self._demand(
+            not is_url(self.database) or _is_sealed(self.database),
+            "database",
+            "would be asked in plain over a network: add ?sslmode=verify-full",
+        )
         inside = host is not None and f".{host[1]}".endswith(f".{self.cookie_domain}") and "." in self.cookie_domain
         self._demand(
             not self.cookie_domain or inside, "cookie_domain", "must be the host of AUTHSVC_PUBLIC_URL or a parent"
         )
 
-    def _demand(self, fulfilled: bool, field: str, demand: str) -> None:
+    def _demand(self, fulfilled: bool, name: str, demand: str) -> None:
         if not fulfilled:
-            value = str(getattr(self, field))
-            shown = "" if field in ("smtp_url", "database") else f"={value if value.isprintable() else repr(value)}"
-            raise SettingsError(f"{PREFIX}{field.upper()}{shown} {demand}")  # a URL may hold a password
+            value = str(getattr(self, name))
+            shown = "" if name in ("smtp_url", "database") else f"={value if value.isprintable() else repr(value)}"
+            raise SettingsError(f"{PREFIX}{name.upper()}{shown} {demand}")  # a URL may hold a password
 
     @property
     def production(self) -> bool:
@@ -170,6 +184,45 @@ class Settings:
             raise SettingsError(
                 f"AUTHSVC_LISTEN={self.listen!r} must be ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
             ) from None
+
+
+def is_url(database: str) -> bool:
+    """Say whether a database is named by a URL, and is no file."""
+    return database.startswith(("postgres:", "postgresql:"))
+
+
+def shown(database: str) -> str:
+    """Return what names a database and is fit to be shown: a URL without user, password and options."""
+    found = DATABASE_URL.fullmatch(database)
+    if not found:
+        return "PostgreSQL" if is_url(database) else database
+    hosts = ",".join(_hosts(found)) or "this machine"
+    return f"{unquote(found['name'] or '') or 'PostgreSQL'} on {hosts}"
+
+
+def _hosts(url: re.Match[str]) -> list[str]:
+    # As libpq does: what the options name goes before what stands in the authority.
+    options = parse_qs(url["options"] or "")
+    named = (options.get("hostaddr") or options.get("host") or [unquote(url["hosts"])])[-1]
+    return [host for host in named.split(",") if host]
+
+
+def _is_sealed(database: str) -> bool:
+    url = DATABASE_URL.fullmatch(database)
+    if not url:
+        return False
+    options = parse_qs(url["options"] or "")
+    if options.get("sslmode", [""])[-1] in SEALED:
+        return True
+    return "service" not in options and all(_is_here(host) for host in _hosts(url))
+
+
+def _is_here(host: str) -> bool:
+    bracketed = re.match(r"\[([^\]]*)\]", host)
+    name = bracketed[1] if bracketed else host.partition(":")[0] if host.count(":") == 1 else host
+    if name.startswith("/") or name in ("", "localhost"):  # a socket in a folder
+        return True
+    return _is_address(name) and ipaddress.ip_address(name).is_loopback
 
 
 def _is_address(text: str) -> bool:

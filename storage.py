@@ -1,26 +1,46 @@
 """The vault: all SQL of authsvc. One method is one transaction.
 
 Knows no clock, no password and no HTTP: hashes and unix seconds come in, rows go out. What a row means is
-said in auth.py, what a column means in schema.sql, how the file is kept in database.py.
+said in auth.py, what a column means in schema.sql. The statements are those that every engine reads in the same way;
+how they get there, and what an engine must say otherwise, is database.py's for SQLite, storage_postgres.py's for
+PostgreSQL.
 """
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, suppress
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from database import Database, RolledBack, connect, translating
+from settings import is_url
 
 CLOCK_TOLERANCE = 300  # seconds that two readings of the clock may differ before it must have been set
+
+IDS = -(2**63), 2**63  # from, and below which, an engine can hold them
 
 # What callers may name. The only strings that ever enter a statement.
 SOUGHT = {name: name for name in ("id", "hashed_password", "session_id", "reset_token")} | {"email": "email_key"}
 CHANGED = frozenset({"email", "hashed_password", "session_id", "reset_token"})  # an id is for ever
 USER = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
                users.created_at, users.disabled_at, users.totp_secret, users.totp_since"""
+
+REPLACE_HASH = "UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old"
+
+# Of the users that were laid aside in a table of one connection's own, beside their numbers.
+TAKEN = """
+    SELECT number FROM staged WHERE email_key IN (SELECT email_key FROM users)
+    UNION
+    SELECT number FROM (SELECT number, row_number() OVER (PARTITION BY email_key ORDER BY number) AS nth
+                          FROM staged) AS beside WHERE nth > 1
+"""
+ADD_STAGED = """
+    INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since)
+    SELECT email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since
+      FROM staged ORDER BY number
+"""
 
 
 class NoResultFound(Exception):
@@ -68,15 +88,109 @@ def public_id(session_hash: str) -> str:
     return session_hash[:16]
 
 
-def newest_time(path: str) -> int:
-    """Return the latest moment that a database knows of a session, in unix seconds; 0 when of none."""
-    with closing(connect(path, "ro")) as db:
-        (newest,) = db.execute("SELECT max(max(created_at, last_seen_at)) FROM sessions").fetchone()
-    return newest or 0
+class Result(Protocol):
+    """What a statement brought."""
+
+    @property
+    def rowcount(self) -> int: ...
+
+    def fetchone(self) -> Any: ...
+
+    def fetchall(self) -> list[Any]: ...
 
 
-class DB(Database):
-    """The users and their sessions."""
+class Statements(Protocol):
+    """What a transaction runs its statements on; their parameters are named."""
+
+    def execute(self, statement: str, values: dict[str, Any] = ..., /) -> Result: ...
+
+    def executemany(self, statement: str, rows: Iterable[dict[str, Any]], /) -> object: ...
+
+
+class Store(ABC):
+    """The users and their sessions, on whatever engine. Safe to use from many threads.
+
+    What an engine brings stands first; the rest is the same on all.
+    """
+
+    @abstractmethod
+    def __init__(self, place: str, *, private: bool = False) -> None:
+        """Open the database, and make it where there is none: see open_store()."""
+
+    @property
+    @abstractmethod
+    def engine(self) -> str:
+        """What keeps the rows, and in which version."""
+
+    @abstractmethod
+    def check_place(self) -> None:
+        """Raise StorageUnavailable where the rows are not any more what was opened."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of all connections. No thread may be using it then or later."""
+
+    @abstractmethod
+    def _read(self, statement: str, values: dict[str, Any]) -> Any:
+        """Return the first row, or None."""
+
+    @abstractmethod
+    def _read_all(self, statement: str, values: dict[str, Any]) -> list[Any]:
+        """Return all rows."""
+
+    @abstractmethod
+    def _read_each(self, statement: str) -> Iterator[Any]:
+        """Return the rows of one moment, one by one, however long the caller takes."""
+
+    @abstractmethod
+    def _write(self, statement: str, values: dict[str, Any]) -> int:
+        """Run one statement as a transaction of its own; return how many rows it changed."""
+
+    @abstractmethod
+    def _transaction(
+        self, *, user_id: int | None = None, session_hash: str | None = None, everybody: bool = False
+    ) -> AbstractContextManager[Statements]:
+        """Begin, and commit at the end; roll back where that is not reached.
+
+        No two run at once about one user: the named one, whoever has the session, or everybody.
+        """
+
+    # What can be asked of a place without opening it, which would make or lift it
+
+    @classmethod
+    @abstractmethod
+    def is_there(cls, place: str) -> bool:
+        """Say whether there is a database; it may be a damaged one."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, place: str) -> dict[str, list[str]]:
+        """Return what is wrong with a database, by what was looked at; ``database`` is empty where it can be read."""
+
+    @classmethod
+    @abstractmethod
+    def backup(cls, place: str, target: str) -> None:
+        """Write a copy of one moment to a new file."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, source: str, place: str, former: str, prepare: Callable[[str], object]) -> bool:
+        """Put a backup, prepared, in the place of the database; say whether there was one."""
+
+    @classmethod
+    @abstractmethod
+    def _visiting(cls, place: str) -> AbstractContextManager[Statements]:
+        """Open a place to read from it."""
+
+    @classmethod
+    def newest_time(cls, place: str) -> int:
+        """Return the latest moment that a database knows of a session, in unix seconds; 0 when of none."""
+        with cls._visiting(place) as db:
+            times = db.execute("SELECT max(created_at), max(last_seen_at) FROM sessions").fetchone()
+        return max(time or 0 for time in times)
+
+    def _user(self, row: Sequence[Any]) -> User:
+        return User(*row)
 
     # Users
 
@@ -100,56 +214,20 @@ class DB(Database):
             ).fetchone()
         return replace(user, id=user_id)
 
+    @abstractmethod
     def stage_users(self, users: Iterable[tuple[int, User]]) -> list[int]:
         """Lay users aside, each with a number; return the numbers of those whose email is taken, here or by another.
 
         Nobody else waits meanwhile, however long the users take to come.
         """
 
-        def checked() -> Iterator[tuple[object, ...]]:
-            for number, user in users:
-                _refuse_unfit(email=user.email, hashed_password=user.hashed_password)
-                given = user.created_at, user.disabled_at, user.totp_secret, user.totp_since
-                yield number, user.email, user.email.casefold(), user.hashed_password, *given
-
-        writer = self._writer
-        with self._write_lock, translating():  # of this process only: the table is in a file of its own
-            writer.execute("DROP TABLE IF EXISTS temp.staged")
-            writer.execute(
-                """
-                CREATE TEMP TABLE staged (number, email, email_key, hashed_password, created_at, disabled_at,
-                                          totp_secret, totp_since)
-                """
-            )
-            writer.execute("BEGIN")  # of the temporary file alone, until users is read
-            try:
-                writer.executemany("INSERT INTO temp.staged VALUES (?, ?, ?, ?, ?, ?, ?, ?)", checked())
-            finally:
-                writer.execute("COMMIT")
-            taken = writer.execute(
-                """
-                SELECT number FROM temp.staged WHERE email_key IN (SELECT email_key FROM main.users)
-                UNION
-                SELECT number FROM (SELECT number, row_number() OVER (PARTITION BY email_key ORDER BY number) AS nth
-                                      FROM temp.staged) WHERE nth > 1
-                """
-            ).fetchall()
-        return [number for (number,) in taken]
-
+    @abstractmethod
     def add_staged_users(self) -> int:
         """Add the users laid aside, all or none, and return how many.
 
         Raises:
             AlreadyExists: an email was taken since.
         """
-        with self._transaction() as db:
-            return db.execute(
-                """
-                INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since)
-                SELECT email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since
-                  FROM temp.staged ORDER BY number
-                """
-            ).rowcount
 
     def find_user_by(self, /, **sought: Any) -> User:
         """Return the first user in whom all the named attributes have these values; an email in any letter case.
@@ -173,11 +251,11 @@ class DB(Database):
         )
         if row is None:
             raise NoResultFound
-        return User(*row)
+        return self._user(row)
 
     def each_user(self) -> Iterator[User]:
         """Return all users of one moment, in the order of their ids."""
-        return (User(*row) for row in self._read_each(f"SELECT {USER} FROM users ORDER BY id"))
+        return (self._user(row) for row in self._read_each(f"SELECT {USER} FROM users ORDER BY id"))
 
     def update_user(self, /, user_id: int, **changed: Any) -> None:
         """Store new values in one user's row; None stores NULL.
@@ -196,23 +274,21 @@ class DB(Database):
         if "email" in changed:
             columns["email_key"] = changed["email"].casefold()
         columns["id"] = user_id
-        with self._transaction() as db:
-            assignments = ", ".join(f"{column} = :{column}" for column in columns)
-            if not db.execute(f"UPDATE users SET {assignments} WHERE id = :id", columns).rowcount:
-                raise NoResultFound
+        assignments = ", ".join(f"{column} = :{column}" for column in columns)
+        if not self._write(f"UPDATE users SET {assignments} WHERE id = :id", columns):
+            raise NoResultFound
 
     def replace_hash(self, user_id: int, old: str | bytes, new: bytes) -> None:
         """Store a new hash of the same password, unless the password has changed meanwhile."""
-        with self._transaction() as db:
-            _replace_hash(db, user_id, old, new)
+        self._write(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new})
 
     def change_password(self, user_id: int, old: str | bytes, new: bytes, session_hash: str, renewed: str) -> bool:
         """Set a new password and clear the reset token; of the sessions only this one goes on, under a new hash.
 
         False, and nothing changes, when the password has changed meanwhile or the session has ended.
         """
-        with suppress(RolledBack), self._transaction() as db:
-            if not _replace_hash(db, user_id, old, new):
+        with suppress(RolledBack), self._transaction(user_id=user_id) as db:
+            if not db.execute(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new}).rowcount:
                 return False
             _void_pending(db, user_id)
             _keep_one_session(db, user_id, session_hash, renewed)
@@ -221,7 +297,7 @@ class DB(Database):
 
     def disable_user(self, user_id: int, now: int) -> None:
         """Let a user in no more: no login, no reset; all sessions end."""
-        with self._transaction() as db:
+        with self._transaction(user_id=user_id) as db:
             db.execute(
                 """
                 UPDATE users SET disabled_at = coalesce(disabled_at, :now) WHERE id = :user_id
@@ -233,17 +309,15 @@ class DB(Database):
 
     def enable_user(self, user_id: int) -> None:
         """Let a user in again."""
-        with self._transaction() as db:
-            db.execute("UPDATE users SET disabled_at = NULL WHERE id = :user_id", {"user_id": user_id})
+        self._write("UPDATE users SET disabled_at = NULL WHERE id = :user_id", {"user_id": user_id})
 
     def delete_user(self, user_id: int) -> None:
         """Delete a user and all that is theirs."""
-        with self._transaction() as db:
-            db.execute("DELETE FROM users WHERE id = :user_id", {"user_id": user_id})
+        self._write("DELETE FROM users WHERE id = :user_id", {"user_id": user_id})
 
     def delete_verified_user(self, user: User, session_hash: str) -> bool:
         """The same, if the password is still as in ``user`` and this session of theirs lives; say whether."""
-        with self._transaction() as db:
+        with self._transaction(user_id=user.id) as db:
             deleted = db.execute(
                 """
                 DELETE FROM users
@@ -264,17 +338,17 @@ class DB(Database):
         values = _values(session) | {
             "user_id": user.id,
             "verified": user.hashed_password,
-            "totp_since": user.totp_since,
+            "totp_since": user.totp_since or 0,
             "idle_since": idle_since,
             "most": most,
         }
-        with self._transaction() as db:
+        with self._transaction(user_id=user.id, session_hash=replaced) as db:
             started = db.execute(
                 """
                 INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
                 SELECT :session_hash, id, :created_at, :last_seen_at, :expires_at, :address, :user_agent
                   FROM users
-                 WHERE id = :user_id AND hashed_password = :verified AND totp_since IS :totp_since
+                 WHERE id = :user_id AND hashed_password = :verified AND coalesce(totp_since, 0) = :totp_since
                    AND disabled_at IS NULL
                 """,
                 values,
@@ -308,11 +382,11 @@ class DB(Database):
              WHERE sessions.session_hash = :session_hash
                AND sessions.expires_at > :now
                AND sessions.last_seen_at > :idle_since
-               AND max(sessions.created_at, sessions.last_seen_at) <= :latest
+               AND sessions.created_at <= :latest AND sessions.last_seen_at <= :latest
             """,
             {"session_hash": session_hash, "now": now, "idle_since": idle_since, "latest": latest},
         )
-        return row and (User(*row[:-1]), row[-1])
+        return row and (self._user(row[:-1]), row[-1])
 
     def list_sessions(self, user_id: int, *, now: int, idle_since: int, latest: int) -> list[Session]:
         """Return the live sessions of a user, the newest first."""
@@ -321,7 +395,7 @@ class DB(Database):
             SELECT session_hash, created_at, last_seen_at, expires_at, address, user_agent
               FROM sessions
              WHERE user_id = :user_id AND expires_at > :now AND last_seen_at > :idle_since
-               AND max(created_at, last_seen_at) <= :latest
+               AND created_at <= :latest AND last_seen_at <= :latest
              ORDER BY id DESC
             """,
             {"user_id": user_id, "now": now, "idle_since": idle_since, "latest": latest},
@@ -330,27 +404,26 @@ class DB(Database):
 
     def touch_session(self, session_hash: str, now: int) -> None:
         """Record that a session was used."""
-        with self._transaction() as db:
-            db.execute(
-                """
-                UPDATE sessions SET last_seen_at = :now WHERE session_hash = :session_hash AND last_seen_at < :now
-                """,
-                {"session_hash": session_hash, "now": now},
-            )
+        self._write(
+            """
+            UPDATE sessions SET last_seen_at = :now WHERE session_hash = :session_hash AND last_seen_at < :now
+            """,
+            {"session_hash": session_hash, "now": now},
+        )
 
     def end_session(self, session_hash: str) -> bool:
         """End one session; say whether there was one."""
-        with self._transaction() as db:
+        with self._transaction(session_hash=session_hash) as db:
             return _end_session(db, session_hash)
 
     def end_sessions(self, user_id: int, *, kept: str | None = None) -> int:
         """End all sessions of a user, or all but one; return how many."""
-        with self._transaction() as db:
+        with self._transaction(user_id=user_id) as db:
             return _end_sessions(db, user_id, kept)
 
     def end_all_sessions(self) -> int:
         """End the sessions of all users, and void all reset tokens and invitations; return how many sessions."""
-        with self._transaction() as db:
+        with self._transaction(everybody=True) as db:
             db.execute("UPDATE users SET session_id = NULL WHERE session_id IS NOT NULL")
             db.execute(
                 """
@@ -366,22 +439,21 @@ class DB(Database):
 
     def set_reset_token(self, user_id: int, token_hash: str, *, now: int, expires_at: int, unless_since: int) -> bool:
         """Give the user a reset token, unless a live one was made after ``unless_since``; say whether."""
-        with self._transaction() as db:
-            changed = db.execute(
-                """
-                UPDATE users SET reset_token = :token_hash, reset_created_at = :now, reset_expires_at = :expires_at
-                 WHERE id = :user_id
-                   AND NOT coalesce(reset_expires_at > :now AND reset_created_at > :unless_since
-                                    AND reset_created_at <= :now, FALSE)
-                """,
-                {
-                    "user_id": user_id,
-                    "token_hash": token_hash,
-                    "now": now,
-                    "expires_at": expires_at,
-                    "unless_since": unless_since,
-                },
-            ).rowcount
+        changed = self._write(
+            """
+            UPDATE users SET reset_token = :token_hash, reset_created_at = :now, reset_expires_at = :expires_at
+             WHERE id = :user_id
+               AND NOT coalesce(reset_expires_at > :now AND reset_created_at > :unless_since
+                                AND reset_created_at <= :now, FALSE)
+            """,
+            {
+                "user_id": user_id,
+                "token_hash": token_hash,
+                "now": now,
+                "expires_at": expires_at,
+                "unless_since": unless_since,
+            },
+        )
         return changed == 1
 
     def find_reset(self, token_hash: str, *, now: int, latest: int) -> User | None:
@@ -394,11 +466,11 @@ class DB(Database):
             """,
             {"token_hash": token_hash, "now": now, "latest": latest},
         )
-        return row and User(*row)
+        return row and self._user(row)
 
     def spend_reset(self, token_hash: str, hashed_password: bytes, *, now: int, latest: int) -> bool:
         """Set the password of the token's user, clear the token and end all sessions; say whether it was live."""
-        with self._transaction() as db:
+        with self._transaction() as db:  # whose it is shows with the first statement, which keeps others from the row
             row = db.execute(
                 """
                 UPDATE users SET hashed_password = :hashed_password
@@ -421,7 +493,7 @@ class DB(Database):
 
         False when one is, when the password is not as in ``user`` any more, or this session of theirs has ended.
         """
-        with self._transaction() as db:
+        with self._transaction(user_id=user.id) as db:
             changed = db.execute(
                 """
                 UPDATE users SET totp_secret = :secret, totp_step = 0
@@ -451,7 +523,7 @@ class DB(Database):
 
         False, and nothing changes, when the seed is another by now or in force, or the session has ended.
         """
-        with suppress(RolledBack), self._transaction() as db:
+        with suppress(RolledBack), self._transaction(user_id=user.id) as db:
             confirmed = db.execute(
                 """
                 UPDATE users SET totp_since = :now, totp_step = :step
@@ -462,8 +534,8 @@ class DB(Database):
             if not confirmed:
                 return False
             db.executemany(
-                "INSERT INTO recovery_codes (user_id, code_hash) VALUES (?, ?)",
-                [(user.id, code_hash) for code_hash in code_hashes],
+                "INSERT INTO recovery_codes (user_id, code_hash) VALUES (:user_id, :code_hash)",
+                [{"user_id": user.id, "code_hash": code_hash} for code_hash in code_hashes],
             )
             _void_pending(db, user.id)
             _keep_one_session(db, user.id, session_hash, renewed)
@@ -472,28 +544,26 @@ class DB(Database):
 
     def spend_totp(self, user_id: int, step: int, latest: int) -> bool:
         """Use up the code of a time step and all before; False when it is used, or a later one not after ``latest``."""
-        with self._transaction() as db:
-            spent = db.execute(
-                """
-                UPDATE users SET totp_step = :step
-                 WHERE id = :user_id AND totp_since IS NOT NULL AND totp_step NOT BETWEEN :step AND :latest
-                """,
-                {"user_id": user_id, "step": step, "latest": latest},
-            ).rowcount
+        spent = self._write(
+            """
+            UPDATE users SET totp_step = :step
+             WHERE id = :user_id AND totp_since IS NOT NULL AND totp_step NOT BETWEEN :step AND :latest
+            """,
+            {"user_id": user_id, "step": step, "latest": latest},
+        )
         return spent == 1
 
     def spend_recovery_code(self, user_id: int, code_hash: str) -> bool:
         """Use up a recovery code; say whether there was one."""
-        with self._transaction() as db:
-            statement = "DELETE FROM recovery_codes WHERE user_id = :user_id AND code_hash = :code_hash"
-            return db.execute(statement, {"user_id": user_id, "code_hash": code_hash}).rowcount == 1
+        statement = "DELETE FROM recovery_codes WHERE user_id = :user_id AND code_hash = :code_hash"
+        return self._write(statement, {"user_id": user_id, "code_hash": code_hash}) == 1
 
     def remove_totp(self, user_id: int, session_hash: str | None = None, renewed: str = "") -> bool:
         """Switch the second factor off and end all sessions; or all but one, which goes on under a new hash.
 
         False, and nothing changes, when there was none or that session has ended.
         """
-        with suppress(RolledBack), self._transaction() as db:
+        with suppress(RolledBack), self._transaction(user_id=user_id) as db:
             removed = db.execute(
                 """
                 UPDATE users SET totp_secret = NULL, totp_since = NULL, totp_step = 0
@@ -517,7 +587,12 @@ class DB(Database):
     def throttle_secret(self, proposed: bytes) -> bytes:
         """Return the secret of this database; the proposed one from now on where there is none yet."""
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO throttle_secret (id, secret) VALUES (1, :secret)", {"secret": proposed})
+            db.execute(
+                """
+                INSERT INTO throttle_secret (id, secret) VALUES (1, :secret) ON CONFLICT DO NOTHING
+                """,
+                {"secret": proposed},
+            )
             return bytes(db.execute("SELECT secret FROM throttle_secret").fetchone()[0])
 
     def take(self, buckets: Sequence[tuple[str, int, int]], now: int) -> int:
@@ -546,9 +621,9 @@ class DB(Database):
         with self._transaction() as db:
             db.executemany(
                 """
-                UPDATE throttle SET full_at = full_at - ? WHERE key = ?
+                UPDATE throttle SET full_at = full_at - :interval WHERE key = :key
                 """,
-                [(interval, key) for key, _, interval in buckets],
+                [{"key": key, "interval": interval} for key, _, interval in buckets],
             )
 
     def knows_address(self, address_hash: str, since: int) -> bool:
@@ -559,7 +634,7 @@ class DB(Database):
     def remember_address(self, user_id: int, address_hash: str, now: int, most: int) -> None:
         """Record a login from an address; the oldest beyond ``most`` are forgotten."""
         values = {"user_id": user_id, "address_hash": address_hash, "now": now, "most": most}
-        with self._transaction() as db:
+        with self._transaction(user_id=user_id) as db:
             db.execute(
                 """
                 INSERT INTO known_addresses (user_id, address_hash, seen_at)
@@ -583,7 +658,7 @@ class DB(Database):
     def prune(self, *, now: int, known_since: int, most: int) -> int:
         """Delete at most so many rows of each kind that say nothing any more; return how many were deleted."""
         values = {"now": now, "known_since": known_since, "most": most}
-        with self._transaction() as db:
+        with self._transaction(everybody=True) as db:
             ended = db.execute(
                 """
                 DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE expires_at <= :now LIMIT :most)
@@ -610,16 +685,78 @@ class DB(Database):
         return len(ended) + refilled + forgotten
 
 
+class DB(Database, Store):
+    """The same in one SQLite file: see database.py."""
+
+    def stage_users(self, users: Iterable[tuple[int, User]]) -> list[int]:
+        writer = self._writer
+        with self._write_lock, translating():  # of this process only: the table is in a file of its own
+            writer.execute("DROP TABLE IF EXISTS temp.staged")
+            writer.execute(
+                """
+                CREATE TEMP TABLE staged (number, email, email_key, hashed_password, created_at, disabled_at,
+                                          totp_secret, totp_since)
+                """
+            )
+            writer.execute("BEGIN")  # of the temporary file alone, until users is read
+            try:
+                writer.executemany("INSERT INTO temp.staged VALUES (?, ?, ?, ?, ?, ?, ?, ?)", staged(users))
+            finally:
+                writer.execute("COMMIT")
+            return [number for (number,) in writer.execute(TAKEN)]
+
+    def add_staged_users(self) -> int:
+        with self._transaction() as db:
+            return db.execute(ADD_STAGED).rowcount
+
+    @classmethod
+    @contextmanager
+    def _visiting(cls, place: str) -> Iterator[Statements]:
+        with closing(connect(place, "ro")) as connection:
+            yield connection
+
+
+def engine(place: str) -> type[Store]:
+    """Return what opens this place, a URL of PostgreSQL or a path."""
+    if not is_url(place):
+        return DB
+    from storage_postgres import PostgresDB  # only here: without it nothing of PostgreSQL need be installed
+
+    return PostgresDB
+
+
+def open_store(place: str, *, private: bool = False) -> Store:
+    """Open a database, and make it where there is none; a ``private`` file that others can read is refused.
+
+    Raises:
+        DatabaseRefused: it cannot be opened, is another program's, or a newer release's.
+    """
+    return engine(place)(place, private=private)
+
+
+def staged(users: Iterable[tuple[int, User]]) -> Iterator[tuple[object, ...]]:
+    """Return the rows of ``staged`` that these users are.
+
+    Raises:
+        ValueError: one of them cannot be a user.
+    """
+    for number, user in users:
+        _refuse_unfit(email=user.email, hashed_password=user.hashed_password)
+        given = user.created_at, user.disabled_at, user.totp_secret, user.totp_since
+        yield number, user.email, user.email.casefold(), user.hashed_password, *given
+
+
 def _values(row: User | Session) -> dict[str, Any]:
     return {name: getattr(row, name) for name in row.__slots__}  # asdict() copies deeply, at ten times the cost
 
 
 def _can_match(name: str, value: object) -> bool:
-    # SQLite would find the row 1 by '1', 1.0 and True, and fail on a lone surrogate or 2**63.
+    # SQLite would find the row 1 by '1', 1.0 and True, and fail on a lone surrogate or 2**63. PostgreSQL has no NUL in
+    # a text, and keeps a hash of bytes as \x and hexadecimal digits.
     if name == "id":
-        return type(value) is int and -(2**63) <= value < 2**63
+        return type(value) is int and IDS[0] <= value < IDS[1]
     if isinstance(value, str):
-        return _is_text(value)
+        return _is_text(value) and not (name == "hashed_password" and value.startswith("\\x"))
     return name == "hashed_password" and isinstance(value, bytes)
 
 
@@ -628,10 +765,10 @@ def _is_text(value: str) -> bool:
         value.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in value
 
 
-def _take(db: sqlite3.Connection, key: str, size: int, interval: int, now: int) -> int:
+def _take(db: Statements, key: str, size: int, interval: int, now: int) -> int:
     # The generic cell rate algorithm (ITU-T I.371): one number a bucket, the moment when it is full again. A moment
     # far later than an empty bucket can have was written before the clock jumped back: it counts as empty but for one.
     full = now + size * interval
@@ -639,8 +776,11 @@ def _take(db: sqlite3.Connection, key: str, size: int, interval: int, now: int) 
     taken = db.execute(
         """
         INSERT INTO throttle (key, full_at) VALUES (:key, :now + :interval)
-        ON CONFLICT (key) DO UPDATE SET full_at = min(max(full_at, :now) + :interval, :full)
-         WHERE full_at + :interval <= :full OR full_at > :full + :tolerance
+        ON CONFLICT (key) DO UPDATE
+           SET full_at = CASE WHEN throttle.full_at < :now THEN :now + :interval
+                              WHEN throttle.full_at + :interval > :full THEN :full
+                              ELSE throttle.full_at + :interval END
+         WHERE throttle.full_at + :interval <= :full OR throttle.full_at > :full + :tolerance
         RETURNING key
         """,
         values,
@@ -657,7 +797,7 @@ def _refuse_unfit(**values: object) -> None:
             raise ValueError(f"{name} cannot be {type(value).__name__}")
 
 
-def _end_session(db: sqlite3.Connection, session_hash: str) -> bool:
+def _end_session(db: Statements, session_hash: str) -> bool:
     row = db.execute(
         """
         DELETE FROM sessions WHERE session_hash = :session_hash RETURNING user_id
@@ -670,14 +810,14 @@ def _end_session(db: sqlite3.Connection, session_hash: str) -> bool:
     return True
 
 
-def _end_sessions(db: sqlite3.Connection, user_id: int, kept: str | None = None) -> int:
-    statement = "DELETE FROM sessions WHERE user_id = :user_id AND session_hash IS NOT :kept"
-    ended = db.execute(statement, {"user_id": user_id, "kept": kept}).rowcount
+def _end_sessions(db: Statements, user_id: int, kept: str | None = None) -> int:
+    statement = "DELETE FROM sessions WHERE user_id = :user_id AND session_hash <> :kept"
+    ended = db.execute(statement, {"user_id": user_id, "kept": kept or ""}).rowcount
     _point_at_newest_session(db, user_id)
     return ended
 
 
-def _keep_one_session(db: sqlite3.Connection, user_id: int, session_hash: str, renewed: str) -> None:
+def _keep_one_session(db: Statements, user_id: int, session_hash: str, renewed: str) -> None:
     going_on = db.execute(
         """
         UPDATE sessions SET session_hash = :renewed WHERE session_hash = :session_hash AND user_id = :user_id
@@ -689,7 +829,7 @@ def _keep_one_session(db: sqlite3.Connection, user_id: int, session_hash: str, r
     _end_sessions(db, user_id, renewed)
 
 
-def _void_pending(db: sqlite3.Connection, user_id: int) -> None:
+def _void_pending(db: Statements, user_id: int) -> None:
     # What was begun under another password or second factor: a reset, an invitation, a seed that no code confirmed.
     db.execute(
         """
@@ -702,12 +842,7 @@ def _void_pending(db: sqlite3.Connection, user_id: int) -> None:
     )
 
 
-def _replace_hash(db: sqlite3.Connection, user_id: int, old: str | bytes, new: bytes) -> bool:
-    statement = "UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old"
-    return db.execute(statement, {"user_id": user_id, "old": old, "new": new}).rowcount == 1
-
-
-def _point_at_newest_session(db: sqlite3.Connection, user_id: int) -> None:
+def _point_at_newest_session(db: Statements, user_id: int) -> None:
     db.execute(
         """
         UPDATE users

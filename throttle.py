@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Callable, Sequence
 
 from settings import Settings
-from storage import DB
+from storage import Store
 
 Bucket = tuple[str, int, int]  # key, size, seconds until one is refilled
 
@@ -43,7 +43,7 @@ KNOWN_MOST = 10  # addresses of an account
 class Throttle:
     """Counts attempts in ``db``; ``clock`` tells unix seconds."""
 
-    def __init__(self, db: DB, settings: Settings, clock: Callable[[], float]) -> None:
+    def __init__(self, db: Store, settings: Settings, clock: Callable[[], float]) -> None:
         self._db = db
         self._clock = clock
         self._on = settings.throttle

@@ -575,8 +575,8 @@ def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service
 def test_a_reader_that_has_seen_enough_is_no_error(people: Auth, path: Path) -> None:
     with people._db._transaction() as db:
         db.executemany(
-            "INSERT INTO users (email, email_key, hashed_password) VALUES (?1, ?1, '!')",
-            [(f"{number}@x.io",) for number in range(5000)],
+            "INSERT INTO users (email, email_key, hashed_password) VALUES (:email, :email, '!')",
+            [{"email": f"{number}@x.io"} for number in range(5000)],
         )
     command = f'"{sys.executable}" "{HERE / "authsvc.py"}" user list | head -1; exit ${{PIPESTATUS[0]}}'
     environ = clean_environ() | {"AUTHSVC_DATABASE": str(path)}

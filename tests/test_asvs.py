@@ -102,7 +102,7 @@ def test_only_the_mailer_connects_to_anything() -> None:
     connects = {
         (room, name) for room in TREES for name in called(room) if re.search(r"\.(create_connection|connect)$", name)
     }
-    assert connects == {("database", "sqlite3.connect")}
+    assert connects == {("database", "sqlite3.connect"), ("storage_postgres", "psycopg.connect")}
 
 
 def test_only_the_gate_writes_the_log() -> None:

@@ -1752,7 +1752,7 @@ def opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[DB]
         dbs.append(DB(path))
         return dbs[-1]
 
-    monkeypatch.setattr(authsvc, "DB", open_one)
+    monkeypatch.setattr(authsvc, "open_store", open_one)
     monkeypatch.setattr(authsvc, "_start_pruning", start)
     monkeypatch.setenv("AUTHSVC_DATABASE", str(tmp_path / "authsvc.db"))
     monkeypatch.setenv("AUTHSVC_BCRYPT_COST", str(COST))

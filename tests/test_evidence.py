@@ -36,6 +36,7 @@ NO_LIMITS = {
     "passwords.CORES",
     "database.LOCK_INTERVAL",
     "database.VERSION",
+    "storage_postgres.VERSION",
     "throttle.DEVELOPMENT_FACTOR",
 }
 

@@ -15,6 +15,7 @@ import pytest
 import requests
 
 import authsvc
+import storage
 from settings import FOREIGN, Settings
 from tests.conftest import HERE, Service, clean_environ
 
@@ -24,7 +25,8 @@ README = (HERE / "README.md").read_text()
 ROOMS = {
     "settings": (set(), {"bottle", "sqlite3", "bcrypt"}),
     "database": ({"settings"}, {"bottle", "bcrypt", "hashlib", "time"}),
-    "storage": ({"database"}, {"bottle", "bcrypt", "hashlib", "time"}),
+    "storage": ({"database", "settings", "storage_postgres"}, {"bottle", "bcrypt", "hashlib", "time", "psycopg"}),
+    "storage_postgres": ({"database", "settings", "storage"}, {"bottle", "bcrypt", "hashlib", "time", "sqlite3"}),
     "passwords": ({"settings"}, {"bottle", "sqlite3"}),
     "totp": (set(), {"bottle", "sqlite3", "time"}),
     "throttle": ({"storage", "settings"}, {"bottle", "sqlite3"}),
@@ -91,25 +93,51 @@ def test_sql_is_only_in_storage() -> None:
         for path in HERE.glob("*.py")
         if re.search(r"SELECT |INSERT INTO|UPDATE \w+ SET|DELETE FROM", path.read_text())
     }
-    assert spoken == {"storage", "database"}  # the latter of SQLite's own tables, and to lift older files
+    assert spoken == {"storage", "storage_postgres", "database"}  # the last of SQLite's own tables, and to lift files
 
 
 def test_statements_are_literals_but_for_names_from_a_fixed_set() -> None:
     built = []
-    trees = [ast.parse((HERE / f"{room}.py").read_text()) for room in ("storage", "database")]
+    trees = [ast.parse((HERE / f"{room}.py").read_text()) for room in ("storage", "storage_postgres", "database")]
     for node in [node for tree in trees for node in ast.walk(tree)]:
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("execute", "executemany", "executescript", "_read", "_read_all", "_read_each")
+            and node.func.attr
+            in ("execute", "executemany", "executescript", "_read", "_read_all", "_read_each", "_write", "_converted")
         ):
             statement = node.args[0]
             if isinstance(statement, ast.JoinedStr):
                 built += [ast.unparse(part.value) for part in statement.values if isinstance(part, ast.FormattedValue)]
             elif not isinstance(statement, ast.Constant):
                 built.append(ast.unparse(statement))
-    # where and assignments hold checked names; statement is a literal of the caller's; the rest is our own schema
-    assert set(built) == {"where", "assignments", "statement", "USER", "''.join(steps)", "VERSION"}
+    # where and assignments hold checked names; statement is a literal of the caller's; the rest is our own: constants
+    # of storage.py, and the schema
+    constants = {"USER", "REPLACE_HASH", "TAKEN", "ADD_STAGED"}
+    schema = {"''.join(steps)", "step.encode()", "VERSION"}
+    converted = {"_converted(statement)", "_converted(TAKE)"}
+    assert set(built) == {"where", "assignments", "statement"} | converted | constants | schema
+    for name in constants:
+        assert isinstance(getattr(storage, name), str)
+
+
+def test_postgresql_is_chosen_in_one_place_and_known_in_one_room() -> None:
+    assert {path.stem for path in HERE.glob("*.py") if imports_of(path) & {"psycopg", "psycopg_pool"}} == {
+        "storage_postgres"
+    }
+    assert {path.stem for path in HERE.glob("*.py") if "storage_postgres" in imports_of(path)} == {"storage"}
+    chosen = [path.stem for path in HERE.glob("*.py") for _ in re.findall(r"\bif\b.*is_url\(", path.read_text())]
+    assert sorted(chosen) == ["settings", "storage"]  # the former to hide what may hold a password
+
+
+def test_with_a_file_nothing_of_postgresql_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys, authsvc, storage; storage.open_store(sys.argv[1]).close();"
+        "print([name for name in sys.modules if 'psycopg' in name or name == 'storage_postgres'])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "authsvc.db")]
+    done = subprocess.run(command, cwd=HERE, env=clean_environ(), text=True, capture_output=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_readme_lists_every_route() -> None:
@@ -132,7 +160,7 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
 
 def test_the_readme_names_every_room() -> None:
     assert {row[0] for row in table_after("A walk through the house")} == {f"{room}.py" for room in ROOMS} | {
-        *("schema.sql", "pages/", "deploy/", "examples/")
+        *("schema.sql", "schema_postgres.sql", "pages/", "deploy/", "examples/")
     }
 
 

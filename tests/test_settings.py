@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from settings import Settings, SettingsError
+from settings import Settings, SettingsError, shown
 
 DEFAULTS = {
     "listen": "127.0.0.1:5000",
@@ -227,11 +227,66 @@ def test_what_is_no_address_is_refused_whatever_the_override_says(listen: str) -
         assert refusal({"AUTHSVC_LISTEN": listen} | override).startswith("AUTHSVC_LISTEN=")
 
 
-@pytest.mark.parametrize("database", ["postgresql://user:canary@host/db", "postgres://user:canary@host", ""])
-def test_a_database_that_is_no_file_is_refused(database: str) -> None:
+@pytest.mark.parametrize(
+    "database",
+    [
+        *("", "postgres:canary", "postgresql:/canary", "postgresql://user:canary@host/db#canary"),
+        *(
+            "postgresql://user:can@ry-canary@host/db",
+            "postgresql://user:1/canary@host/db",
+            "postgres://u:canary/x@host",
+        ),
+        *(
+            "postgresql://u:canary@host:port/db",
+            "postgresql://u:canary@ho st/db",
+            "postgresql://u:canary@h/d?a=b@canary",
+        ),
+        *("postgres://u:canary@host/a/b", "postgres://u:canary@host:123456/a", "postgres://u:canary@host/a\n"),
+    ],
+)
+def test_a_database_that_cannot_be_named_so_is_refused(database: str) -> None:
     message = refusal({"AUTHSVC_DATABASE": database})
     assert message.startswith("AUTHSVC_DATABASE")
     assert "canary" not in message  # it is a password, and the message goes to a log
+
+
+# A URL, what is shown of it, and whether a production service takes it.
+URLS = {
+    "postgresql://": ("PostgreSQL on this machine", True),
+    "postgresql:///db": ("db on this machine", True),
+    "postgres://user:canary@/db?host=/run/postgresql": ("db on /run/postgresql", True),
+    "postgres://user:canary@%2Frun%2Fpostgresql:5433/db": ("db on /run/postgresql:5433", True),
+    "postgres://user:canary@localhost/db": ("db on localhost", True),
+    "postgres://user:canary@127.0.0.1:5432/db": ("db on 127.0.0.1:5432", True),
+    "postgres://user:canary@[::1]:5432/db": ("db on [::1]:5432", True),
+    "postgres://user:canary@[2001:db8::1]/db": ("db on [2001:db8::1]", False),
+    "postgres://user:canary@db.example.com/db": ("db on db.example.com", False),
+    "postgres://user:canary@db.example.com/db?sslmode=prefer": ("db on db.example.com", False),
+    "postgres://user:canary@db.example.com/db?sslmode=verify-full&sslmode=disable": ("db on db.example.com", False),
+    "postgres://user:canary@db.example.com/db?sslmode=require": ("db on db.example.com", True),
+    "postgres://user:canary@db.example.com/db?sslmode=verify-ca": ("db on db.example.com", True),
+    "postgresql://u:canary@a,b:5433/db?sslmode=verify-full&target_session_attrs=read-write": ("db on a,b:5433", True),
+    "postgresql://u:canary@localhost,b:5433/db": ("db on localhost,b:5433", False),
+    "postgresql://u:canary@localhost/db?host=db.example.com": ("db on db.example.com", False),
+    "postgresql://u:canary@localhost/db?hostaddr=192.0.2.1": ("db on 192.0.2.1", False),
+    "postgresql://u@localhost/db?password=canary": ("db on localhost", True),
+    "postgresql://?service=elsewhere": ("PostgreSQL on this machine", False),
+}
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_of_postgresql_is_taken_and_its_password_shown_nowhere(url: str) -> None:
+    name, sealed = URLS[url]
+    made = Settings(database=url)
+    assert made.database == url
+    assert shown(url) == name
+    assert "canary" not in repr(made)
+    production = {"AUTHSVC_DATABASE": url, "AUTHSVC_PUBLIC_URL": "https://auth.example.com"}
+    if sealed:
+        assert Settings.from_environ(production).database == url
+    else:
+        message = refusal(production)
+        assert message == "AUTHSVC_DATABASE would be asked in plain over a network: add ?sslmode=verify-full"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +299,7 @@ def test_a_database_that_is_no_file_is_refused(database: str) -> None:
         {"session_lifetime": -1},
         {"reset_lifetime": 3601},
         {"database": ""},
-        {"database": "postgresql://host/db"},
+        {"database": "postgresql://host/db/db"},
         {"listen": "0.0.0.0:5000"},
         {"listen": "nowhere"},
         {"listen": "nowhere", "unsafe_listen": True},

@@ -24,7 +24,7 @@ import pytest
 
 import database
 from database import AlreadyExists, DatabaseRefused, StorageUnavailable
-from storage import DB, InvalidRequestError, NoResultFound, Session, User, newest_time
+from storage import DB, InvalidRequestError, NoResultFound, Session, User
 from tests.conftest import COST, HERE, clean_environ
 
 T = TypeVar("T")
@@ -1231,12 +1231,12 @@ def test_after_pruning_the_row_of_a_user_names_the_newest_session_left(db: DB, e
 
 
 def test_the_newest_time_is_that_of_any_session(db: DB, path: Path, eve: User, bob: User) -> None:
-    newest = [newest_time(str(path))]
+    newest = [db.newest_time(str(path))]
     for user, name, now in (bob, "s", NOW + 5), (eve, "hers", NOW + 9), (bob, "t", NOW):
         add_session(db, user, name, now=now)
-        newest.append(newest_time(str(path)))
+        newest.append(db.newest_time(str(path)))
     db.touch_session("t", NOW + 10_000)
-    assert [*newest, newest_time(str(path))] == [0, NOW + 5, NOW + 9, NOW + 9, NOW + 10_000]
+    assert [*newest, db.newest_time(str(path))] == [0, NOW + 5, NOW + 9, NOW + 9, NOW + 10_000]
 
 
 # Statements
