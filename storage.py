@@ -35,6 +35,7 @@ TAKEN = """
     UNION
     SELECT number FROM (SELECT number, row_number() OVER (PARTITION BY email_key ORDER BY number) AS nth
                           FROM staged) AS beside WHERE nth > 1
+    ORDER BY number
 """
 ADD_STAGED = """
     INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -18,9 +21,9 @@ import pytest
 import guard
 from auth import Auth
 from authsvc import create_app
-from settings import Settings
-from storage import DB
-from tests import evidence
+from settings import Settings, is_url
+from storage import Store, open_store
+from tests import evidence, postgres
 
 HERE = Path(__file__).resolve().parent.parent
 COST = 4  # log2 of the bcrypt rounds, 1 ms
@@ -171,20 +174,78 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return Settings(database=str(tmp_path / "authsvc.db"), bcrypt_cost=COST)
+# Whatever asks for ``engine``, most often by way of ``settings``, runs on each; but for what is marked ``sqlite``.
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "engine" in metafunc.fixturenames:
+        alone = metafunc.definition.get_closest_marker("sqlite")
+        missing = pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
+        engines = ["sqlite"] if alone else ["sqlite", pytest.param("postgres", marks=missing)]
+        metafunc.parametrize("engine", engines, indirect=True)
 
 
 @pytest.fixture
-def db(settings: Settings) -> Iterator[DB]:
-    store = DB(settings.database)
-    yield store
-    store.close()
+def engine(request: pytest.FixtureRequest) -> str:
+    """What keeps the rows in this test: "sqlite" or "postgres"."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[postgres.Server]:
+    """One PostgreSQL for all tests."""
+    server = postgres.Server()
+    yield server
+    server.remove()
 
 
 @pytest.fixture
-def auth(db: DB, settings: Settings, clock: Clock) -> Auth:
+def new_place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[], str]:
+    """Name a place at which there is no database yet, each time another."""
+    if engine == "postgres":
+        server: postgres.Server = request.getfixturevalue("postgresql")
+        return server.new_place
+    names = (f"authsvc{number or ''}.db" for number in itertools.count())
+    return lambda: str(tmp_path / next(names))
+
+
+@pytest.fixture
+def place(new_place: Callable[[], str]) -> str:
+    return new_place()
+
+
+@pytest.fixture
+def settings(place: str) -> Settings:
+    return Settings(database=place, bcrypt_cost=COST)
+
+
+@pytest.fixture
+def db(settings: Settings) -> Iterator[Store]:
+    with closing(open_store(settings.database)) as store:
+        yield store
+
+
+@contextmanager
+def ledger_of(place: str) -> Iterator[Any]:
+    """A connection that is not the store's, and does not wait."""
+    if is_url(place):
+        with closing(postgres.Ledger(place)) as ledger:
+            yield ledger
+    else:
+        with closing(sqlite3.connect(place, timeout=0, isolation_level=None)) as connection:
+            yield connection
+
+
+@pytest.fixture
+def other(db: Store, settings: Settings) -> Iterator[Any]:
+    """A connection that is not the store's, and does not wait."""
+    with ledger_of(settings.database) as ledger:
+        yield ledger
+
+
+@pytest.fixture
+def auth(db: Store, settings: Settings, clock: Clock) -> Auth:
     return Auth(db, settings, clock)
 
 
@@ -238,6 +299,8 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped or report.when == "call":
+        if report.skipped and "[postgres" in item.nodeid and not postgres.programs():
+            return report  # the other engine shows it
         key = _PASSED if report.passed else _SKIPPED
         item.config.stash[key].add(item.nodeid.partition("[")[0])
     return report

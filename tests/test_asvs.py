@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import re
-import sqlite3
 import threading
 import time
 from dataclasses import replace
@@ -25,8 +24,8 @@ from authsvc import create_app
 from database import StorageUnavailable
 from mailer import Mailer
 from settings import MAILBOX, Settings
-from storage import DB
-from tests.conftest import HERE, Client, Clock, Service
+from storage import DB, open_store
+from tests.conftest import HERE, Client, Clock, Service, ledger_of
 
 BOB = {"email": "bob@x.io", "password": "b4l0u"}
 TREES = {path.stem: ast.parse(path.read_text()) for path in HERE.glob("*.py") if path.stem != "main"}
@@ -120,8 +119,9 @@ def test_only_the_gate_writes_the_log() -> None:
     assert {room for room in TREES if "syslog.syslog" in called(room)} == {"admin"}
 
 
+@pytest.mark.sqlite
 def test_the_tables_hold_what_is_documented(db: DB, settings: Settings) -> None:
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         tables = [name for (name,) in ledger.execute("SELECT name FROM sqlite_schema WHERE sql LIKE 'CREATE TABLE%'")]
         columns = {name: {row[1] for row in ledger.execute(f"PRAGMA table_info({name})")} for name in tables}
     del columns["sqlite_sequence"]
@@ -187,10 +187,11 @@ def test_no_host_header_enters_an_answer(call: Client, method: str, path: str) -
     assert answer.headers.get("Location", "/") == "/"
 
 
+@pytest.mark.sqlite
 def test_reading_changes_nothing(call: Client, settings: Settings) -> None:
     call("POST", "/users", BOB)
     cookie = f"session_id={call('POST', '/sessions', BOB).session_id}"
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         before = list(ledger.iterdump())
         for method in ("GET", "HEAD", "OPTIONS"):
             for path in {path for _, path, *_ in authsvc.ROUTES}:
@@ -229,11 +230,12 @@ def test_a_format_in_a_field_stays_text(
 
 
 def test_there_is_no_account_to_begin_with(call: Client, settings: Settings) -> None:
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         assert ledger.execute("SELECT count(*) FROM users").fetchone() == (0,)
     assert call("POST", "/sessions", {"email": "admin", "password": "admin"}).status == 401
 
 
+@pytest.mark.sqlite
 def test_a_login_that_cannot_be_counted_is_refused(call: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable(*_: object) -> int:
         raise StorageUnavailable("full")
@@ -250,7 +252,7 @@ def test_a_login_that_cannot_be_counted_is_refused(call: Client, monkeypatch: py
 
 def test_what_is_built_is_short(production: Settings, clock: Clock) -> None:
     settings = replace(production, smtp_url="smtps://mail.example.com", mail_from="auth@example.com")
-    with contextlib.closing(DB(settings.database)) as db:
+    with contextlib.closing(open_store(settings.database)) as db:
         auth = Auth(db, settings, clock)
         email = "a" * 240 + "@x.io"
         form = {"email": email, "password": "violet ostrich tango"}
@@ -267,7 +269,7 @@ def test_what_is_built_is_short(production: Settings, clock: Clock) -> None:
 def test_secrets_made_at_once_are_all_different(production: Settings, clock: Clock) -> None:
     settings = replace(production, sessions_per_user=100)
     made: list[str] = []
-    with contextlib.closing(DB(settings.database)) as db:
+    with contextlib.closing(open_store(settings.database)) as db:
         auth = Auth(db, settings, clock)
         db.add_user("bob@x.io", "$2b$04$" + "." * 53)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from auth import (
 )
 from settings import Settings
 from storage import DB, NoResultFound, User
-from tests.conftest import COST, Clock
+from tests.conftest import COST, Clock, ledger_of
 
 EMAIL = "bob@example.com"
 OTHER = "eve@example.com"
@@ -113,7 +112,7 @@ def row(db: DB, user: User) -> Callable[[], User]:
 @pytest.fixture
 def sql(db: DB, settings: Settings) -> Iterator[Callable[[str], list[Any]]]:
     """What the file answers to a query."""
-    with closing(sqlite3.connect(settings.database)) as reader:
+    with ledger_of(settings.database) as reader:
         yield lambda query: reader.execute(query).fetchall()
 
 
@@ -208,6 +207,7 @@ def test_the_rules_keep_the_store_they_are_given(auth: Auth, db: DB) -> None:
     assert auth._db is db
 
 
+@pytest.mark.sqlite
 def test_nothing_is_hashed_inside_a_transaction(auth: Auth, db: DB, monkeypatch: pytest.MonkeyPatch) -> None:
     locked: list[bool] = []
 
@@ -227,6 +227,7 @@ def test_nothing_is_hashed_inside_a_transaction(auth: Auth, db: DB, monkeypatch:
     assert locked == [False] * 5
 
 
+@pytest.mark.sqlite
 def test_the_files_hold_no_password_no_session_id_and_no_token(auth: Auth, tmp_path: Path) -> None:
     secrets = [PASSWORD, NEW_PASSWORD]
     auth.register_user(EMAIL, PASSWORD)
@@ -1977,6 +1978,7 @@ def test_recovery_codes_end_with_their_factor(
     auth.log_in(EMAIL, PASSWORD, again.recovery[0])
 
 
+@pytest.mark.sqlite
 def test_the_files_hold_no_recovery_code(auth: Auth, factor: Factor, tmp_path: Path) -> None:
     stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     for code in factor.recovery:
@@ -2075,8 +2077,11 @@ def test_pruning_takes_200_of_a_kind_and_says_whether_there_may_be_more(
 ) -> None:
     with db._transaction() as writer:
         writer.executemany(
-            "INSERT INTO sessions VALUES (NULL, ?, 1, 0, 0, ?, '', '')",
-            [(str(number), int(clock())) for number in range(450)],
+            """
+            INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
+            VALUES (:hash, 1, 0, 0, :now, '', '')
+            """,
+            [{"hash": str(number), "now": int(clock())} for number in range(450)],
         )
     counts = [(auth.prune(), sql("SELECT count(*) FROM sessions")[0][0]) for _ in range(4)]
     assert counts == [(True, 250), (True, 50), (False, 0), (False, 0)]

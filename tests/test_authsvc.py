@@ -28,8 +28,8 @@ import database
 import totp
 from auth import Auth, AuthError
 from settings import Settings
-from storage import DB
-from tests.conftest import COST, HERE, Answer, Client, Clock, clean_environ
+from storage import DB, open_store
+from tests.conftest import COST, HERE, Answer, Client, Clock, clean_environ, ledger_of
 
 BOB = {"email": "bob@x.io", "password": "b4l0u"}
 UUID4 = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
@@ -110,11 +110,11 @@ class Home:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     settings = Settings(database=str(tmp_path_factory.mktemp("home") / "authsvc.db"), bcrypt_cost=COST)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     call = Client(authsvc.create_app(settings, Auth(db, settings, Clock())))
     register(call)
     session_id = call("POST", "/sessions", BOB).session_id
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         yield Home(call, session_id, token_of(call), ledger)
     db.close()
 
@@ -512,7 +512,7 @@ def test_deleting_the_account(crowd: Client, settings: Settings) -> None:
     assert (log_in(crowd).status, crowd("PUT", "/reset_password", form).status) == (401, 403)
     register(crowd)
     assert [profile(crowd, cookie) for cookie in (mine, other, cookie_of(log_in(crowd)))] == [403, 403, 200]
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         assert ledger.execute("SELECT id, email FROM users").fetchall() == [(2, "eve@x.io"), (3, "bob@x.io")]
 
 
@@ -861,7 +861,7 @@ def test_a_refused_put_does_not_spend_the_token(call: Client) -> None:
 def test_extra_fields_set_nothing(call: Client, settings: Settings) -> None:
     planted = {"id": "99", "hashed_password": "x", "session_id": "planted", "reset_token": "planted"}
     assert_200(call("POST", "/users", {**planted, **BOB}), {"email": "bob@x.io", "message": "user created"})
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         columns = "id, session_id, reset_token, reset_expires_at"
         assert ledger.execute(f"SELECT {columns} FROM users").fetchall() == [(1, None, None, None)]
     assert profile(call, "session_id=planted") == 403
@@ -1313,7 +1313,7 @@ def test_a_reset_token_goes_only_to_a_direct_caller_on_this_machine(
     answers = [call("POST", "/reset_password", {"email": email}, **environ) for email in ("bob@x.io", "nobody@x.io")]
     reason = {"message": "reset tokens are given only to this machine, and through no proxy"}
     assert [(answer.status, answer.json) for answer in answers] == [(403, reason)] * 2
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         assert ledger.execute("SELECT reset_token FROM users").fetchall() == [(None,)]
     assert log_in(call, **environ).status == 200
 
@@ -1321,13 +1321,14 @@ def test_a_reset_token_goes_only_to_a_direct_caller_on_this_machine(
 # The vault is shut
 
 
+@pytest.mark.sqlite
 def test_a_locked_database_is_503_and_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
-    with contextlib.closing(DB(settings.database)) as db:
+    with contextlib.closing(open_store(settings.database)) as db:
         call = Client(authsvc.create_app(settings, Auth(db, settings)))
-        with contextlib.closing(sqlite3.connect(settings.database)) as other:
+        with ledger_of(settings.database) as other:
             other.execute("BEGIN EXCLUSIVE")
             answer = call("POST", "/users", BOB)
         assert (answer.status, answer.json) == (503, {"message": "storage unavailable, try again later"})
@@ -1578,6 +1579,7 @@ def test_a_second_factor_that_is_demanded_and_missing_is_nobody(db: DB, settings
     assert name_in(bob.call("GET", "/verify", cookie=bob.cookie)) == "bob@x.io"
 
 
+@pytest.mark.sqlite
 def test_a_thousand_answers_to_a_proxy_within_a_minute_write_nothing(
     call: Client, db: DB, settings: Settings, clock: Clock
 ) -> None:
@@ -1595,6 +1597,7 @@ def test_a_thousand_answers_to_a_proxy_within_a_minute_write_nothing(
     assert stored() == before
 
 
+@pytest.mark.sqlite
 def test_that_a_session_was_used_is_written_later_and_elsewhere(db: DB, settings: Settings, clock: Clock) -> None:
     later: list[Callable[[], object]] = []
     auth = Auth(db, settings, clock, defer=later.append)
@@ -1641,6 +1644,7 @@ def shut(settings: Settings, how: str) -> Callable[[], object]:
     return reopen
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("how", ["gone", "a folder"])
 def test_a_database_that_does_not_answer_is_503(
     call: Client, settings: Settings, capsys: pytest.CaptureFixture[str], how: str
@@ -1663,10 +1667,11 @@ def test_a_database_that_does_not_answer_is_503(
     assert asked("/verify").status == 401
 
 
+@pytest.mark.sqlite
 def test_a_database_that_another_program_writes_to_is_healthy(call: Client, settings: Settings) -> None:
     register(call)
     cookie = cookie_of(log_in(call))
-    with contextlib.closing(sqlite3.connect(settings.database)) as other:
+    with ledger_of(settings.database) as other:
         other.execute("BEGIN EXCLUSIVE")
         assert call("GET", "/health").status == 200
         assert name_in(call("GET", "/verify", cookie=cookie)) == "bob@x.io"
@@ -1849,7 +1854,7 @@ class Stopping(threading.Event):
 
 def leave(settings: Settings, expired: int) -> None:
     """Leave so many expired sessions behind."""
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger, ledger:
+    with ledger_of(settings.database) as ledger, ledger:
         ledger.execute("INSERT INTO users (id, email, email_key, hashed_password) VALUES (9, 'a', 'a', '!')")
         ledger.executemany(
             "INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)"
@@ -1873,18 +1878,19 @@ def test_between_two_steps_of_deleting_there_is_a_rest_and_between_two_rounds_an
     stopping = Stopping(*[lambda: None] * (steps + 3))
     authsvc._start_pruning(auth, stopping).join(10)
     assert stopping.rests == [0.0, *[10] * steps, 3600.0, 3600.0]
-    with contextlib.closing(sqlite3.connect(settings.database)) as ledger:
+    with ledger_of(settings.database) as ledger:
         assert ledger.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
 
 
+@pytest.mark.sqlite
 @pytest.mark.usefixtures("seconds")
 def test_a_locked_database_puts_the_deleting_off(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(database, "BUSY_TIMEOUT", 0.02)
-    with contextlib.closing(DB(settings.database)) as db:
+    with contextlib.closing(open_store(settings.database)) as db:
         leave(settings, 1)
-        with contextlib.closing(sqlite3.connect(settings.database, check_same_thread=False)) as other:
+        with ledger_of(settings.database) as other:
             stopping = Stopping(lambda: other.execute("BEGIN EXCLUSIVE"), other.rollback, lambda: None)
             authsvc._start_pruning(Auth(db, settings), stopping).join(10)
             assert stopping.rests == [0.0, 3600.0, 3600.0]

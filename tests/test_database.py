@@ -30,6 +30,8 @@ from settings import Settings
 from storage import DB, Session, User
 from tests.conftest import HERE, Clock, Service, clean_environ
 
+pytestmark = pytest.mark.sqlite
+
 FIRST_RELEASE = HERE / "tests" / "first_release.db"  # to open it there would leave a log beside it
 MADE = 1_800_000_120  # when the last row was written into it
 BOBS_SESSIONS = [f"00000000-0000-4000-8000-{number:012}" for number in (1, 2)]

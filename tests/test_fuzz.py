@@ -35,7 +35,7 @@ import passwords
 import totp
 from auth import Auth, UnknownEmail
 from settings import Settings
-from storage import DB
+from storage import open_store
 from tests.conftest import COST, Clock
 
 pytestmark = pytest.mark.slow
@@ -272,7 +272,7 @@ class Target:
         monkeypatch.setattr(guard, "LOG_FLOOD", sys.maxsize)
         self.production = settings.production
         self.clock = Clock()
-        self.db = DB(settings.database)
+        self.db = open_store(settings.database)
         self.auth = Auth(self.db, settings, self.clock)
         self.app = authsvc.create_app(settings, self.auth)
         self.hashed = passwords.hash_password(PASSWORD, COST)

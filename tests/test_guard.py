@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 import re
-import sqlite3
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -19,8 +18,8 @@ import guard
 from auth import Auth
 from authsvc import create_app
 from settings import Settings
-from storage import DB
-from tests.conftest import COST, Answer, Client
+from storage import open_store
+from tests.conftest import COST, Answer, Client, ledger_of
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -52,7 +51,7 @@ def broken(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[
 def bobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """The application with one user, shared by the tests that change nothing."""
     settings = Settings(database=str(tmp_path_factory.mktemp("guard") / "authsvc.db"), bcrypt_cost=COST)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     client = Client(create_app(settings, Auth(db, settings)))
     client("POST", "/users", BOB)
     yield client
@@ -138,7 +137,7 @@ def test_a_crash_is_one_line_of_ascii_json(settings: Settings, capsys: pytest.Ca
 def test_a_crash_in_a_route_tells_the_client_nothing(
     call: Client, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with contextlib.closing(sqlite3.connect(settings.database)) as other:
+    with ledger_of(settings.database) as other:
         other.execute("ALTER TABLE users RENAME COLUMN email_key TO gone")
     answer = call("POST", "/users", BOB, HTTP_HOST="evil.example")
     assert (answer.status, answer.json) == (500, {"message": "internal error"})

@@ -32,7 +32,7 @@ import totp
 from auth import Auth
 from authsvc import create_app
 from settings import Settings
-from storage import DB
+from storage import DB, open_store
 from tests.conftest import COST, HERE, Answer, Client, Clock, Service, clean_environ
 
 PUBLIC_URL = "https://auth.example.com"
@@ -81,7 +81,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """One application behind a proxy, with Bob in it, for what changes nothing there."""
     settings = production(tmp_path_factory.mktemp("house"), trusted_proxy=PROXY)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings)))
     assert ask(call, "POST", "/users", FORM).status == 200
     yield call
@@ -114,7 +114,7 @@ def logged(text: str) -> list[dict[str, Any]]:
 )
 def test_the_cookie(tmp_path: Path, clock: Clock, changes: dict[str, str], name: str, domain: str) -> None:
     settings = production(tmp_path, **changes)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings, clock)))
     ask(call, "POST", "/users", FORM)
     cookie = ask(call, "POST", "/sessions", FORM).headers["Set-Cookie"]
@@ -139,7 +139,7 @@ def test_the_cookie_is_renewed_and_deleted_with_the_same_attributes(
     tmp_path: Path, clock: Clock, changes: dict[str, str], name: str, domain: str
 ) -> None:
     settings = production(tmp_path, **changes)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings, clock)))
     attributes = f"; HttpOnly; Path=/; SameSite=Lax; Secure{domain}"
     ask(call, "POST", "/users", FORM)
@@ -321,7 +321,7 @@ def test_a_long_password_of_any_kind_is_taken(house: Client, password: str) -> N
 @pytest.mark.parametrize("shortest", [8, 20])
 def test_the_length_of_a_password_can_be_set(tmp_path: Path, clock: Clock, shortest: int) -> None:
     settings = production(tmp_path, password_min=shortest)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings, clock)))
     password = "vdqxjbnrlhwygmkzpsctf"
     short = ask(call, "POST", "/users", {"email": BOB, "password": password[: shortest - 1]})
@@ -371,7 +371,7 @@ def test_registration_may_be_shut(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], registration: str, message: str
 ) -> None:
     settings = production(tmp_path, registration=registration)
-    db = DB(settings.database)
+    db = open_store(settings.database)
     auth = Auth(db, settings, clock)
     call = Client(create_app(settings, auth))
     token, _ = auth.link_token(auth.add_account(BOB))

@@ -22,8 +22,8 @@ import totp
 from auth import Auth, TooManyAttempts
 from authsvc import create_app
 from settings import Settings
-from storage import DB
-from tests.conftest import COST, Answer, Client, Clock, Service
+from storage import DB, Store, open_store
+from tests.conftest import COST, Answer, Client, Clock, Service, ledger_of
 from throttle import Bucket, Throttle
 
 HOME = "192.0.2.1"  # the owner's
@@ -31,6 +31,7 @@ AWAY = "198.51.100.7"
 BOB, PASSWORD = "bob@x.io", "tarte flambée du dimanche"
 DAY = 86_400
 
+Rows = Callable[[], list[tuple[str, int]]]
 Attempt = Callable[[Throttle, int], list[Bucket]]
 
 # What one attempt counts in, the n-th of a series; how many pass at once; seconds until the next one passes.
@@ -55,8 +56,8 @@ def production(database: str) -> Settings:
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return production(str(tmp_path / "authsvc.db"))
+def settings(place: str) -> Settings:
+    return production(place)
 
 
 @pytest.fixture
@@ -92,11 +93,11 @@ def log_in(call: Client, email: str = BOB, password: str = "wrong", address: str
     return call("POST", "/sessions", {"email": email, "password": password}, REMOTE_ADDR=address)
 
 
-def rows(db: DB) -> list[tuple[str, int]]:
-    connection = sqlite3.connect(db._path)
-    found = connection.execute("SELECT key, full_at FROM throttle ORDER BY key").fetchall()
-    connection.close()
-    return found
+@pytest.fixture
+def rows(db: Store, settings: Settings) -> Iterator[Callable[[], list[tuple[str, int]]]]:
+    """The table as it is now."""
+    with ledger_of(settings.database) as ledger:
+        yield lambda: ledger.execute("SELECT key, full_at FROM throttle ORDER BY key").fetchall()
 
 
 def passed(take: Callable[[int], int], most: int = 10_000) -> int:
@@ -153,25 +154,26 @@ def test_development_leaves_more_room_but_for_one_account(db: DB, development: S
     }
 
 
-def test_switched_off_nothing_is_counted(db: DB, development: Settings, clock: Clock) -> None:
+def test_switched_off_nothing_is_counted(rows: Rows, db: DB, development: Settings, clock: Clock) -> None:
     off = Settings(database=development.database, bcrypt_cost=COST, throttle=False)
     call = Client(create_app(off, Auth(db, off, clock)))
     assert {log_in(call, address="127.0.0.1").status for _ in range(50)} == {401}
-    assert rows(db) == []
+    assert rows() == []
 
 
 # One attempt
 
 
-def test_a_denied_attempt_writes_nothing(db: DB, throttle: Throttle) -> None:
+@pytest.mark.sqlite
+def test_a_denied_attempt_writes_nothing(rows: Rows, db: DB, throttle: Throttle) -> None:
     for n in range(20):
         throttle.take(throttle.login(BOB, f"192.0.2.{n}"))
     onlooker = sqlite3.connect(db._path)
-    before = rows(db), onlooker.execute("PRAGMA data_version").fetchone()
+    before = rows(), onlooker.execute("PRAGMA data_version").fetchone()
     for n in range(20, 60):
         # The account's bucket is empty and comes last: what was taken from the others before must not stay.
         assert throttle.take(throttle.login(BOB, f"192.0.2.{n}"))
-    assert (rows(db), onlooker.execute("PRAGMA data_version").fetchone()) == before
+    assert (rows(), onlooker.execute("PRAGMA data_version").fetchone()) == before
     onlooker.close()
 
 
@@ -222,12 +224,12 @@ def test_a_login_that_succeeds_does_not_count(call: Client, bob: None) -> None:
     assert log_in(call).status == 429
 
 
-def test_a_login_that_succeeds_gives_back_to_all_that_it_took_from(call: Client, bob: None, db: DB) -> None:
+def test_a_login_that_succeeds_gives_back_to_all_that_it_took_from(rows: Rows, call: Client, bob: None, db: DB) -> None:
     log_in(call, password=PASSWORD, address=HOME)
     log_in(call, address=AWAY)
-    before = rows(db)
+    before = rows()
     log_in(call, password=PASSWORD, address=AWAY)
-    assert rows(db) == before
+    assert rows() == before
 
 
 def test_a_reset_that_succeeds_does_not_count(auth: Auth, bob: None) -> None:
@@ -624,13 +626,14 @@ def test_a_clock_that_jumps_forward_refills_and_no_more(
 # The table
 
 
-def test_the_table_holds_no_address_and_no_email(db: DB, call: Client) -> None:
+@pytest.mark.sqlite
+def test_the_table_holds_no_address_and_no_email(rows: Rows, db: DB, call: Client) -> None:
     log_in(call, "somebody@secret.example", address="203.0.113.77")
     call("PUT", "/reset_password", {**PUT, "email": "somebody@secret.example"}, REMOTE_ADDR="203.0.113.77")
-    assert len(rows(db)) == 4
-    assert all(re.fullmatch("[0-9a-f]{64}", key) for key, _ in rows(db))
+    assert len(rows()) == 4
+    assert all(re.fullmatch("[0-9a-f]{64}", key) for key, _ in rows())
     files = b"".join(path.read_bytes() for path in Path(db._path).parent.glob("authsvc.db*"))
-    assert rows(db)[0][0].encode() in files
+    assert rows()[0][0].encode() in files
     assert b"secret.example" not in files
     assert b"203.0.113.77" not in files
 
@@ -661,31 +664,34 @@ def test_no_two_things_that_are_counted_share_a_key(throttle: Throttle) -> None:
 
 def test_counts_outlive_the_process(settings: Settings, clock: Clock) -> None:
     for expected in ([0] * 10, [60] * 10):
-        db = DB(settings.database)
+        db = open_store(settings.database)
         throttle = Throttle(db, settings, clock)
         assert [throttle.take(throttle.reset_confirmation(HOME)) for _ in range(10)] == expected
         db.close()
 
 
 def test_two_processes_share_the_counts(db: DB, settings: Settings, clock: Clock) -> None:
-    other = DB(settings.database)
+    other = open_store(settings.database)
     one, two = Throttle(db, settings, clock), Throttle(other, settings, clock)
     assert passed(lambda n: (one, two)[n % 2].take((one, two)[n % 2].reset_confirmation(HOME))) == 10
     other.close()
 
 
-def test_rows_that_have_refilled_are_swept(db: DB, throttle: Throttle, clock: Clock) -> None:
+def test_rows_that_have_refilled_are_swept(rows: Rows, db: DB, throttle: Throttle, clock: Clock) -> None:
     for n in range(30):
         throttle.take(throttle.reset_request(f"{n}@x.io", f"10.0.0.{n}"))
-    assert len(rows(db)) == 60
+    assert len(rows()) == 60
     clock.advance(DAY)
     for _ in range(10):
         throttle.take(throttle.reset_confirmation(HOME))
-    assert len(rows(db)) == 1
+    assert len(rows()) == 1
 
 
+@pytest.mark.sqlite
 @pytest.mark.slow  # 100,000 transactions
-def test_100000_emails_from_1000_addresses_leave_a_small_table(db: DB, throttle: Throttle, clock: Clock) -> None:
+def test_100000_emails_from_1000_addresses_leave_a_small_table(
+    rows: Rows, db: DB, throttle: Throttle, clock: Clock
+) -> None:
     db._writer.execute("PRAGMA synchronous = OFF")  # what a disk needs to be sure is not the matter here
     took, most = [], 0
     for n in range(100_000):
@@ -695,10 +701,10 @@ def test_100000_emails_from_1000_addresses_leave_a_small_table(db: DB, throttle:
         took.append(time.perf_counter() - began)
         clock.advance(0.02)
         if n % 10_000 == 0:
-            most = max(most, len(rows(db)))
+            most = max(most, len(rows()))
     print(f"a take: {1000 * statistics.median(took):.3f} ms in the median")
     live = 50 * 900 + 50 * 60 + 1000  # of the accounts, of the pairs, of the addresses
-    assert max(most, len(rows(db))) <= 1.1 * live
+    assert max(most, len(rows())) <= 1.1 * live
     assert sum(path.stat().st_size for path in Path(db._path).parent.glob("authsvc.db*")) < 50_000_000
 
 

@@ -1,0 +1,137 @@
+"""A PostgreSQL of the tests' own: a server on a free port of this machine, and a schema for each test."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psycopg
+
+MISSING = "PostgreSQL is not here: apt-get install postgresql"
+USER = "postgres"
+
+
+@functools.cache
+def programs() -> Path | None:
+    """The folder of initdb and postgres, the newest where there are several."""
+    beside = shutil.which("initdb")
+    found = [os.path.dirname(beside)] if beside else sorted(glob.glob("/usr/lib/postgresql/*/bin"))
+    return next((Path(folder) for folder in reversed(found) if (Path(folder) / "initdb").exists()), None)
+
+
+class Server:
+    """A server without the patience of a disk; made, started and stopped by its process id."""
+
+    def __init__(self) -> None:
+        binaries = programs()
+        assert binaries, MISSING
+        self._binaries = binaries
+        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # short: a socket's name has 107 bytes
+        self._options: dict[str, Any] = {}
+        if os.geteuid() == 0:  # which PostgreSQL refuses
+            shutil.chown(self.folder, USER, USER)
+            self._options = {"user": USER, "group": USER, "extra_groups": []}
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        made = [binaries / "initdb", "--no-sync", "-A", "trust", "-U", USER, "-E", "UTF8", "--locale=C"]
+        self._run(*made, "-D", self.folder / "data")
+        self.start()
+        self._count = 0
+
+    def _run(self, *command: object) -> None:
+        subprocess.run([str(part) for part in command], cwd="/", check=True, capture_output=True, **self._options)
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "unix_socket_directories": str(self.folder),
+            "fsync": "off",
+            "synchronous_commit": "off",
+            "full_page_writes": "off",
+            "max_connections": "300",
+            "shared_buffers": "32MB",
+        }
+        command = [str(self._binaries / "postgres"), "-D", str(self.folder / "data"), "-p", str(self.port)]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **self._options)
+        for _ in range(200):
+            try:
+                psycopg.connect(self.url).close()
+                return
+            except psycopg.OperationalError:
+                time.sleep(0.05)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def stop(self, number: int = signal.SIGINT) -> None:
+        """End it and all connections; SIGINT is PostgreSQL's "fast"."""
+        self._process.send_signal(number)
+        self._process.wait(timeout=20)
+
+    def remove(self) -> None:
+        """End it for good."""
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    @property
+    def url(self) -> str:
+        """By the port of this machine."""
+        return f"postgresql://{USER}@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def socket_url(self) -> str:
+        """By the socket in its folder."""
+        return f"postgresql://{USER}@{str(self.folder).replace('/', '%2F')}:{self.port}/postgres"
+
+    def new_place(self) -> str:
+        """The URL of a schema in which there is nothing."""
+        self._count += 1
+        schema = f"test{self._count}"
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {schema}".encode())
+        return f"{self.socket_url}?options=-csearch_path%3D{schema}"
+
+
+class Ledger:
+    """A connection that is not the service's, read and written like one of sqlite3's."""
+
+    def __init__(self, place: str) -> None:
+        self.connection = psycopg.connect(place, autocommit=True)
+
+    def execute(self, statement: str, values: Iterable[object] = ()) -> Any:
+        """Run a statement with ? as parameters; bytes of a hash are read as such."""
+        converted = statement.replace("%", "%%").replace("?", "%s")
+        cursor = self.connection.cursor(row_factory=_row)
+        return cursor.execute(converted.encode(), [*values])
+
+    def executemany(self, statement: str, rows: Iterable[Iterable[object]]) -> None:
+        """The same for many."""
+        for values in rows:
+            self.execute(statement, values)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: each statement was committed, as with sqlite3 in this mode."""
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def _row(cursor: psycopg.Cursor[Any]) -> Any:
+    def hashes(value: object) -> object:
+        return bytes.fromhex(value[2:]) if isinstance(value, str) and value.startswith("\\x") else value
+
+    return lambda values: tuple(map(hashes, values))
