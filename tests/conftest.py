@@ -233,7 +233,7 @@ def ledger_of(place: str) -> Iterator[Any]:
         with closing(postgres.Ledger(place)) as ledger:
             yield ledger
     else:
-        with closing(sqlite3.connect(place, timeout=0, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(place, timeout=0, isolation_level=None, check_same_thread=False)) as connection:
             yield connection
 
 
