@@ -364,12 +364,12 @@ def _version(connection: psycopg.Connection) -> int:
     (schema,) = connection.execute("SELECT current_schema()").fetchone() or (None,)
     if schema is None:
         raise DatabaseRefused("no schema of the search_path exists")
-    found = connection.execute(
+    found = connection.execute(  # not information_schema, which takes 15 ms
         """
-        SELECT table_name, column_name FROM information_schema.columns
-         WHERE table_schema = current_schema()
-           AND table_name IN ('authsvc_version', 'users', 'sessions', 'recovery_codes', 'known_addresses', 'throttle',
-                              'throttle_secret')
+        SELECT relname, attname FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
+         WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())
+           AND relname IN ('authsvc_version', 'users', 'sessions', 'recovery_codes', 'known_addresses', 'throttle',
+                           'throttle_secret')
         """
     ).fetchall()
     if not found:

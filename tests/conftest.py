@@ -211,8 +211,15 @@ def new_place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Ca
 
 
 @pytest.fixture
-def place(new_place: Callable[[], str]) -> str:
-    return new_place()
+def place(engine: str, new_place: Callable[[], str], request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name a place: with the tables in it already where the test has them made anyway, which saves it 50 ms."""
+    if engine == "postgres" and "db" in request.fixturenames:
+        server: postgres.Server = request.getfixturevalue("postgresql")
+        used = server.emptied.pop() if server.emptied else server.new_place()
+        yield used
+        server.empty(used)
+    else:
+        yield new_place()
 
 
 @pytest.fixture
