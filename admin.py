@@ -16,13 +16,15 @@ import syslog
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from typing import IO, Any
 
+import copying
 import guard
 import mailer
 import moving
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
-from database import DatabaseRefused, StorageUnavailable
+from database import AlreadyExists, DatabaseRefused, StorageUnavailable
 from settings import Settings, SettingsError, shown
 from storage import CLOCK_TOLERANCE, Store, User, engine, open_store
 
@@ -80,6 +82,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     command("backup", _backup, "Copy the database to a new file, while it is used.").add_argument("file")
     text = "Put a backup in the place of the database, which is kept; end all sessions. Stop the service first."
     command("restore", _restore, text).add_argument("file")
+    text = "Copy all, sessions too, to an empty database: a URL of PostgreSQL or a new file. Stop the service first."
+    command("copy-to", _copy_to, text).add_argument("target")
     command("check", _check, "Say what is wrong with the database, the settings, the clock or the mail server.")
     command("prune", _prune, "Delete what is over, at once; the service does so by itself, bit by bit.")
 
@@ -112,14 +116,18 @@ class Operator:
     @contextmanager
     def opened(self) -> Iterator[tuple[Auth, Store]]:
         """Open the database, which must be there: a forgotten setting must not make another one."""
+        self.check_there()
+        with closing(open_store(self.settings.database, private=self.settings.production)) as db:
+            yield Auth(db, self.settings), db
+
+    def check_there(self) -> None:
+        """Refuse to go on without a database."""
         place = self.settings.database
         if not engine(place).is_there(place):
             place = shown(place)
             raise CommandFailed(
                 f"there is no database {place}: start the service once, or set AUTHSVC_DATABASE as for the service"
             )
-        with closing(open_store(place, private=self.settings.production)) as db:
-            yield Auth(db, self.settings), db
 
     @contextmanager
     def user(self) -> Iterator[tuple[Auth, Store, User]]:
@@ -348,6 +356,30 @@ def _restore(operator: Operator) -> None:
     kept = f"; what was there is kept as {former}" if replaced else ""
     record = {"database": path, "kept": former if replaced else None, "sessions_ended": ended}
     operator.say(f"restored {path}; {ended} sessions ended{kept}", **record)
+
+
+def _copy_to(operator: Operator) -> None:
+    source, target = operator.settings.database, operator.arguments.target
+    replace(operator.settings, database=target)  # refuses what could not be served
+    operator.check_there()
+    try:
+        with engine(target).arriving(target) as arriving, engine(source).leaving(source) as leaving:
+            counts = copying.copy(leaving, arriving, _tell)
+    except (copying.CopyRefused, AlreadyExists, ValueError) as error:
+        raise CommandFailed(f"{shown(target)}: {error}; nothing was copied") from None
+    finally:
+        _tell("", 0)
+    operator.log("sys_copy", target=shown(target), users=counts["users"])
+    listed = ", ".join(f"{rows} {table.replace('_', ' ')}" for table, rows in counts.items())
+    text = (
+        f"copied to {shown(target)} and verified: {listed}\nstart the service with it as AUTHSVC_DATABASE, and not with"
+    )
+    operator.say(f"{text} {shown(source)} any more", target=shown(target), **counts)
+
+
+def _tell(what: str, rows: int) -> None:
+    if rows % PROGRESS_STEP == 0 and sys.stderr.isatty():
+        print(f"\r{f'{what}: {rows} rows' if what else '':<64}", end="" if what else "\r", file=sys.stderr, flush=True)
 
 
 def _check(operator: Operator) -> int:

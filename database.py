@@ -275,6 +275,48 @@ def restore(source: str, path: str, former: str, prepare: Callable[[str], object
         return replaced
 
 
+@contextmanager
+def seized(path: str) -> Iterator[sqlite3.Connection]:
+    """Hold a whole database that nobody else can open meanwhile. What is no UTF-8 in it is read as lone surrogates.
+
+    Raises:
+        DatabaseRefused: it is in use or damaged.
+    """
+    with ExitStack() as opened:
+        with _refused(f"cannot copy the database {path}"):
+            lock_file = _open_lock(path)
+            opened.callback(os.close, lock_file)
+            _lock(lock_file)
+            connection = _claimed(path)
+            if connection is None:
+                raise DatabaseRefused("; ".join(problems(path)) or "it is not a database")
+            opened.enter_context(closing(connection))
+        connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+        yield connection
+
+
+@contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """Lend the name of an empty file, which has its right name when the caller is through with it, and never before.
+
+    Raises:
+        DatabaseRefused: there is a file of this name already, or it cannot be made.
+    """
+    what = f"cannot make the database {path}"
+    with ExitStack() as opened:
+        with _refused(what):
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            folder, name = os.path.split(os.path.abspath(path))
+            file, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # 0600
+            opened.callback(_unlink, *(partial + suffix for suffix in ("", "-wal", "-shm", ".lock")))
+            os.close(file)
+        yield partial
+        with _refused(what):
+            os.link(partial, path)  # unlike rename() it replaces nothing
+            _sync_folder(path)
+
+
 def problems(path: str) -> list[str]:
     """Return what is wrong with a file as a database of ours, and change nothing; nothing when all is well."""
     try:

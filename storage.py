@@ -9,13 +9,16 @@ PostgreSQL.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from database import Database, RolledBack, connect, translating
+from database import Database, RolledBack, connect, new_file, seized, translating
 from settings import is_url
+
+if TYPE_CHECKING:
+    import sqlite3
 
 CLOCK_TOLERANCE = 300  # seconds that two readings of the clock may differ before it must have been set
 
@@ -26,6 +29,23 @@ SOUGHT = {name: name for name in ("id", "hashed_password", "session_id", "reset_
 CHANGED = frozenset({"email", "hashed_password", "session_id", "reset_token"})  # an id is for ever
 USER = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
                users.created_at, users.disabled_at, users.totp_secret, users.totp_since"""
+
+# All that a database holds: each table after those that its rows hang on, each with its columns, of which the first two
+# tell its rows apart and order them in the same way on all engines.
+TABLES = {
+    "users": (
+        *("id", "email", "email_key", "hashed_password", "session_id", "reset_token", "reset_expires_at"),
+        *("reset_created_at", "created_at", "disabled_at", "totp_secret", "totp_since", "totp_step"),
+    ),
+    "sessions": (
+        *("id", "session_hash", "user_id", "created_at", "last_seen_at", "expires_at", "address", "user_agent"),
+    ),
+    "recovery_codes": ("user_id", "code_hash"),
+    "known_addresses": ("user_id", "address_hash", "seen_at"),
+    "throttle": ("key", "full_at"),
+    "throttle_secret": ("id", "secret"),
+}
+NUMBERED = "users", "sessions"  # those that number their rows, and give no number twice
 
 REPLACE_HASH = "UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old"
 
@@ -108,6 +128,30 @@ class Statements(Protocol):
     def executemany(self, statement: str, rows: Iterable[dict[str, Any]], /) -> object: ...
 
 
+Row = tuple[Any, ...]  # the columns of TABLES; a hash is text or bytes as it was given
+
+
+class Rows(Protocol):
+    """All rows of a database while nobody else changes them."""
+
+    def each(self, table: str) -> Generator[Row, None, None]:
+        """Return the rows of a table, one by one, in the order of their keys."""
+
+    def add(self, table: str, rows: Iterable[Row]) -> None:
+        """Add rows with the numbers that they have.
+
+        Raises:
+            ValueError: one cannot be kept; the message says which, and nothing of what is in it.
+            AlreadyExists: two have the same email or the same secret.
+        """
+
+    def last_id(self, table: str) -> int:
+        """Return the highest number that a row of the table ever had; 0 when there was none."""
+
+    def go_on_after(self, table: str, last_id: int) -> None:
+        """Give the next row of the table a number after this one."""
+
+
 class Store(ABC):
     """The users and their sessions, on whatever engine. Safe to use from many threads.
 
@@ -177,6 +221,24 @@ class Store(ABC):
     @abstractmethod
     def restore(cls, source: str, place: str, former: str, prepare: Callable[[str], object]) -> bool:
         """Put a backup, prepared, in the place of the database; say whether there was one."""
+
+    @classmethod
+    @abstractmethod
+    def leaving(cls, place: str) -> AbstractContextManager[Rows]:
+        """Keep everybody from changing a database, lifted to this release, and read all of it.
+
+        Raises:
+            DatabaseRefused: it cannot be opened, or a service runs on it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def arriving(cls, place: str) -> AbstractContextManager[Rows]:
+        """Make a database where there is none, and fill it in one transaction: whole, or as it was before.
+
+        Raises:
+            DatabaseRefused: it cannot be made.
+        """
 
     @classmethod
     @abstractmethod
@@ -712,9 +774,48 @@ class DB(Database, Store):
 
     @classmethod
     @contextmanager
+    def leaving(cls, place: str) -> Iterator[Rows]:
+        cls(place).close()
+        with seized(place) as connection:
+            yield _Rows(connection)
+
+    @classmethod
+    @contextmanager
+    def arriving(cls, place: str) -> Iterator[Rows]:
+        with new_file(place) as partial, closing(cls(partial)) as store, store._transaction() as connection:
+            yield _Rows(connection)
+
+    @classmethod
+    @contextmanager
     def _visiting(cls, place: str) -> Iterator[Statements]:
         with closing(connect(place, "ro")) as connection:
             yield connection
+
+
+class _Rows:
+    """Those of a SQLite file."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def each(self, table: str) -> Generator[Row, None, None]:
+        with translating():
+            yield from self._connection.execute(listing(table))
+
+    def add(self, table: str, rows: Iterable[Row]) -> None:
+        columns = TABLES[table]
+        marks = ", ".join("?" * len(columns))
+        with translating():
+            self._connection.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", rows)
+
+    def last_id(self, table: str) -> int:
+        statement = "SELECT max(seq) FROM sqlite_sequence WHERE name = :table"
+        return self._connection.execute(statement, {"table": table}).fetchone()[0] or 0
+
+    def go_on_after(self, table: str, last_id: int) -> None:
+        values = {"table": table, "last_id": last_id}
+        self._connection.execute("DELETE FROM sqlite_sequence WHERE name = :table", values)
+        self._connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (:table, :last_id)", values)
 
 
 def engine(place: str) -> type[Store]:
@@ -733,6 +834,11 @@ def open_store(place: str, *, private: bool = False) -> Store:
         DatabaseRefused: it cannot be opened, is another program's, or a newer release's.
     """
     return engine(place)(place, private=private)
+
+
+def listing(table: str) -> str:
+    """Return the statement that reads all of a table, in an order that is the same on all engines."""
+    return f"SELECT {', '.join(TABLES[table])} FROM {table} ORDER BY 1, 2"
 
 
 def staged(users: Iterable[tuple[int, User]]) -> Iterator[tuple[object, ...]]:
@@ -757,11 +863,12 @@ def _can_match(name: str, value: object) -> bool:
     if name == "id":
         return type(value) is int and IDS[0] <= value < IDS[1]
     if isinstance(value, str):
-        return _is_text(value) and not (name == "hashed_password" and value.startswith("\\x"))
+        return is_text(value) and not (name == "hashed_password" and value.startswith("\\x"))
     return name == "hashed_password" and isinstance(value, bytes)
 
 
-def _is_text(value: str) -> bool:
+def is_text(value: str) -> bool:
+    """Say whether every engine can keep it."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -9,14 +9,28 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from database import AlreadyExists, DatabaseRefused, StorageUnavailable
 from settings import shown
-from storage import ADD_STAGED, CLOCK_TOLERANCE, TAKEN, Statements, Store, User, staged
+from storage import (
+    ADD_STAGED,
+    CLOCK_TOLERANCE,
+    TABLES,
+    TAKEN,
+    Row,
+    Rows,
+    Statements,
+    Store,
+    User,
+    is_text,
+    listing,
+    staged,
+)
 
 try:
     import psycopg
@@ -38,6 +52,8 @@ MIGRATING = 0x61757468, 1  # "auth": the two numbers of the lock that one of sev
 LIMITS: dict[str, int | str] = {"connect_timeout": 2, "tcp_user_timeout": 3000, "keepalives_idle": 5}  # s, ms, s
 LIMITS |= {"keepalives_interval": 2, "keepalives_count": 2, "application_name": "authsvc"}
 PATIENCE = {"statement_timeout": 5000, "lock_timeout": 5000, "idle_in_transaction_session_timeout": 10_000}  # ms
+SEEN_TRIES, SEEN_INTERVAL = 20, 0.1  # times, seconds: a connection that was closed is seen for a moment still
+LOCKING = {"lock_timeout": 5000}  # ms, of what may take its time otherwise
 POOL_MOST = 10  # connections: one of each thread that reads, writes, mails or prunes, with four that hash
 POOL_WAIT = 1.0  # seconds for a connection that must be made first
 DOWN_WAIT = 2  # milliseconds, where the last try to connect failed: long enough to have the pool try again
@@ -289,6 +305,31 @@ class PostgresDB(Store):
 
     @classmethod
     @contextmanager
+    def leaving(cls, place: str) -> Iterator[Rows]:
+        """Keep everybody from changing a database, lifted to this release, and read all of it."""
+        with _refused(place):
+            connection = _connect(place, LOCKING)
+        with closing(connection), _translating():
+            _migrate(connection)
+            _refuse_served(connection, place)
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            with connection.transaction():
+                connection.execute(_locking("SHARE"))  # one can still read
+                yield _Rows(connection)
+
+    @classmethod
+    @contextmanager
+    def arriving(cls, place: str) -> Iterator[Rows]:
+        """Make a database where there is none, and fill it in one transaction: whole, or as it was before."""
+        with _refused(place):
+            connection = _connect(place, LOCKING)
+        with closing(connection), _translating(), connection.transaction():
+            _migrate(connection)  # tables that were made are gone with the transaction, too
+            connection.execute(_locking("EXCLUSIVE"))
+            yield _Rows(connection)
+
+    @classmethod
+    @contextmanager
     def _visiting(cls, place: str) -> Iterator[Statements]:
         with _refused(place), closing(_connect(place)) as connection:
             yield _Statements(connection)
@@ -309,6 +350,39 @@ class _Statements:
 
     def executemany(self, statement: str, rows: Iterable[dict[str, Any]]) -> None:
         self._connection.cursor().executemany(_converted(statement), rows)
+
+
+class _Rows:
+    """All rows, in one transaction."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self._connection = connection
+
+    def each(self, table: str) -> Generator[Row, None, None]:
+        with _translating(), self._connection.cursor(name=table) as cursor:  # all may be more than memory
+            for row in cursor.execute(listing(table).encode()):
+                yield _as_given(row) if table == "users" else row
+
+    def add(self, table: str, rows: Iterable[Row]) -> None:
+        statement = f"COPY {table} ({', '.join(TABLES[table])}) FROM STDIN"
+        with _translating(), self._connection.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+            for row in rows:
+                _refuse_unfit(table, row)
+                copy.write_row(row)
+
+    def last_id(self, table: str) -> int:
+        # The sequence does not know of rows that brought their numbers.
+        statement = f"""
+            SELECT greatest((SELECT max(id) FROM {table}),
+                            pg_sequence_last_value(pg_get_serial_sequence(:table, 'id')::regclass), 0)
+            """
+        (last,) = self._connection.execute(_converted(statement), {"table": table}).fetchone() or (0,)
+        return int(last)
+
+    def go_on_after(self, table: str, last_id: int) -> None:
+        if last_id:
+            statement = "SELECT setval(pg_get_serial_sequence(:table, 'id')::regclass, :last_id)"
+            self._connection.execute(_converted(statement), {"table": table, "last_id": last_id})
 
 
 class _HashDumper(Dumper):
@@ -380,6 +454,40 @@ def _version(connection: psycopg.Connection) -> int:
     if version > VERSION:
         raise DatabaseRefused(f"it is of a newer release (schema {version}, this one knows {VERSION})")
     return int(version)
+
+
+def _locking(mode: str) -> bytes:
+    return f"LOCK TABLE {', '.join(TABLES)} IN {mode} MODE".encode()
+
+
+def _refuse_served(connection: psycopg.Connection, place: str) -> None:
+    for _ in range(SEEN_TRIES):
+        (served,) = connection.execute(
+            """
+            SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND application_name = 'authsvc' AND pid <> pg_backend_pid()
+            """
+        ).fetchone() or (0,)
+        if not served:
+            return
+        threading.Event().wait(SEEN_INTERVAL)
+    raise DatabaseRefused(
+        f"{shown(place)} is in use, by {served} connections: stop the service first, all copies of it"
+    )
+
+
+def _refuse_unfit(table: str, row: Row) -> None:
+    for column, value in zip(TABLES[table], row, strict=True):
+        if isinstance(value, str) and not (is_text(value) and not (column == "hashed_password" and value[:2] == "\\x")):
+            raise ValueError(f"PostgreSQL cannot keep the {column} in row {row[0]} of {table}")
+
+
+def _as_given(row: Row) -> Row:
+    place = TABLES["users"].index("hashed_password")
+    hashed = row[place]
+    if not hashed.startswith("\\x"):
+        return row
+    return (*row[:place], bytes.fromhex(hashed[2:]), *row[place + 1 :])
 
 
 @contextmanager

@@ -27,6 +27,7 @@ ROOMS = {
     "database": ({"settings"}, {"bottle", "bcrypt", "hashlib", "time"}),
     "storage": ({"database", "settings", "storage_postgres"}, {"bottle", "bcrypt", "hashlib", "time", "psycopg"}),
     "storage_postgres": ({"database", "settings", "storage"}, {"bottle", "bcrypt", "hashlib", "time", "sqlite3"}),
+    "copying": ({"storage"}, {"bottle", "bcrypt", "hashlib", "time", "sqlite3", "psycopg"}),
     "passwords": ({"settings"}, {"bottle", "sqlite3"}),
     "totp": (set(), {"bottle", "sqlite3", "time"}),
     "throttle": ({"storage", "settings"}, {"bottle", "sqlite3"}),
@@ -39,7 +40,7 @@ ROOMS = {
     "lanes": ({"settings", "guard", "throttle"}, {"bottle", "sqlite3", "bcrypt"}),
     "moving": ({"auth", "guard", "passwords", "settings", "storage"}, {"bottle", "sqlite3", "bcrypt"}),
     "admin": (
-        {"settings", "database", "storage", "mailer", "auth", "guard", "moving"},
+        {"settings", "database", "storage", "mailer", "auth", "copying", "guard", "moving"},
         {"bottle", "sqlite3", "bcrypt", "waitress"},
     ),
     "authsvc": (
@@ -115,8 +116,10 @@ def test_statements_are_literals_but_for_names_from_a_fixed_set() -> None:
     # of storage.py, and the schema
     constants = {"USER", "REPLACE_HASH", "TAKEN", "ADD_STAGED"}
     schema = {"''.join(steps)", "step.encode()", "VERSION"}
+    copied = {"table", "', '.join(columns)", "marks", "listing(table)", "listing(table).encode()", "_locking('SHARE')"}
+    copied |= {"_locking('EXCLUSIVE')"}  # names of TABLES, and question marks
     converted = {"_converted(statement)", "_converted(TAKE)"}
-    assert set(built) == {"where", "assignments", "statement"} | converted | constants | schema
+    assert set(built) == {"where", "assignments", "statement"} | converted | constants | schema | copied
     for name in constants:
         assert isinstance(getattr(storage, name), str)
 
