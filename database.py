@@ -286,7 +286,7 @@ def seized(path: str) -> Iterator[sqlite3.Connection]:
         with _refused(f"cannot copy the database {path}"):
             lock_file = _open_lock(path)
             opened.callback(os.close, lock_file)
-            _lock(lock_file)
+            _lock(lock_file)  # to claim it moves the write-ahead log into the file
             connection = _claimed(path)
             if connection is None:
                 raise DatabaseRefused("; ".join(problems(path)) or "it is not a database")

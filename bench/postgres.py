@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -52,7 +53,7 @@ http {
 class Server(postgres.Server):
     """One that keeps what it says it keeps."""
 
-    settings = postgres.Server.settings | {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+    haste: ClassVar[dict[str, str]] = {}
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psycopg
 
@@ -32,6 +32,8 @@ def programs() -> Path | None:
 
 class Server:
     """A server without the patience of a disk; made, started and stopped by its process id."""
+
+    haste: ClassVar = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
 
     def __init__(self) -> None:
         binaries = programs()
@@ -58,12 +60,9 @@ class Server:
         settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": str(self.folder),
-            "fsync": "off",
-            "synchronous_commit": "off",
-            "full_page_writes": "off",
-            "autovacuum": "off",
             "max_connections": "300",
             "shared_buffers": "32MB",
+            **self.haste,
         }
         command = [str(self._binaries / "postgres"), "-D", str(self.folder / "data"), "-p", str(self.port)]
         command += [f"--{name}={value}" for name, value in settings.items()]
