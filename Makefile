@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = $(wildcard *.py *.sql *.md *.toml tests/*)
 
-PACKED = bottle.py bcrypt waitress segno
+# POSTGRES=1 packs psycopg with its libpq too, for AUTHSVC_DATABASE=postgresql://…: some 5 MB.
+PACKED = bottle.py bcrypt waitress segno \
+	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py)
+PYZ = dist/authsvc$(if $(POSTGRES),-postgres).pyz
 
 .PHONY: help run test quick bench pyz install lint check format lock clean
 
@@ -12,7 +15,7 @@ help:
 	@echo "make run      install what is needed and serve on http://127.0.0.1:5000"
 	@echo "make test     install what is needed and run all tests"
 	@echo "make quick    the tests that take no time"
-	@echo "make pyz      the service in one file, dist/authsvc.pyz, for any python3 >= 3.11 on a machine like this one"
+	@echo "make pyz      the service in one file, dist/authsvc.pyz, for any python3 >= 3.11 here (POSTGRES=1: with psycopg)"
 	@echo "make install  that file, its units and settings into the system (as root); deploy/README.md goes on from there"
 	@echo "make bench    measure it beside what people pick instead, half an hour (needs wrk, Node and npm)"
 	@echo "make check    format, lint, types and branch coverage (98 %)"
@@ -33,10 +36,10 @@ quick: .venv/dev
 bench: .venv/dev
 	$(BIN)/python bench/run.py --write
 
-pyz: dist/authsvc.pyz
+pyz: $(PYZ)
 
 # Our modules lie side by side in it, and never in somebody's site-packages, where a name like auth would be taken.
-dist/authsvc.pyz: .venv/pyz $(wildcard *.py pages/*) $(wildcard *.sql) common.txt.gz
+$(PYZ): .venv/pyz $(wildcard *.py pages/*) $(wildcard *.sql) common.txt.gz
 	@rm -rf build && mkdir -p build dist
 	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) common.txt.gz pages build
 	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cp -r $(PACKED) $(CURDIR)/build
@@ -47,8 +50,8 @@ dist/authsvc.pyz: .venv/pyz $(wildcard *.py pages/*) $(wildcard *.sql) common.tx
 	@echo $@
 
 # DESTDIR= another root: then nothing of this system is changed.
-install: dist/authsvc.pyz
-	install -D -m 644 dist/authsvc.pyz $(DESTDIR)/opt/authsvc/authsvc.pyz
+install: $(PYZ)
+	install -D -m 644 $(PYZ) $(DESTDIR)/opt/authsvc/authsvc.pyz
 	umask 022 && SHIV_ROOT=$(DESTDIR)/opt/authsvc/unpacked \
 		/usr/bin/python3 -sP $(DESTDIR)/opt/authsvc/authsvc.pyz --help >/dev/null
 	install -D -m 755 deploy/authsvc $(DESTDIR)/usr/local/sbin/authsvc
@@ -80,7 +83,7 @@ lock:
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
 		pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml --extra qr --group pyz -c requirements-dev.txt -o requirements-pyz.txt
+		pyproject.toml --extra qr --extra postgres --group pyz -c requirements-dev.txt -o requirements-pyz.txt
 
 clean:
 	rm -rf .venv build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__

@@ -39,7 +39,8 @@ try:
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
     from psycopg.types.numeric import Int8Dumper
 except ImportError as error:
-    raise DatabaseRefused(f"PostgreSQL needs psycopg: pip install 'authsvc[postgres]' ({error})") from error
+    way = "pip install 'psycopg[binary,pool]', or make pyz POSTGRES=1"
+    raise DatabaseRefused(f"PostgreSQL needs psycopg: {way} ({error})") from error
 
 SCHEMA = Path(__file__).with_name("schema_postgres.sql")
 

@@ -22,6 +22,7 @@ import requests
 
 from settings import PREFIX, Settings
 from storage import DB
+from tests import postgres
 from tests.conftest import HERE, Service, clean_environ
 from tests.proxies import PASSWORD, Site
 
@@ -383,24 +384,48 @@ def test_the_commands_of_the_readme_guard_an_application(tmp_path: Path) -> None
         assert reply.json["headers"]["remote-user"] == ["you@example.com"]
 
 
+class Alone(Service):
+    """The one file and nothing else of ours, run by the system's Python."""
+
+    program = "/usr/bin/python3", "-I", "authsvc.pyz"
+
+    def __init__(self, folder: Path, packed: str, *options: str, **environ: str) -> None:
+        subprocess.run(["make", "-s", "-C", HERE, "pyz", *options], check=True, capture_output=True, timeout=300)
+        (folder / "alone").mkdir()
+        shutil.copy(HERE / packed, folder / "alone/authsvc.pyz")
+        super().__init__(folder / "alone", SHIV_ROOT=str(folder), **environ)
+
+    def walk(self) -> None:
+        """Have main.py ask for everything."""
+        command = [sys.executable, str(HERE / "main.py")]
+        subprocess.run(command, env={**os.environ, "AUTHSVC_URL": self.url}, check=True, timeout=60)
+
+
 @pytest.mark.slow  # packs the service
 def test_one_file_is_all_that_the_service_needs(tmp_path: Path) -> None:
-    subprocess.run(["make", "-s", "-C", HERE, "pyz"], check=True, capture_output=True, timeout=300)
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(HERE / "dist/authsvc.pyz", alone)
-
-    class Alone(Service):
-        program = "/usr/bin/python3", "-I", "authsvc.pyz"
-
-    service = Alone(alone, SHIV_ROOT=str(tmp_path))
+    service = Alone(tmp_path, "dist/authsvc.pyz")
     try:
-        walk = [sys.executable, str(HERE / "main.py")]
-        subprocess.run(walk, env={**os.environ, "AUTHSVC_URL": service.url}, check=True, timeout=60)
+        service.walk()
         for page in ("login", "pages/style.css", "pages/script.js"):
             assert requests.get(f"{service.url}/{page}", timeout=10).ok
         assert "usage: authsvc.py" in service.command("--help")
     finally:
         assert service.end() == 0
-    names = zipfile.ZipFile(alone / "authsvc.pyz").namelist()
-    assert not [name for name in names if re.search("requests|main.py$|tests|conftest", name)]
+    names = zipfile.ZipFile(service.folder / "authsvc.pyz").namelist()
+    assert not [name for name in names if re.search("requests|psycopg|main.py$|tests|conftest", name)]
+    environ = {**clean_environ(), **service.environ, "AUTHSVC_DATABASE": "postgresql://127.0.0.1:1/x"}
+    done = subprocess.run(service.program, cwd=service.folder, env=environ, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("authsvc: PostgreSQL needs psycopg: ")
+
+
+@pytest.mark.slow  # packs the service
+@pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
+def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, postgresql: postgres.Server) -> None:
+    place = postgresql.new_place()
+    service = Alone(tmp_path, "dist/authsvc-postgres.pyz", "POSTGRES=1", AUTHSVC_DATABASE=place)
+    try:
+        service.walk()
+        assert "PostgreSQL" in service.log
+    finally:
+        assert service.end() == 0
