@@ -12,7 +12,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,11 +32,15 @@ def programs() -> Path | None:
 
 
 class Server:
-    """A server without the patience of a disk; made, started and stopped by its process id."""
+    """A server without the patience of a disk; made, started and stopped by its process id.
+
+    ``settings`` go before those with which it is started otherwise.
+    """
 
     haste: ClassVar = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        self._settings = settings
         binaries = programs()
         assert binaries, MISSING
         self._binaries = binaries
@@ -46,14 +51,17 @@ class Server:
             self._options = {"user": USER, "group": USER, "extra_groups": []}
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        made = [binaries / "initdb", "--no-sync", "-A", "trust", "-U", USER, "-E", "UTF8", "--locale=C"]
-        self._run(*made, "-D", self.folder / "data")
+        self._make()
         self.start()
         self._count = 0
         self.emptied: list[str] = []
 
-    def _run(self, *command: object) -> None:
-        subprocess.run([str(part) for part in command], cwd="/", check=True, capture_output=True, **self._options)
+    def _make(self) -> None:
+        self._run("initdb", "--no-sync", "-A", "trust", "-U", USER, "-E", "UTF8", "--locale=C")
+
+    def _run(self, program: str, *options: object) -> None:
+        command = [str(self._binaries / program), "-D", str(self.folder / "data"), *map(str, options)]
+        subprocess.run(command, cwd="/", check=True, capture_output=True, **self._options)
 
     def start(self) -> None:
         """Start it and wait until it answers."""
@@ -63,6 +71,7 @@ class Server:
             "max_connections": "300",
             "shared_buffers": "32MB",
             **self.haste,
+            **self._settings,
         }
         command = [str(self._binaries / "postgres"), "-D", str(self.folder / "data"), "-p", str(self.port)]
         command += [f"--{name}={value}" for name, value in settings.items()]
@@ -80,6 +89,41 @@ class Server:
         """End it and all connections; SIGINT is PostgreSQL's "fast"."""
         self._process.send_signal(number)
         self._process.wait(timeout=20)
+
+    def kill(self) -> None:
+        """End all its processes in the midst of what they do, as a machine that loses its power would."""
+        segment = (self.folder / "data/postmaster.pid").read_text().split()[-2]
+        for number in signal.SIGSTOP, signal.SIGKILL:  # first of all, so that it notices nothing
+            self._signal(number)
+        self._process.wait(timeout=20)
+        subprocess.run(["ipcrm", "-m", segment], capture_output=True)  # else it stays until the machine is restarted
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It accepts connections and does nothing, as when its disk hangs."""
+        self._signal(signal.SIGSTOP)
+        yield
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        server = self._process.pid
+        os.kill(server, signal.SIGSTOP)  # it starts no more
+        for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+            os.kill(int(child), number)
+        os.kill(server, number)
+
+    def execute(self, statement: str) -> list[Any]:
+        """Run a statement of the operator's; return what it brings."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            cursor = connection.execute(statement.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def wait_for_replica(self) -> None:
+        """From now on answer a commit when the replica has it, too."""
+        self.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+        self.execute("SELECT pg_reload_conf()")
+        while self.execute("SELECT sync_state FROM pg_stat_replication") != [("sync",)]:
+            time.sleep(0.05)
 
     def remove(self) -> None:
         """End it for good."""
@@ -121,6 +165,22 @@ class Server:
                 """
             )
             self.emptied.append(place)
+
+
+class Replica(Server):
+    """A server that follows another, which it can replace."""
+
+    def __init__(self, primary: Server, **settings: str) -> None:
+        self._primary = primary
+        super().__init__(**settings)
+
+    def _make(self) -> None:
+        options = "--no-sync", "--write-recovery-conf", "--checkpoint=fast", "-h", "127.0.0.1", "-U", USER
+        self._run("pg_basebackup", *options, "-p", self._primary.port)
+
+    def promote(self) -> None:
+        """Make it take writes."""
+        self._run("pg_ctl", "promote", "--wait")
 
 
 class Ledger:
