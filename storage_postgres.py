@@ -35,6 +35,7 @@ from storage import (
 try:
     import psycopg
     import psycopg_pool
+    from psycopg.abc import RV, PQGen
     from psycopg.adapt import Buffer, Dumper
     from psycopg.conninfo import conninfo_to_dict, make_conninfo
     from psycopg.types.numeric import Int8Dumper
@@ -55,6 +56,9 @@ LIMITS |= {"keepalives_interval": 2, "keepalives_count": 2, "application_name": 
 PATIENCE = {"statement_timeout": 5000, "lock_timeout": 5000, "idle_in_transaction_session_timeout": 10_000}  # ms
 SEEN_TRIES, SEEN_INTERVAL = 20, 0.1  # times, seconds: a connection that was closed is seen for a moment still
 LOCKING = {"lock_timeout": 5000}  # ms, of what may take its time otherwise
+READ_SILENCE = 2.0  # seconds without a word of the server's: the thread that serves everybody may wait for it
+WRITE_SILENCE = 7.0  # the server's own limits come first; none of them ends a commit that waits for a lost replica
+SILENCE_STEP = 0.1  # seconds
 POOL_MOST = 10  # connections: one of each thread that reads, writes, mails or prunes, with four that hash
 POOL_WAIT = 1.0  # seconds for a connection that must be made first
 DOWN_WAIT = 2  # milliseconds, where the last try to connect failed: long enough to have the pool try again
@@ -107,9 +111,9 @@ class PostgresDB(Store):
         self._engine = f"PostgreSQL {version // 10_000}.{version % 10_000}"
         self._pool = psycopg_pool.ConnectionPool(
             _conninfo(place),
-            connection_class=psycopg.Connection,
+            connection_class=_Connection,
             kwargs={"autocommit": True},
-            configure=_adapt,
+            configure=_prepare,
             min_size=1,
             max_size=POOL_MOST,
             timeout=POOL_WAIT,
@@ -136,11 +140,11 @@ class PostgresDB(Store):
     # The doors
 
     def _read(self, statement: str, values: dict[str, Any]) -> Any:
-        with self._connection() as connection:  # in no transaction: one round trip
+        with self._connection(READ_SILENCE) as connection:  # in no transaction: one round trip
             return connection.execute(_converted(statement), values).fetchone()
 
     def _read_all(self, statement: str, values: dict[str, Any]) -> list[Any]:
-        with self._connection() as connection:
+        with self._connection(READ_SILENCE) as connection:
             return connection.execute(_converted(statement), values).fetchall()
 
     def _read_each(self, statement: str) -> Iterator[Any]:
@@ -179,7 +183,7 @@ class PostgresDB(Store):
             yield db
 
     @contextmanager
-    def _connection(self) -> Iterator[psycopg.Connection]:
+    def _connection(self, silence: float = WRITE_SILENCE) -> Iterator[psycopg.Connection]:
         with _translating():
             try:
                 connection = self._pool.getconn(DOWN_WAIT / 1000 if self._down else POOL_WAIT)
@@ -187,12 +191,16 @@ class PostgresDB(Store):
                 self._down = True
                 raise
             self._down = False
+            connection.silence = silence
             try:
                 yield connection
+            except _Silent:
+                self._down = connection.closed
+                raise
             finally:
-                broken = connection.broken
+                closed = connection.closed
                 self._pool.putconn(connection)
-                if broken:  # then the others are, too: none shall cost a request to find out
+                if closed:  # then the others are, too, or as silent: none shall cost a request to find out
                     self._pool.drain()
 
     def _failed_to_connect(self, _pool: object) -> None:
@@ -340,6 +348,40 @@ class _Empty(Exception):
     """A bucket was emptied while we took from it."""
 
 
+class _Silent(psycopg.OperationalError):
+    """The server did not answer in time."""
+
+
+class _Connection(psycopg.Connection):
+    """A connection on which nobody waits for ever, whatever the server waits for."""
+
+    silence = READ_SILENCE  # seconds
+
+    def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
+        return super().wait(self._impatient(gen), SILENCE_STEP)
+
+    def _impatient(self, answering: PQGen[RV]) -> PQGen[RV]:
+        left, cancelled = self.silence, False
+        try:
+            wanted = next(answering)
+            while True:
+                ready = yield wanted
+                left -= 0 if ready else SILENCE_STEP
+                if left <= 0:
+                    if cancelled or self.silence == READ_SILENCE:  # the server's own limits end what it does
+                        self.close()
+                        raise _Silent("the server does not answer")
+                    # A commit that waits for a replica stands here, as cancelled as done; and would never let go.
+                    left, cancelled = READ_SILENCE, True
+                    with suppress(psycopg.Error):
+                        self.cancel_safe(timeout=READ_SILENCE)
+                wanted = answering.send(ready)
+        except StopIteration as done:
+            if cancelled:
+                raise _Silent("the server answered too late: what was asked for may be lost with it") from None
+            return done.value  # type: ignore[no-any-return]
+
+
 class _Statements:
     """A connection that takes parameters as storage.py writes them."""
 
@@ -413,6 +455,12 @@ def _connect(place: str, patience: dict[str, int] = PATIENCE) -> psycopg.Connect
     connection = psycopg.connect(_conninfo(place, patience), autocommit=True)
     _adapt(connection)
     return connection
+
+
+def _prepare(connection: psycopg.Connection) -> None:
+    # Looked at by the pool's own threads: where the tables cannot be read, nobody else waits to find out.
+    _adapt(connection)
+    connection.execute("SELECT FROM users, sessions LIMIT 0")
 
 
 def _adapt(connection: psycopg.Connection) -> None:

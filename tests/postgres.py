@@ -27,7 +27,7 @@ USER = "postgres"
 def programs() -> Path | None:
     """The folder of initdb and postgres, the newest where there are several."""
     beside = shutil.which("initdb")
-    found = [os.path.dirname(beside)] if beside else sorted(glob.glob("/usr/lib/postgresql/*/bin"))
+    found = [os.path.dirname(os.path.realpath(beside))] if beside else sorted(glob.glob("/usr/lib/postgresql/*/bin"))
     return next((Path(folder) for folder in reversed(found) if (Path(folder) / "initdb").exists()), None)
 
 

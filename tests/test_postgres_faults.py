@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import TypeVar
 
 import psycopg
@@ -106,9 +106,8 @@ class Fault:
             assert awaited(lambda: self.crowd.answered >= 40, 20)
             yield
         late = [when - self._back for when in self.watch.refused if when > self._back]
-        print(
-            f"longest answers: {self.crowd.longest:.2f} s, quick {self.watch.longest:.2f} s; last 503 {max(late, default=0):.2f}"
-        )
+        print(f"longest answer {self.crowd.longest:.2f} s, on the quick lane {self.watch.longest:.2f} s")
+        print(f"last 503 {max(late, default=0):.2f} s after the database was back")
         self.watch.check()
         assert max(late, default=0) < BACK
         assert self.crowd.longest < SOON, self.crowd.longest
@@ -197,13 +196,13 @@ def test_a_database_that_hangs_takes_nobody_with_it(server: Server, fault: Fault
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Server, Replica]]:
-    with closing_server(Server(synchronous_commit="on")) as primary:
-        with closing_server(Replica(primary, synchronous_commit="on")) as replica:
-            yield primary, replica
+    with ExitStack() as stack:
+        primary = stack.enter_context(removing(Server(synchronous_commit="on")))
+        yield primary, stack.enter_context(removing(Replica(primary, synchronous_commit="on")))
 
 
 @contextmanager
-def closing_server(server: Kind) -> Iterator[Kind]:
+def removing(server: Kind) -> Iterator[Kind]:
     try:
         yield server
     finally:
