@@ -57,7 +57,8 @@ PATIENCE = {"statement_timeout": 5000, "lock_timeout": 5000, "idle_in_transactio
 SEEN_TRIES, SEEN_INTERVAL = 20, 0.1  # times, seconds: a connection that was closed is seen for a moment still
 LOCKING = {"lock_timeout": 5000}  # ms, of what may take its time otherwise
 READ_SILENCE = 2.0  # seconds without a word of the server's: the thread that serves everybody may wait for it
-WRITE_SILENCE = 7.0  # the server's own limits come first; none of them ends a commit that waits for a lost replica
+WRITE_SILENCE = 6.0  # the server's own limits come first; none of them ends a commit that waits for a lost replica
+CANCEL_SILENCE = 1.0
 SILENCE_STEP = 0.1  # seconds
 POOL_MOST = 10  # connections: one of each thread that reads, writes, mails or prunes, with four that hash
 POOL_WAIT = 1.0  # seconds for a connection that must be made first
@@ -372,9 +373,9 @@ class _Connection(psycopg.Connection):
                         self.close()
                         raise _Silent("the server does not answer")
                     # A commit that waits for a replica stands here, as cancelled as done; and would never let go.
-                    left, cancelled = READ_SILENCE, True
+                    left, cancelled = CANCEL_SILENCE, True
                     with suppress(psycopg.Error):
-                        self.cancel_safe(timeout=READ_SILENCE)
+                        self.cancel_safe(timeout=CANCEL_SILENCE)
                 wanted = answering.send(ready)
         except StopIteration as done:
             if cancelled:

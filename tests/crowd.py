@@ -212,12 +212,12 @@ class Crowd:
         return max(person.longest for person in self.people)
 
     @contextmanager
-    def using(self, service: Service) -> Iterator[None]:
+    def using(self, url: str) -> Iterator[None]:
         """Use it; leave when it is gone or when the block ends."""
         stopping = threading.Event()
         with ThreadPoolExecutor(len(self.people)) as pool:
             for person in self.people:
-                person.url = service.url
+                person.url = url
             running = [pool.submit(person.live, stopping) for person in self.people]
             try:
                 yield
@@ -226,9 +226,9 @@ class Crowd:
         for one in running:
             one.result()
 
-    def check(self, service: Service, most: int = 0) -> None:
+    def check(self, url: str, most: int = 0) -> None:
         with ThreadPoolExecutor(len(self.people)) as pool:
             for person in self.people:
-                person.url = service.url
+                person.url = url
             for one in [pool.submit(person.check, most) for person in self.people]:
                 one.result()

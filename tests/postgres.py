@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,7 +97,7 @@ class Server:
         self._process.wait(timeout=20)
         subprocess.run(["ipcrm", "-m", segment], capture_output=True)  # else it stays until the machine is restarted
 
-    @contextmanager
+    @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """It accepts connections and does nothing, as when its disk hangs."""
         self._signal(signal.SIGSTOP)

@@ -74,14 +74,14 @@ def test_what_was_answered_outlives_the_process_and_what_was_not_is_whole_or_not
     service, crowd, moment = start(**ROOMY), Crowd(), random.Random(SEED)
     for _ in range(ROUNDS):
         wanted = crowd.answered + moment.randrange(10, 60)
-        with crowd.using(service):
+        with crowd.using(service.url):
             assert awaited(lambda: crowd.answered >= wanted, 20)  # noqa: B023
             time.sleep(moment.uniform(0, 0.02))  # as long as a request takes: at any moment of it
             assert service.end(number) == code, SEED
         service.start()
         assert_whole(service)
-        crowd.check(service)
-    crowd.check(service, most=1000)
+        crowd.check(service.url)
+    crowd.check(service.url, most=1000)
     assert not [event for event in events(service) if event["event"] == "sys_crash"], SEED
 
 
@@ -153,7 +153,7 @@ def test_without_room_nothing_is_promised_and_with_room_again_all_goes_on(
     change = {"password": "b4l0u", "new_password": "x"}
     for _ in range(ROUNDS):
         wanted = crowd.answered + 20
-        with crowd.using(service):
+        with crowd.using(service.url):
             assert awaited(lambda: crowd.answered >= wanted, 20)  # noqa: B023
             with full(service):
                 refused: dict[str, Callable[[], int]] = {
@@ -169,7 +169,7 @@ def test_without_room_nothing_is_promised_and_with_room_again_all_goes_on(
                     assert ask(service, "GET", path, session=session, timeout=1) == 200
             assert awaited(lambda: ask(service, "POST", "/reset_password", form) == 200)
         assert_whole(service)
-        crowd.check(service)
+        crowd.check(service.url)
     assert ask(service, "POST", "/sessions", form) == 200
     noted = events(service)
     assert {event["event"] for event in noted} >= {"sys_storage_unavailable"}
@@ -382,9 +382,9 @@ def idle(service: Service, count: int) -> Iterator[None]:
 def warm(service: Service) -> None:
     """Let every thread open what it keeps open."""
     crowd = Crowd("warm")
-    with crowd.using(service):
+    with crowd.using(service.url):
         assert awaited(lambda: crowd.answered >= 60, 20)
-    crowd.check(service)
+    crowd.check(service.url)
     assert ask(service, "GET", "/health") == 200
     assert awaited(lambda: sockets(service) == 1)
 
@@ -412,10 +412,10 @@ def test_out_of_descriptors_it_serves_who_is_connected_and_then_everybody(warmed
         assert ask(service, "GET", "/", timeout=2) == 200
         assert ask(service, "POST", "/sessions", form, timeout=2) == 200
         assert awaited(lambda: sockets(service) == 1)
-        with crowd.using(service):
+        with crowd.using(service.url):
             wanted = crowd.answered + 20
             assert awaited(lambda: crowd.answered >= wanted, 20)  # noqa: B023
-        crowd.check(service)
+        crowd.check(service.url)
     assert_whole(service)
 
 
@@ -610,7 +610,7 @@ SPARE = 0.03  # of the memory, which allocators round up
 def test_use_for_long_takes_no_more_memory_and_no_more_descriptors(warmed: Service) -> None:
     service, crowd = warmed, Crowd(size=3)
     began = time.monotonic()
-    with crowd.using(service):
+    with crowd.using(service.url):
         time.sleep(SOAK / 10)
         memory, open_ones = resident(service), len(descriptors(service))
         while time.monotonic() < began + SOAK:
@@ -620,7 +620,7 @@ def test_use_for_long_takes_no_more_memory_and_no_more_descriptors(warmed: Servi
         assert resident(service) <= memory * (1 + SPARE) + 2**20, (SEED, crowd.answered)
         assert len(descriptors(service)) <= open_ones + CLIENTS, (SEED, descriptors(service))
     assert awaited(lambda: sockets(service) == 1)
-    crowd.check(service, most=20)
+    crowd.check(service.url, most=20)
     assert_whole(service)
     assert service.end() == 0
     assert "sys_crash" not in service.log

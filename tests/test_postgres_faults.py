@@ -23,8 +23,8 @@ from tests.postgres import Replica, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)]
 
-QUICK = 3.0  # seconds in which the thread that serves everybody has answered, on a machine that others use, too
-SOON = 12.0  # seconds in which a write has: the 7 that it may take, and others before it on the same thread
+QUICK = 4.0  # seconds in which the thread that serves everybody has answered: 2, on a machine that others use, too
+SOON = 18.0  # seconds in which a write has: the 8 that it may take, behind another on the same thread
 BACK = 5.0  # seconds in which all goes on once the database is back
 
 Kind = TypeVar("Kind", bound=Server)
@@ -102,7 +102,7 @@ class Fault:
 
     @contextmanager
     def under_load(self) -> Iterator[None]:
-        with self.crowd.using(self.service), self.watch.watching():
+        with self.crowd.using(self.service.url), self.watch.watching():
             assert awaited(lambda: self.crowd.answered >= 40, 20)
             yield
         late = [when - self._back for when in self.watch.refused if when > self._back]
@@ -111,7 +111,7 @@ class Fault:
         self.watch.check()
         assert max(late, default=0) < BACK
         assert self.crowd.longest < SOON, self.crowd.longest
-        self.crowd.check(self.service)
+        self.crowd.check(self.service.url)
         noted = events(self.service)
         assert not [event for event in noted if event["event"] == "sys_crash"], SEED
         assert all(event["reason"] for event in noted if event["event"] == "sys_storage_unavailable")
@@ -238,8 +238,9 @@ def test_without_its_replica_a_write_is_not_promised_and_reads_go_on(
         replica.stop()
         assert ask(fault.service, "POST", "/users", fields("eve"), timeout=60) == 503
         assert not fault.watch.refused
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-        assert primary.execute(waiting)[0][0] <= 8
+        # Nor does it wait on, for ever, where nobody asks any more; a server has a hundred places for those who do.
+        old = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query_start < now() - interval '9 s'"
+        assert not awaited(lambda: primary.execute(old), 4)
         replica.start()
         fault.back()
 
