@@ -59,7 +59,7 @@ LOCKING = {"lock_timeout": 5000}  # ms, of what may take its time otherwise
 READ_SILENCE = 2.0  # seconds without a word of the server's: the thread that serves everybody may wait for it
 WRITE_SILENCE = 6.0  # the server's own limits come first; none of them ends a commit that waits for a lost replica
 CANCEL_SILENCE = 1.0
-SILENCE_STEP = 0.1  # seconds
+SILENCE_STEP = 100  # milliseconds
 POOL_MOST = 10  # connections: one of each thread that reads, writes, mails or prunes, with four that hash
 POOL_WAIT = 1.0  # seconds for a connection that must be made first
 DOWN_WAIT = 2  # milliseconds, where the last try to connect failed: long enough to have the pool try again
@@ -359,7 +359,7 @@ class _Connection(psycopg.Connection):
     silence = READ_SILENCE  # seconds
 
     def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
-        return super().wait(self._impatient(gen), SILENCE_STEP)
+        return super().wait(self._impatient(gen), SILENCE_STEP / 1000)
 
     def _impatient(self, answering: PQGen[RV]) -> PQGen[RV]:
         left, cancelled = self.silence, False
@@ -367,7 +367,7 @@ class _Connection(psycopg.Connection):
             wanted = next(answering)
             while True:
                 ready = yield wanted
-                left -= 0 if ready else SILENCE_STEP
+                left -= 0 if ready else SILENCE_STEP / 1000
                 if left <= 0:
                     if cancelled or self.silence == READ_SILENCE:  # the server's own limits end what it does
                         self.close()
