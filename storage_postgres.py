@@ -105,6 +105,7 @@ class PostgresDB(Store):
     def __init__(self, place: str, *, private: bool = False) -> None:  # noqa: ARG002  # the server keeps its files so
         self._place = place
         self._down = False
+        self._late = False
         self._staging: psycopg.Connection | None = None
         with _refused(place), closing(_connect(place)) as connection:
             _migrate(connection)
@@ -141,11 +142,11 @@ class PostgresDB(Store):
     # The doors
 
     def _read(self, statement: str, values: dict[str, Any]) -> Any:
-        with self._connection(READ_SILENCE) as connection:  # in no transaction: one round trip
+        with self._connection(reading=True) as connection:  # in no transaction: one round trip
             return connection.execute(_converted(statement), values).fetchone()
 
     def _read_all(self, statement: str, values: dict[str, Any]) -> list[Any]:
-        with self._connection(READ_SILENCE) as connection:
+        with self._connection(reading=True) as connection:
             return connection.execute(_converted(statement), values).fetchall()
 
     def _read_each(self, statement: str) -> Iterator[Any]:
@@ -184,7 +185,7 @@ class PostgresDB(Store):
             yield db
 
     @contextmanager
-    def _connection(self, silence: float = WRITE_SILENCE) -> Iterator[psycopg.Connection]:
+    def _connection(self, *, reading: bool = False) -> Iterator[psycopg.Connection]:
         with _translating():
             try:
                 connection = self._pool.getconn(DOWN_WAIT / 1000 if self._down else POOL_WAIT)
@@ -192,11 +193,13 @@ class PostgresDB(Store):
                 self._down = True
                 raise
             self._down = False
-            connection.silence = silence
+            connection.reading = reading
+            connection.silence = READ_SILENCE if reading or self._late else WRITE_SILENCE
             try:
                 yield connection
+                self._late = self._late and reading
             except _Silent:
-                self._down = connection.closed
+                self._late, self._down = not reading, connection.closed  # who comes next need not wait as long
                 raise
             finally:
                 closed = connection.closed
@@ -356,6 +359,7 @@ class _Silent(psycopg.OperationalError):
 class _Connection(psycopg.Connection):
     """A connection on which nobody waits for ever, whatever the server waits for."""
 
+    reading = True
     silence = READ_SILENCE  # seconds
 
     def wait(self, gen: PQGen[RV], *_: Any, **__: Any) -> RV:
@@ -369,7 +373,7 @@ class _Connection(psycopg.Connection):
                 ready = yield wanted
                 left -= 0 if ready else SILENCE_STEP / 1000
                 if left <= 0:
-                    if cancelled or self.silence == READ_SILENCE:  # the server's own limits end what it does
+                    if cancelled or self.reading:  # the server's own limits end what it does
                         self.close()
                         raise _Silent("the server does not answer")
                     # A commit that waits for a replica stands here, as cancelled as done; and would never let go.

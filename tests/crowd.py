@@ -90,7 +90,7 @@ class Person:
         self.answered = 0
         self.refused = 0
         self.longest = 0.0  # seconds to an answer
-        self.url = ""
+        self.urls: tuple[str, ...] = ()  # of the copies of one service, any of which may be asked
 
     def live(self, stopping: threading.Event) -> None:
         """Use the service at random until told to stop, or until it is gone."""
@@ -162,7 +162,7 @@ class Person:
 
     def _ask(self, method: str, path: str, session: str = "", **form: str) -> requests.Response:
         headers = {"Cookie": f"session_id={session}"} if session else {}
-        url = self.url + path
+        url = self._random.choice(self.urls) + path
         answer = self._client.request(method, url, data=form, headers=headers, timeout=20, allow_redirects=False)
         self._client.cookies.clear()
         self.longest = max(self.longest, answer.elapsed.total_seconds())
@@ -212,12 +212,12 @@ class Crowd:
         return max(person.longest for person in self.people)
 
     @contextmanager
-    def using(self, url: str) -> Iterator[None]:
-        """Use it; leave when it is gone or when the block ends."""
+    def using(self, *urls: str) -> Iterator[None]:
+        """Use it, or its copies; leave when it is gone or when the block ends."""
         stopping = threading.Event()
         with ThreadPoolExecutor(len(self.people)) as pool:
             for person in self.people:
-                person.url = url
+                person.urls = urls
             running = [pool.submit(person.live, stopping) for person in self.people]
             try:
                 yield
@@ -226,9 +226,9 @@ class Crowd:
         for one in running:
             one.result()
 
-    def check(self, url: str, most: int = 0) -> None:
+    def check(self, *urls: str, most: int = 0) -> None:
         with ThreadPoolExecutor(len(self.people)) as pool:
             for person in self.people:
-                person.url = url
+                person.urls = urls
             for one in [pool.submit(person.check, most) for person in self.people]:
                 one.result()
