@@ -101,12 +101,15 @@ class Server:
     def frozen(self) -> Iterator[None]:
         """It accepts connections and does nothing, as when its disk hangs."""
         self._signal(signal.SIGSTOP)
-        yield
-        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
         server = self._process.pid
-        os.kill(server, signal.SIGSTOP)  # it starts no more
+        if number != signal.SIGCONT:
+            os.kill(server, signal.SIGSTOP)  # it starts no more
         for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
             os.kill(int(child), number)
         os.kill(server, number)
@@ -117,11 +120,13 @@ class Server:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
-    def wait_for_replica(self) -> None:
-        """From now on answer a commit when the replica has it, too."""
-        self.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+    def wait_for(self, replicas: str) -> None:
+        """From now on answer a commit when one of these has it, too: "*" is whichever there is, "" none."""
+        self.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{replicas}'")
         self.execute("SELECT pg_reload_conf()")
-        while self.execute("SELECT sync_state FROM pg_stat_replication") != [("sync",)]:
+        while self.execute("SHOW synchronous_standby_names") != [(replicas,)]:
+            time.sleep(0.05)
+        while replicas == "*" and self.execute("SELECT sync_state FROM pg_stat_replication") != [("sync",)]:
             time.sleep(0.05)
 
     def remove(self) -> None:
