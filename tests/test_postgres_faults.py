@@ -207,6 +207,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def db(server: Server, patience: None) -> Iterator[Store]:
     with closing(open_store(f"{server.new_place()}%20-c%20synchronous_commit%3Don")) as store:
+        assert isinstance(found(store), NoResultFound)  # there is a connection
         yield store
 
 
