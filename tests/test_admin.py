@@ -425,6 +425,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.sqlite
 @pytest.mark.slow  # 100,000 lines, three times
 def test_100_000_users_move_in_with_little_memory_and_a_last_fault_stops_them(
     people: Auth, path: Path, monkeypatch: pytest.MonkeyPatch
