@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -99,11 +100,14 @@ class Server:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """It accepts connections and does nothing, as when its disk hangs."""
+        """It accepts connections and does nothing, as when its disk hangs; for 30 s, as a test may hang with it."""
+        thaw = threading.Timer(30, self._signal, [signal.SIGCONT])
+        thaw.start()
         self._signal(signal.SIGSTOP)
         try:
             yield
         finally:
+            thaw.cancel()
             self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
