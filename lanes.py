@@ -203,6 +203,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = PlainTask
     error_task_class = JSONErrorTask
     production = False
+    answers: ClassVar[list[tuple[Channel, bytes]]] = []  # of one turn of the loop, which are sent at its end
     serve_now = False  # set by Lanes.add_task
     rest = 0  # bytes that may still come when the last answer is sent
     lingering = False
@@ -217,10 +218,23 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.serve_now = False
         return accepted
 
-    def write_soon(self, data: Any) -> int:
-        if self.serve_now and not self.total_outbufs_len and isinstance(data, bytes):  # nobody else writes here now
-            data = data[self.send(data, do_close=False) :]
+    def write_soon(self, data: bytes) -> int:
+        # Nothing stands behind this answer that could overtake it: no other request, no 100 Continue.
+        if self.serve_now and len(self.requests) == 1 and self.request is None:
+            self.answers.append((self, data))
+            return len(data)
         return int(super().write_soon(data))
+
+    def send_now(self, data: bytes) -> None:
+        """Send an answer, and leave to waitress what the client does not take yet."""
+        if self.connected and not self.total_outbufs_len:
+            try:
+                data = data[self.send(data) :]  # closes by itself where the client is gone
+            except OSError:
+                self.will_close = True
+                return
+        if self.connected:
+            super().write_soon(data)
 
     # Who sends a body that we refuse may still be sending. To close a socket with bytes unread resets the connection,
     # and the reset can overtake our answer: so end our side only, and read on for a while (RFC 9112 9.6).
@@ -337,6 +351,7 @@ class Server:
         logging.getLogger("waitress").addHandler(_LogHandler())
         self._lanes = lanes
         self._stopping = False
+        self._answers: list[tuple[Channel, bytes]] = []
         self._server = create_server(
             application,
             sockets=[listener],
@@ -353,7 +368,8 @@ class Server:
         # waitress wakes the thread that serves after each answer: it need not wake itself.
         self._wake = self._server.pull_trigger
         self._server.pull_trigger = lambda: None if lanes.serves_here() else self._wake()
-        self._server.channel_class = type("Channel", (Channel,), {"production": lanes.settings.production})
+        own = {"production": lanes.settings.production, "answers": self._answers}
+        self._server.channel_class = type("Channel", (Channel,), own)
 
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler; the second signal of its kind ends it the hard way."""
@@ -392,6 +408,10 @@ class Server:
 
     def _turn(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
+        # Together: sent one by one each finds its reader asleep, and to wake one takes as long as to look up a session.
+        for channel, data in self._answers:
+            channel.send_now(data)
+        self._answers.clear()
 
     def _in_hand(self) -> bool:
         channels = list(self._server.active_channels.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import json
@@ -72,6 +73,7 @@ def http(method: str, path: str, **form: str) -> bytes:
     return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{kind}\r\n{body}".encode()
 
 
+LARGE = os.urandom(2**20)  # more than a connection of the server in this process takes at once
 GET = http("GET", "/")
 SLOW = http("POST", "/slow", a="1")
 LOGIN = http("POST", "/sessions", email="nobody@lanes", password="wrong")
@@ -99,6 +101,7 @@ class Inside:
         self.gate = threading.Event()
         self.slow_ones: queue.SimpleQueue[None] = queue.SimpleQueue()
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.address = listener.getsockname()
         ready = threading.Event()
         self.thread = threading.Thread(target=self._serve, args=(listener, ready))
@@ -117,8 +120,9 @@ class Inside:
         if environ["PATH_INFO"] == "/slow":
             self.slow_ones.put(None)
             assert self.gate.wait(20)
-        start_response("200 OK", [("Content-Length", "2")])
-        return [b"ok"]
+        body = {"/large": LARGE}.get(environ["PATH_INFO"], environ["PATH_INFO"].encode())
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
 
     def dial(self) -> Wire:
         return self._dial(self.address)
@@ -304,6 +308,34 @@ def test_who_asks_much_at_once_is_served_beside_the_others(inside: Inside) -> No
     assert inside.dial().send(GET).status() == 200
     inside.gate.set()
     assert [wire.status(), wire.status()] == [200, 200]
+
+
+def test_a_large_answer_arrives_whole_however_slowly_it_is_read(inside: Inside) -> None:
+    wire = inside.dial().send(http("GET", "/large"))
+    assert inside.dial().send(GET).status() == 200
+    assert wire.answer().body == LARGE
+    assert wire.send(GET).status() == 200
+
+
+def test_the_answers_of_one_moment_are_sent_to_each_its_own(inside: Inside) -> None:
+    wires = [inside.dial() for _ in range(100)]
+    for place in "here", "there":
+        for number, wire in enumerate(wires):
+            wire.send(http("GET", f"/{place}/{number}"))
+        assert [wire.answer().body.decode() for wire in wires] == [f"/{place}/{number}" for number in range(100)]
+
+
+def test_a_connection_that_fails_while_it_is_answered_is_closed(
+    inside: Inside, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(*_: object) -> int:
+        raise OSError(errno.ENOBUFS, "no buffer space")
+
+    wire = inside.dial()
+    with monkeypatch.context() as patched:
+        patched.setattr(lanes.Channel, "send", send)
+        assert wire.send(GET).stream.read() == b""
+    assert inside.dial().send(GET).status() == 200
 
 
 def test_a_request_may_arrive_byte_by_byte(service: Service, dial: Callable[..., Wire]) -> None:
@@ -521,6 +553,14 @@ def test_who_is_refused_may_not_send_for_ever(inside: Inside, monkeypatch: pytes
 def test_who_asks_before_it_sends_a_body_is_told_to_go_on(service: Service, dial: Callable[..., Wire]) -> None:
     head, _, body = LOGIN.partition(b"\r\n\r\n")
     wire = dial(service.address).send(head, b"\r\nExpect: 100-continue\r\n\r\n")
+    assert wire.stream.readline() + wire.stream.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert wire.send(body).status() == 401
+
+
+def test_who_asks_before_it_sends_a_body_is_told_in_its_turn(service: Service, dial: Callable[..., Wire]) -> None:
+    head, _, body = LOGIN.partition(b"\r\n\r\n")
+    wire = dial(service.address).send(GET, head, b"\r\nExpect: 100-continue\r\n\r\n")
+    assert wire.status() == 200
     assert wire.stream.readline() + wire.stream.readline() == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert wire.send(body).status() == 401
 
