@@ -93,10 +93,12 @@ class Running:
         self.headers = self._log_in() if subject.login else {}
 
     def _start(self) -> float:
+        environ = {**os.environ, **self.environ}
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles what pip has not compiled: only us
         began = time.perf_counter()
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=self.folder, env={**os.environ, **self.environ}, stdout=log, stderr=log,
+                self.command, cwd=self.folder, env=environ, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         while True:
