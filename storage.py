@@ -193,11 +193,17 @@ class Store(ABC):
 
     @abstractmethod
     def _transaction(
-        self, *, user_id: int | None = None, session_hash: str | None = None, everybody: bool = False
+        self,
+        *,
+        user_id: int | None = None,
+        session_hash: str | None = None,
+        everybody: bool = False,
+        unhurried: bool = False,
     ) -> AbstractContextManager[Statements]:
         """Begin, and commit at the end; roll back where that is not reached.
 
-        No two run at once about one user: the named one, whoever has the session, or everybody.
+        No two run at once about one user: the named one, whoever has the session, or everybody. One that is
+        ``unhurried`` may take any time: the operator waits for it, and no request.
         """
 
     # What can be asked of a place without opening it, which would make or lift it
@@ -486,7 +492,7 @@ class Store(ABC):
 
     def end_all_sessions(self) -> int:
         """End the sessions of all users, and void all reset tokens and invitations; return how many sessions."""
-        with self._transaction(everybody=True) as db:
+        with self._transaction(everybody=True, unhurried=True) as db:
             db.execute("UPDATE users SET session_id = NULL WHERE session_id IS NOT NULL")
             db.execute(
                 """

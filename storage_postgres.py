@@ -150,11 +150,10 @@ class PostgresDB(Store):
             return connection.execute(_converted(statement), values).fetchall()
 
     def _read_each(self, statement: str) -> Iterator[Any]:
-        # A connection of its own, which may take its time; a cursor of the server's, as all may be more than memory.
-        with _translating(), closing(_connect(self._place, patience={})) as connection:
+        with self._unhurried() as connection:
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             connection.read_only = True
-            with connection.transaction(), connection.cursor(name="each") as cursor:
+            with connection.transaction(), connection.cursor(name="each") as cursor:  # all may be more than memory
                 yield from cursor.execute(_converted(statement), {})
 
     def _write(self, statement: str, values: dict[str, Any]) -> int:
@@ -163,13 +162,18 @@ class PostgresDB(Store):
 
     @contextmanager
     def _transaction(
-        self, *, user_id: int | None = None, session_hash: str | None = None, everybody: bool = False
+        self,
+        *,
+        user_id: int | None = None,
+        session_hash: str | None = None,
+        everybody: bool = False,
+        unhurried: bool = False,
     ) -> Iterator[Statements]:
         # Each statement sees what was committed when it began (READ COMMITTED). Two transactions about one user would
         # pass each other: a login that compared with the old password would leave a session that the change of the
         # password does not see, and end. So the user's row is locked first, by a statement of its own: the next one
         # sees what the other transaction did. Rows in the order of their ids: nobody waits for each other in a circle.
-        with self._connection() as connection, connection.transaction():
+        with self._unhurried() if unhurried else self._connection() as connection, connection.transaction():
             db = _Statements(connection)
             if everybody:
                 db.execute("LOCK TABLE users IN EXCLUSIVE MODE")  # the others still read
@@ -183,6 +187,12 @@ class PostgresDB(Store):
                     {"user_id": user_id, "session_hash": session_hash},
                 )
             yield db
+
+    @contextmanager
+    def _unhurried(self) -> Iterator[psycopg.Connection]:
+        """A connection of its own, which may take its time."""
+        with _translating(), closing(_connect(self._place, LOCKING)) as connection:
+            yield connection
 
     @contextmanager
     def _connection(self, *, reading: bool = False) -> Iterator[psycopg.Connection]:
@@ -222,7 +232,7 @@ class PostgresDB(Store):
         """Lay users aside, each with a number; return the numbers of those whose email is taken, here or by another."""
         self._end_staging()
         with _translating():
-            self._staging = connection = _connect(self._place, patience={})  # the table is gone with it
+            self._staging = connection = _connect(self._place, LOCKING)  # the table is gone with it
             connection.execute(
                 """
                 CREATE TEMP TABLE staged (number bigint, email text, email_key text, hashed_password text,

@@ -325,6 +325,29 @@ def test_a_statement_that_takes_too_long_is_unavailable(place: str, monkeypatch:
         assert db.find_user_by(id=1) == bob
 
 
+SLOW = """
+    CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
+    CREATE TRIGGER slow BEFORE INSERT ON users FOR EACH STATEMENT EXECUTE FUNCTION slow();
+    CREATE TRIGGER slow BEFORE DELETE ON sessions FOR EACH STATEMENT EXECUTE FUNCTION slow();
+"""
+
+
+def test_what_the_operator_does_to_all_takes_its_time(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(storage_postgres.PATIENCE, "statement_timeout", 200)
+    monkeypatch.setattr(storage_postgres, "WRITE_SILENCE", 0.2)
+    monkeypatch.setattr(storage_postgres, "CANCEL_SILENCE", 0.1)
+    with closing(PostgresDB(place)) as db, psycopg.connect(place, autocommit=True) as operator:
+        bob = db.add_user("bob@x.io", HASH)
+        add_session(db, bob, "s")
+        operator.execute(SLOW)
+        with pytest.raises(StorageUnavailable):
+            db.end_sessions(1)
+        assert db.end_all_sessions() == 1
+        assert db.stage_users([(1, User(0, "eve@x.io", HASH))]) == []
+        assert db.add_staged_users() == 1
+        assert [user.email for user in db.each_user()] == ["bob@x.io", "eve@x.io"]
+
+
 def test_a_replica_that_takes_no_writes_is_unavailable_for_them(place: str, db: PostgresDB, bob: User) -> None:
     separator = "%20-c%20" if "options=" in place else "?options=-c"
     with closing(PostgresDB(f"{place}{separator}default_transaction_read_only%3Don")) as replica:
