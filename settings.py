@@ -35,8 +35,11 @@ MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!
 # What libpq takes for one (PostgreSQL 34.1.1.2), and nothing that it would read in another way than a person: an "@" or
 # "/" of a password must be percent-encoded, else a part of the password would be taken for the name of a host.
 _HOST = r"(?:(?:[A-Za-z0-9._-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?"
-_PARTS = r"(?:/(?P<name>[^\s/@?#]*))?(?:\?(?P<options>[^\s@?#]*))?"
-DATABASE_URL = re.compile(r"postgres(?:ql)?://(?:[^\s/@?#]*@)?(?P<hosts>" + _HOST + "(?:," + _HOST + ")*)" + _PARTS)
+_VALUE = r"(?:[^\s@?#&=%]|%(?!00)[0-9A-Fa-f]{2})*"  # what it cannot decode it repeats, a password too
+_OPTION = r"[a-z_]+=" + _VALUE
+_PARTS = r"(?:/(?P<name>[^\s/@?#]*))?(?:\?(?P<options>" + _OPTION + "(?:&" + _OPTION + ")*))?"
+_USER = r"(?:(?:[^\s/@?#%]|%(?!00)[0-9A-Fa-f]{2})*@)?"
+DATABASE_URL = re.compile(r"postgres(?:ql)?://" + _USER + "(?P<hosts>" + _HOST + "(?:," + _HOST + ")*)" + _PARTS)
 SEALED = "require", "verify-ca", "verify-full"  # of sslmode: those that never go on in plain
 
 REGISTRATION = "open", "invitation", "closed"
@@ -214,7 +217,8 @@ def _is_sealed(database: str) -> bool:
     options = parse_qs(url["options"] or "")
     if options.get("sslmode", [""])[-1] in SEALED:
         return True
-    return "service" not in options and all(_is_here(host) for host in _hosts(url))
+    # Where one of several has no hostaddr, its host counts: too fine a difference to be relied upon.
+    return not {"service", "hostaddr"} & options.keys() and all(_is_here(host) for host in _hosts(url))
 
 
 def _is_here(host: str) -> bool:

@@ -241,6 +241,8 @@ def test_what_is_no_address_is_refused_whatever_the_override_says(listen: str) -
             "postgresql://u:canary@ho st/db",
             "postgresql://u:canary@h/d?a=b@canary",
         ),
+        *("postgres://u:can%ary@host/db", "postgres://u:canary%00@host/db", "postgres://host/db?password=canary%"),
+        *("postgres://host/db?password=x&canary", "postgres://host/db?password=x=canary"),
         *("postgres://u:canary@host/a/b", "postgres://u:canary@host:123456/a", "postgres://u:canary@host/a\n"),
     ],
 )
@@ -269,6 +271,7 @@ URLS = {
     "postgresql://u:canary@localhost,b:5433/db": ("db on localhost,b:5433", False),
     "postgresql://u:canary@localhost/db?host=db.example.com": ("db on db.example.com", False),
     "postgresql://u:canary@localhost/db?hostaddr=192.0.2.1": ("db on 192.0.2.1", False),
+    "postgresql://localhost,db.example.com/db?hostaddr=127.0.0.1,": ("db on 127.0.0.1", False),
     "postgresql://u@localhost/db?password=canary": ("db on localhost", True),
     "postgresql://?service=elsewhere": ("PostgreSQL on this machine", False),
 }
