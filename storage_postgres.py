@@ -52,7 +52,8 @@ MIGRATING = 0x61757468, 1  # "auth": the two numbers of the lock that one of sev
 
 # A fault must show within seconds, and to every copy: the thread that serves all the others may be the one that waits.
 LIMITS: dict[str, int | str] = {"connect_timeout": 2, "tcp_user_timeout": 3000, "keepalives_idle": 5}  # s, ms, s
-LIMITS |= {"keepalives_interval": 2, "keepalives_count": 2, "application_name": "authsvc"}
+LIMITS |= {"keepalives_interval": 2, "keepalives_count": 2}
+OURS = {"application_name": "authsvc", "client_encoding": "UTF8"}  # the former is what _refuse_served() looks for
 PATIENCE = {"statement_timeout": 5000, "lock_timeout": 5000, "idle_in_transaction_session_timeout": 10_000}  # ms
 SEEN_TRIES, SEEN_INTERVAL = 20, 0.1  # times, seconds: a connection that was closed is seen for a moment still
 LOCKING = {"lock_timeout": 5000}  # ms, of what may take its time otherwise
@@ -462,8 +463,12 @@ def _converted(statement: str) -> bytes:
 
 def _conninfo(place: str, patience: dict[str, int] = PATIENCE) -> str:
     given = conninfo_to_dict(place)
+    if (
+        "service" not in given
+    ):  # the settings have looked at the URL; PGHOST, PGHOSTADDR, PGSERVICE may say another host
+        given = {"host": "", "hostaddr": "", **given}
     options = " ".join([*(f"-c {name}={value}" for name, value in patience.items()), str(given.get("options", ""))])
-    return make_conninfo(place, **{**LIMITS, **given, "options": options.strip()})
+    return make_conninfo(place, **{**LIMITS, **given, **OURS, "options": options.strip()})
 
 
 def _connect(place: str, patience: dict[str, int] = PATIENCE) -> psycopg.Connection:
@@ -499,6 +504,9 @@ def _migrate(connection: psycopg.Connection) -> None:
 
 def _version(connection: psycopg.Connection) -> int:
     """Return the version of the tables, 0 where there are none."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise DatabaseRefused(f"its encoding is {encoding}: make one with createdb -T template0 -E UTF8")
     (schema,) = connection.execute("SELECT current_schema()").fetchone() or (None,)
     if schema is None:
         raise DatabaseRefused("no schema of the search_path exists")

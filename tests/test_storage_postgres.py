@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -423,6 +424,79 @@ def test_what_cannot_be_reached_is_named_without_its_password(reason: str) -> No
     with pytest.raises(DatabaseRefused, match=r"\A[^\n]*ledger on [^\n]*\Z") as refusal:
         open_store(REFUSED[reason])
     assert "canary" not in str(refusal.value).replace('parameter: "canary"', "")
+
+
+@pytest.fixture
+def locked(postgresql: postgres.Server) -> Iterator[None]:
+    """A role of this name must give its password."""
+    rules = postgresql.folder / "data/pg_hba.conf"
+    before = rules.read_text()
+
+    def lay_down(text: str) -> None:
+        rules.write_text(text)
+        read = postgresql.execute("SELECT pg_conf_load_time() FROM pg_reload_conf()")
+        while postgresql.execute("SELECT pg_conf_load_time()") == read:
+            time.sleep(0.01)
+
+    postgresql.execute("CREATE ROLE locked LOGIN PASSWORD 'right'")
+    lay_down("host all locked all scram-sha-256\n" + before)
+    yield
+    lay_down(before)
+    postgresql.execute("DROP ROLE locked")
+
+
+NOT_LET_IN = {
+    "a wrong password": ("locked", "postgres", 'password authentication failed for user "locked"'),
+    "an unknown user": ("nobody", "postgres", 'role "nobody" does not exist'),
+    "an unknown database": ("postgres", "nowhere", 'database "nowhere" does not exist'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", NOT_LET_IN)
+def test_who_is_not_let_in_says_so_in_one_line(postgresql: postgres.Server, locked: None, reason: str) -> None:
+    user, name, said = NOT_LET_IN[reason]
+    url = f"postgresql://{user}:canary@127.0.0.1:{postgresql.port}/{name}"
+    environ = clean_environ() | {"AUTHSVC_DATABASE": url, "AUTHSVC_LISTEN": "127.0.0.1:0"}
+    for arguments, code in ((), 2), (("user", "list"), 1), (("copy-to", "new.db"), 1):
+        command = [sys.executable, HERE / "authsvc.py", *arguments]
+        done = subprocess.run(command, env=environ, text=True, capture_output=True, timeout=30)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1), done.stderr
+        assert said in done.stderr
+        assert "canary" not in done.stderr
+
+
+ELSEWHERE = {
+    "PGHOST": ("postgresql://postgres@/postgres", {"PGHOST": "127.0.0.1"}),
+    "PGHOSTADDR": ("postgresql://postgres@%2Fnowhere/postgres", {"PGHOSTADDR": "127.0.0.1"}),
+    "PGSERVICE": ("postgresql://postgres@/postgres", {"PGSERVICE": "elsewhere", "PGSERVICEFILE": "services"}),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_the_environment_names_no_other_host_than_the_url(
+    postgresql: postgres.Server, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, environ = ELSEWHERE[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "services").write_text("[elsewhere]\nhost=127.0.0.1\n")
+    for variable, value in {**environ, "PGPORT": str(postgresql.port)}.items():
+        monkeypatch.setenv(variable, value)
+    psycopg.connect(url).close()
+    with pytest.raises(DatabaseRefused, match="on socket"):
+        open_store(url)
+
+
+def test_a_service_by_another_name_is_seen(place: str) -> None:
+    with closing(open_store(f"{place}&application_name=other&client_encoding=latin1")) as db:
+        assert db._read("SHOW application_name", {}) == ("authsvc",)
+        assert db._read("SHOW client_encoding", {}) == ("UTF8",)
+
+
+def test_a_database_that_cannot_keep_all_letters_is_refused(postgresql: postgres.Server) -> None:
+    postgresql.execute("CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII'")
+    with pytest.raises(DatabaseRefused, match="encoding is SQL_ASCII"):
+        open_store(f"{postgresql.url.removesuffix('postgres')}ascii")
 
 
 def test_a_schema_that_is_not_there_is_refused(postgresql: postgres.Server) -> None:
