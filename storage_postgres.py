@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -61,7 +62,7 @@ READ_SILENCE = 2.0  # seconds without a word of the server's: the thread that se
 WRITE_SILENCE = 6.0  # the server's own limits come first; none of them ends a commit that waits for a lost replica
 CANCEL_SILENCE = 1.0
 SILENCE_STEP = 100  # milliseconds
-POOL_MOST = 10  # connections: one of each thread that reads, writes, mails or prunes, with four that hash
+POOL_BESIDE = 6  # connections beside one for each core, which hashes: to read, write (3 threads), mail and prune
 POOL_WAIT = 1.0  # seconds for a connection that must be made first
 DOWN_WAIT = 2  # milliseconds, where the last try to connect failed: long enough to have the pool try again
 
@@ -118,7 +119,7 @@ class PostgresDB(Store):
             kwargs={"autocommit": True},
             configure=_prepare,
             min_size=1,
-            max_size=POOL_MOST,
+            max_size=(os.cpu_count() or 1) + POOL_BESIDE,
             timeout=POOL_WAIT,
             reconnect_timeout=0.1,  # seconds: the next request tries again, and none has to wait for a schedule
             reconnect_failed=self._failed_to_connect,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -263,6 +264,28 @@ def test_a_look_up_of_a_session_is_one_round_trip(db: PostgresDB, monkeypatch: p
     with db._connection() as connection:
         assert connection.autocommit
     assert len(trips) == 1
+
+
+# How many connections
+
+
+def test_on_a_machine_of_32_cores_threads_that_wait_for_a_lock_keep_nobody_from_reading(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    monkeypatch.setattr(storage_postgres, "POOL_WAIT", 4.0)  # in which all are made on a machine that others use, too
+    with closing(PostgresDB(place)) as db, psycopg.connect(place) as other, ThreadPoolExecutor(37) as pool:
+        bob = db.add_user("bob@x.io", HASH)
+        other.execute("LOCK TABLE users IN EXCLUSIVE MODE")
+        waiting = [pool.submit(add_session, db, bob, f"s{number}", most=37) for number in range(37)]
+        with psycopg.connect(place, autocommit=True) as onlooker:
+            blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while onlooker.execute(blocked).fetchone() != (37,) and not any(one.done() for one in waiting):
+                time.sleep(0.01)
+        assert db.find_user_by(id=1) == bob
+        assert not any(one.done() for one in waiting)
+        other.commit()
+        assert all(one.result() for one in waiting)
 
 
 # Where it is not there
