@@ -582,7 +582,7 @@ class Auth:
             last_seen_at=now,
             expires_at=now + self._settings.session_lifetime,
             address=address,
-            user_agent=user_agent[:LONGEST_USER_AGENT],
+            user_agent=user_agent.replace("\0", "")[:LONGEST_USER_AGENT],  # no text to PostgreSQL
         )
         started = self._db.add_session(
             user,
