@@ -337,6 +337,19 @@ def test_a_server_that_is_gone_is_unavailable_at_once_and_back_within_seconds() 
         server.remove()
 
 
+def test_an_import_that_is_cut_adds_nobody_and_can_be_repeated(db: PostgresDB, place: str) -> None:
+    users = [(1, User(0, "eve@x.io", HASH))]
+    assert db.stage_users(users) == []
+    with psycopg.connect(place, autocommit=True) as operator:
+        operator.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'authsvc'")
+    for _ in range(2):
+        with pytest.raises(StorageUnavailable):
+            db.add_staged_users()
+    assert list(db.each_user()) == []
+    assert db.stage_users(users) == []
+    assert db.add_staged_users() == 1
+
+
 def test_a_statement_that_takes_too_long_is_unavailable(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_postgres, "PATIENCE", {"statement_timeout": 100, "lock_timeout": 50})
     monkeypatch.setattr(storage_postgres._conninfo, "__defaults__", (storage_postgres.PATIENCE,))
