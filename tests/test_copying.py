@@ -223,6 +223,16 @@ def test_nobody_changes_what_is_being_copied(places: tuple[str, str]) -> None:
     assert first[1] == "Bob@x.io"
 
 
+def test_nobody_adds_to_what_is_being_filled(new: New) -> None:
+    there = new("postgres")
+    open_store(there).close()
+    with engine(there).arriving(there), ledger_of(there) as other:
+        other.execute("SET lock_timeout = '50ms'")
+        for table in TABLES:
+            with pytest.raises(psycopg.errors.LockNotAvailable):
+                other.execute(f"DELETE FROM {table}")
+
+
 def test_nobody_opens_a_file_that_is_being_copied(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
     here = new("sqlite")
     open_store(here).close()

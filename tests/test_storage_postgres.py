@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,6 +114,31 @@ def test_a_login_that_is_nearly_done_is_ended_by_a_change_of_the_password(
     assert [find_session(db, name) is not None for name in ("early", "s", "renewed")] == [False, False, True]
 
 
+def test_a_login_that_is_nearly_done_is_ended_with_everybodys(
+    db: PostgresDB, copy: PostgresDB, bob: User, beside: Beside
+) -> None:
+    with db._transaction(user_id=1) as held:  # what add_session does, step by step
+        held.execute(
+            "INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent) "
+            "SELECT 'early', id, 1800000000, 1800000000, 1900000000, '', '' FROM users WHERE hashed_password = :old",
+            {"old": HASH},
+        )
+        ended = beside(copy.end_all_sessions)
+        assert not ended.done()
+    assert ended.result(5) == 1
+    assert find_session(db, "early") is None
+
+
+def test_a_login_and_what_prunes_wait_for_each_other_in_no_circle(
+    db: PostgresDB, copy: PostgresDB, bob: User, beside: Beside
+) -> None:
+    add_session(db, bob, "old")
+    with db._transaction(user_id=1) as held:  # what add_session does, step by step
+        pruned = beside(lambda: copy.prune(now=NOW + 2000, known_since=0, most=200))
+        assert held.execute("DELETE FROM sessions WHERE session_hash = 'old'").rowcount == 1
+    assert pruned.result(5) == 0
+
+
 def test_sessions_that_end_at_once_leave_the_row_of_the_user_right(db: PostgresDB, copy: PostgresDB, bob: User) -> None:
     for _ in range(10):
         for number in range(6):
@@ -203,7 +230,17 @@ def test_a_sweep_waits_for_nobody(place: str, db: PostgresDB, copy: PostgresDB) 
         assert {key for (key,) in ledger.execute("SELECT key FROM throttle").fetchall()} == {"old", "new"}
 
 
+def test_rows_are_taken_in_the_order_given(db: PostgresDB) -> None:
+    values = {"keys": ["b", "a"], "intervals": [60, 60], "fulls": [NOW, NOW], "now": NOW, "tolerance": 300}
+    plan = [line for (line,) in db._read_all(f"EXPLAIN {storage_postgres.TAKE}", values)]
+    assert any(re.search(r"Sort Key: asked\w*\.place", line) for line in plan), plan  # which else is so only by chance
+
+
 # Statements
+
+
+def test_the_year_2038_is_a_year(db: PostgresDB) -> None:
+    assert db._read("SELECT :now + :interval", {"now": 2**31 - 1, "interval": 1}) == (2**31,)
 
 
 @pytest.mark.parametrize(
@@ -256,14 +293,14 @@ def test_a_look_up_of_a_session_is_one_round_trip(db: PostgresDB, monkeypatch: p
     execute = psycopg.Cursor.execute
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        trips.append(arguments)
+        trips.append(threading.get_ident())  # the pool's threads look at what they make
         return execute(*arguments, **options)
 
     monkeypatch.setattr(psycopg.Cursor, "execute", counted)
     find_session(db, "s")
     with db._connection() as connection:
         assert connection.autocommit
-    assert len(trips) == 1
+    assert trips.count(threading.get_ident()) == 1
 
 
 # How many connections
