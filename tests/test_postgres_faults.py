@@ -329,12 +329,17 @@ def test_what_a_replica_did_not_get_is_lost_where_nobody_waits_for_it(
     primary, replica = pair
     service = start(**ROOMY, AUTHSVC_DATABASE=both(*pair))
     assert ask(service, "POST", "/users", fields("early")) == 200
+    session = requests.post(f"{service.url}/sessions", data=fields("early"), timeout=5).cookies["session_id"]
     caught_up = "SELECT count(*) FROM pg_stat_replication WHERE replay_lsn = pg_current_wal_lsn()"
     assert awaited(lambda: primary.execute(caught_up) == [(1,)])
     replica.stop()
     assert ask(service, "POST", "/users", fields("late")) == 200
+    assert ask(service, "DELETE", "/sessions", session=session) == 302
     primary.kill()
     replica.start()
     replica.promote()
-    assert awaited(lambda: ask(service, "POST", "/sessions", fields("early")) == 200, BACK)
+    assert awaited(lambda: ask(service, "GET", "/profile", session=session) == 200, BACK)
+    assert service.command("sessions", "end", "--all") == "1 sessions ended\n"
+    assert ask(service, "GET", "/profile", session=session) == 403
+    assert ask(service, "POST", "/sessions", fields("early")) == 200
     assert ask(service, "POST", "/sessions", fields("late")) == 401
