@@ -22,7 +22,7 @@ import guard
 from auth import Auth
 from authsvc import create_app
 from settings import Settings, is_url
-from storage import Store, open_store
+from storage import TABLES, Store, open_store
 from tests import evidence, postgres
 
 HERE = Path(__file__).resolve().parent.parent
@@ -174,21 +174,21 @@ def clock() -> Clock:
     return Clock()
 
 
-# Whatever asks for ``engine``, most often by way of ``settings``, runs on each; but for what is marked ``sqlite``.
+# Whatever asks for ``engine``, most often by way of ``settings``, ``start`` or ``service``, runs on each; but for what
+# is marked ``sqlite`` or ``once``.
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "engine" in metafunc.fixturenames:
-        alone = metafunc.definition.get_closest_marker("sqlite")
+    alone = any(map(metafunc.definition.get_closest_marker, ("sqlite", "once")))
+    if "engine" in metafunc.fixturenames and not alone:
         missing = pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
-        engines = ["sqlite"] if alone else ["sqlite", pytest.param("postgres", marks=missing)]
-        metafunc.parametrize("engine", engines, indirect=True)
+        metafunc.parametrize("engine", ["sqlite", pytest.param("postgres", marks=missing)], indirect=True)
 
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> str:
     """What keeps the rows in this test: "sqlite" or "postgres"."""
-    name: str = request.param
+    name: str = getattr(request, "param", "sqlite")
     return name
 
 
@@ -234,14 +234,20 @@ def db(settings: Settings) -> Iterator[Store]:
 
 
 @contextmanager
-def ledger_of(place: str) -> Iterator[Any]:
-    """A connection that is not the store's, and does not wait."""
+def ledger_of(place: str, timeout: float = 0) -> Iterator[Any]:
+    """A connection that is not the store's; to a file it waits no longer than this for others."""
     if is_url(place):
         with closing(postgres.Ledger(place)) as ledger:
             yield ledger
     else:
-        with closing(sqlite3.connect(place, timeout=0, isolation_level=None, check_same_thread=False)) as connection:
+        with closing(sqlite3.connect(place, timeout, isolation_level=None, check_same_thread=False)) as connection:
             yield connection
+
+
+def rows_in(place: str) -> bytes:
+    """All that is in the tables."""
+    with ledger_of(place) as ledger:
+        return repr([ledger.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES]).encode()
 
 
 @pytest.fixture
@@ -263,12 +269,12 @@ def call(auth: Auth, settings: Settings) -> Client:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
+def start(tmp_path: Path, place: str) -> Iterator[Callable[..., Service]]:
     """Start a real process with these settings (AUTHSVC_… names); it is ended after the test."""
     started: list[Service] = []
 
     def start_one(**environ: str) -> Service:
-        started.append(Service(tmp_path, **environ))
+        started.append(Service(tmp_path, **{"AUTHSVC_DATABASE": place, **environ}))
         return started[-1]
 
     yield start_one
@@ -277,11 +283,24 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One real process for all tests that only talk to it; use an email of your own."""
+def service_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     one = Service(tmp_path_factory.mktemp("service"))
     yield one
     one.end()
+
+
+@pytest.fixture(scope="session")
+def service_on_postgres(tmp_path_factory: pytest.TempPathFactory, postgresql: postgres.Server) -> Iterator[Service]:
+    one = Service(tmp_path_factory.mktemp("service"), AUTHSVC_DATABASE=postgresql.new_place())
+    yield one
+    one.end()
+
+
+@pytest.fixture
+def service(engine: str, request: pytest.FixtureRequest) -> Service:
+    """One real process on this engine for all tests that only talk to it; use an email of your own."""
+    one: Service = request.getfixturevalue(f"service_on_{engine}")
+    return one
 
 
 # The evidence: when all tests were run, each one that asvs.toml names must have been among them, and passed.

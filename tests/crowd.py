@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import requests
 
+from settings import is_url
 from tests.conftest import Service
 
 SEED = int(os.environ.get("FAULT_SEED", "0")) or random.randrange(1, 2**32)
@@ -65,6 +67,15 @@ def awaited(condition: Callable[[], object], seconds: float = 5) -> bool:
 
 def events(service: Service) -> list[dict[str, Any]]:
     return [json.loads(line) for line in service.log.splitlines() if line.startswith("{")]
+
+
+def assert_whole(service: Service) -> None:
+    """No page of the file is out of order, no row without its user; PostgreSQL sees to that itself."""
+    place = service.environ["AUTHSVC_DATABASE"]
+    if not is_url(place):
+        with closing(sqlite3.connect(f"file:{place}?mode=ro", uri=True)) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)], SEED
+            assert connection.execute("PRAGMA foreign_key_check").fetchall() == [], SEED
 
 
 class Account:

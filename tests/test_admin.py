@@ -15,6 +15,7 @@ import syslog
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,7 @@ def test_a_backup_is_restored(run: Run, people: Auth, path: Path, tmp_path: Path
         people.update_password(token, "t4rt1fl3tt3")
 
 
+@pytest.mark.sqlite
 def test_a_restore_beside_a_service_is_refused(start: Callable[..., Service], tmp_path: Path) -> None:
     service = start()
     database = tmp_path / "authsvc.db"
@@ -498,22 +500,22 @@ def test_a_restore_beside_a_service_is_refused(start: Callable[..., Service], tm
     assert process("restore", "copy.db", database=database).returncode == 0
 
 
-def test_a_command_works_on_a_service_that_runs(start: Callable[..., Service], tmp_path: Path) -> None:
-    service = start()
-    database, form = tmp_path / "authsvc.db", {"email": "bob@x.io", "password": "b4l0u"}
+def test_a_command_works_on_a_service_that_runs(start: Callable[..., Service]) -> None:
+    service, form = start(), {"email": "bob@x.io", "password": "b4l0u"}
     requests.post(f"{service.url}/users", data=form, timeout=5)
     bob = requests.Session()
     bob.post(f"{service.url}/sessions", data=form, timeout=5)
-    assert process("user", "disable", "bob@x.io", database=database).returncode == 0
+    service.command("user", "disable", "bob@x.io")
     assert bob.get(f"{service.url}/profile", timeout=5).status_code == 403
     assert requests.post(f"{service.url}/sessions", data=form, timeout=5).status_code == 401
-    assert process("user", "enable", "bob@x.io", database=database).returncode == 0
-    (record,) = [json.loads(process("reset-link", "bob@x.io", "--json", database=database).stdout)]
-    new = {"email": "bob@x.io", "reset_token": record["reset_token"], "new_password": "t4rt1fl3tt3"}
+    service.command("user", "enable", "bob@x.io")
+    token = json.loads(service.command("reset-link", "bob@x.io", "--json"))["reset_token"]
+    new = {"email": "bob@x.io", "reset_token": token, "new_password": "t4rt1fl3tt3"}
     said = [requests.put(f"{service.url}/reset_password", data=new, timeout=5).status_code for _ in range(2)]
     assert said == [200, 403]
 
 
+@pytest.mark.sqlite
 @pytest.mark.slow  # a load of registrations and logins for some seconds
 def test_of_a_backup_under_load_everybody_who_was_answered_can_log_in(
     start: Callable[..., Service], tmp_path: Path
@@ -560,23 +562,18 @@ def test_of_a_backup_under_load_everybody_who_was_answered_can_log_in(
 
 
 @pytest.mark.slow  # processes by the dozen
-def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service], tmp_path: Path) -> None:
+def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_THROTTLE="off")
-    database, codes = tmp_path / "authsvc.db", []
 
     def add(worker: int) -> None:
         for number in range(5):
-            codes.append(process("user", "add", f"{worker}-{number}@x.io", database=database).returncode)
+            service.command("user", "add", f"{worker}-{number}@x.io")
             form = {"email": f"wire{worker}-{number}@x.io", "password": "b4l0u"}
-            codes.append(requests.post(f"{service.url}/users", data=form, timeout=20).status_code - 200)
+            assert requests.post(f"{service.url}/users", data=form, timeout=20).status_code == 200
 
-    workers = [threading.Thread(target=add, args=(worker,)) for worker in range(4)]
-    for each in workers:
-        each.start()
-    for each in workers:
-        each.join()
-    assert codes == [0] * 40
-    assert len(process("user", "list", database=database).stdout.splitlines()) == 40
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    assert len(service.command("user", "list").splitlines()) == 40
 
 
 @pytest.mark.sqlite

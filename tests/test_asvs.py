@@ -322,6 +322,7 @@ def test_requests_leave_no_file_open(service: Service) -> None:
     assert ask(30) <= first + 2  # a connection may not be closed yet
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", ["/", "/nowhere", "/profile"])
 def test_no_answer_names_the_server(service: Service, path: str) -> None:
     answer = requests.get(f"{service.url}{path}", timeout=5)

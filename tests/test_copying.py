@@ -32,6 +32,7 @@ from tests.conftest import COST, HERE, Service, clean_environ, ledger_of
 
 pytestmark = [
     pytest.mark.slow,  # processes, and databases of PostgreSQL
+    pytest.mark.once,  # each has both engines
     pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING),
 ]
 

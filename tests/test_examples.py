@@ -41,6 +41,7 @@ def test_the_script_walks_the_whole_api(start: Callable[..., Service]) -> None:
     assert walked == {route.replace("<id>", "<public_id>") for route in routes - pages}
 
 
+@pytest.mark.once
 def test_the_script_stops_where_an_answer_is_another(start: Callable[..., Service]) -> None:
     done = walk(start(AUTHSVC_REGISTRATION="closed").url)
     assert done.returncode == 1
@@ -103,6 +104,7 @@ def listens_on_no_other_address(site: Site) -> bool:
         return other.connect_ex(("127.0.0.2", site.guarded)) == errno.ECONNREFUSED
 
 
+@pytest.mark.once
 def test_flask(guard: Guard) -> None:
     site = guard(sys.executable, str(EXAMPLES / "flask_app.py"))
     assert refuses_who_comes_past_nginx(site)
@@ -112,6 +114,7 @@ def test_flask(guard: Guard) -> None:
     assert "eve" not in shown
 
 
+@pytest.mark.once
 def test_express(guard: Guard, tmp_path: Path) -> None:
     npm, node = program("npm", "npm"), program("node", "nodejs")
     folder = tmp_path / "express"
@@ -126,6 +129,7 @@ def test_express(guard: Guard, tmp_path: Path) -> None:
     assert "eve" not in shown
 
 
+@pytest.mark.once
 def test_static_files(guard: Guard, tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()

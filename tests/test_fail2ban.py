@@ -16,6 +16,7 @@ from tests.conftest import HERE, Service
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.once,
     pytest.mark.skipif(not shutil.which("fail2ban-regex"), reason="needs fail2ban-regex: apt-get install fail2ban"),
 ]
 

@@ -31,7 +31,7 @@ import requests
 import guard
 import lanes
 from tests.conftest import Answer, Client, Clock, Service, clean_environ
-from tests.crowd import CLIENTS, ROOMY, SEED, UNMEASURED, Crowd, ask, awaited, clean, events, fields
+from tests.crowd import CLIENTS, ROOMY, SEED, UNMEASURED, Crowd, ask, assert_whole, awaited, clean, events, fields
 
 pytestmark = pytest.mark.slow
 
@@ -40,12 +40,6 @@ ROUNDS = int(os.environ.get("FAULT_ROUNDS", "3"))
 
 def database_of(service: Service) -> Path:
     return Path(service.environ["AUTHSVC_DATABASE"])
-
-
-def assert_whole(service: Service) -> None:
-    with closing(sqlite3.connect(f"file:{database_of(service)}?mode=ro", uri=True)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)], SEED
-        assert connection.execute("PRAGMA foreign_key_check").fetchall() == [], SEED
 
 
 def write_back(service: Service) -> None:
@@ -137,6 +131,7 @@ def on_a_disk(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue("small_disk") / "authsvc.db") if request.param else "authsvc.db"
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     ("on_a_disk", "full"),
     [(False, no_longer_files), (True, no_room_on_the_disk)],
@@ -213,6 +208,7 @@ def holding(service: Service, program: str) -> Iterator[None]:
         process.wait(10)
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("kind", HOLDERS)
 def test_while_another_process_holds_the_database_reads_go_on_and_afterwards_writes(
     start: Callable[..., Service], kind: str
@@ -286,6 +282,7 @@ def saved(path: Path) -> set[str]:
         return set()
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_database_that_is_lost_while_it_is_served_takes_no_promise(start: Callable[..., Service], kind: str) -> None:
     service, form = start(**ROOMY), fields("bob")
@@ -330,6 +327,7 @@ def read_only(path: Path) -> Iterator[None]:
             subprocess.run(["chattr", "-i", path], check=True)
 
 
+@pytest.mark.sqlite
 def test_a_database_that_is_made_read_only_stays_writable_to_who_has_it_open_and_stops_the_next_start(
     start: Callable[..., Service],
 ) -> None:
@@ -396,6 +394,7 @@ def warmed(start: Callable[..., Service]) -> Service:
     return service
 
 
+@pytest.mark.once
 def test_out_of_descriptors_it_serves_who_is_connected_and_then_everybody(warmed: Service) -> None:
     service, crowd = warmed, Crowd()
     for _ in range(ROUNDS):
@@ -419,6 +418,7 @@ def test_out_of_descriptors_it_serves_who_is_connected_and_then_everybody(warmed
     assert_whole(service)
 
 
+@pytest.mark.once
 def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_connected(warmed: Service) -> None:
     service = warmed
     for number in range(ROUNDS):
@@ -438,6 +438,7 @@ def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_c
     assert_whole(service)
 
 
+@pytest.mark.once
 def test_as_many_idle_connections_as_the_limit_allows_keep_nobody_out(warmed: Service) -> None:
     with idle(warmed, lanes.CONNECTIONS):
         assert ask(warmed, "GET", "/", timeout=1) in (200, 503)
@@ -460,6 +461,7 @@ def flood(service: Service, count: int) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.once
 def test_ten_thousand_idle_connections_take_no_memory_and_are_over_when_they_are_gone(warmed: Service) -> None:
     service = warmed
     before = resident(service)
@@ -496,6 +498,7 @@ LEAVING: dict[str, Callable[[str], bytes]] = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("abrupt", [False, True], ids=["closed", "reset"])
 @pytest.mark.parametrize("moment", LEAVING)
 def test_a_client_that_leaves_takes_nothing_with_it(warmed: Service, moment: str, abrupt: bool) -> None:
@@ -607,6 +610,7 @@ SOAK = float(os.environ.get("SOAK_MINUTES", "0.07")) * 60
 SPARE = 0.03  # of the memory, which allocators round up
 
 
+@pytest.mark.once
 def test_use_for_long_takes_no_more_memory_and_no_more_descriptors(warmed: Service) -> None:
     service, crowd = warmed, Crowd(size=3)
     began = time.monotonic()

@@ -193,12 +193,14 @@ def consoles(heading: str) -> list[str]:
     return [block.partition("```")[0] for block in section.split("```console\n")[1:]]
 
 
+@pytest.mark.once
 def test_the_readme_session_prints_what_it_says(service: Service, tmp_path: Path) -> None:
     host = service.url.removeprefix("http://")
     printed, said = transcript(consoles("")[1].replace("127.0.0.1:5000", host), tmp_path)
     assert printed == said
 
 
+@pytest.mark.sqlite
 @pytest.mark.slow  # a dozen commands, each a process
 def test_a_day_of_the_operator_goes_as_the_readme_says(start: Callable[..., Service], tmp_path: Path) -> None:
     service = start(AUTHSVC_DATABASE="authsvc.db")
@@ -212,6 +214,7 @@ def test_a_day_of_the_operator_goes_as_the_readme_says(start: Callable[..., Serv
     serving, stopped = (block.replace("127.0.0.1:5000", host) for block in consoles("Day to day"))
     printed, said = transcript(serving, tmp_path, **environ)
     assert printed == said
+    assert (tmp_path / "authsvc.db").exists()  # from the working folder, which is not that of the program
     service.end()
     printed, said = transcript(serving.splitlines()[0] + "\n" + stopped, tmp_path, **environ)
     assert printed == said

@@ -247,6 +247,7 @@ def test_writes_that_nobody_waits_for_are_bounded(inside: Inside, monkeypatch: p
     assert written.get(timeout=5) == -1
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_the_welcome_stays_quick_while_logins_queue(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_BCRYPT_COST="10", AUTHSVC_THROTTLE="off")
@@ -274,6 +275,7 @@ def test_the_welcome_stays_quick_while_logins_queue(start: Callable[..., Service
     assert statistics.quantiles(welcomes, n=20)[-1] < statistics.median(took) / 4
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="niceness belongs to a thread only on Linux")
 def test_as_many_threads_as_cores_hash_and_they_yield_to_the_others(service: Service) -> None:
     stats = [path.read_text() for path in Path(f"/proc/{service.process.pid}/task").glob("*/stat")]
@@ -285,6 +287,7 @@ def test_as_many_threads_as_cores_hash_and_they_yield_to_the_others(service: Ser
 # One connection
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("asked", "statuses"),
     [
@@ -338,6 +341,7 @@ def test_a_connection_that_fails_while_it_is_answered_is_closed(
     assert inside.dial().send(GET).status() == 200
 
 
+@pytest.mark.once
 def test_a_request_may_arrive_byte_by_byte(service: Service, dial: Callable[..., Wire]) -> None:
     wire = dial(service.address)
     for byte in LOGIN:
@@ -392,6 +396,7 @@ def stale(start: Callable[..., Service]) -> tuple[Service, dict[str, str]]:
     return service, {"session_id": cookie}
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize(
     "held", [held_by_another_service, pytest.param(held_by_another_program, marks=pytest.mark.slow)]
 )
@@ -417,6 +422,7 @@ def test_only_who_writes_waits_for_a_locked_database(
     assert last_seen(database) >= before + 120
 
 
+@pytest.mark.sqlite
 @pytest.mark.slow
 def test_who_writes_is_told_that_the_database_is_locked_whatever_else_waits_for_it(
     stale: tuple[Service, dict[str, str]],
@@ -458,6 +464,7 @@ def test_an_exception_in_a_task_ends_no_worker(inside: Inside, capsys: pytest.Ca
     assert [json.loads(line)["error"] for line in capsys.readouterr().err.splitlines()] == ["RuntimeError"] * 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("asked", "status"),
     [
@@ -506,6 +513,7 @@ def test_what_is_no_request_is_refused_as_everything_else(
     assert SECRET not in f"{answer.headers} {answer.body!r} {service.log}"
 
 
+@pytest.mark.once
 def test_a_body_of_the_largest_size_is_read(service: Service) -> None:
     form = "email=a&password=".ljust(lanes.LARGEST_BODY, "x")
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -516,6 +524,7 @@ def test_a_body_of_the_largest_size_is_read(service: Service) -> None:
 TOO_LARGE = b"x" * 5_000_000
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("chunked", [False, True])
 def test_requests_sees_that_a_body_is_too_large(service: Service, chunked: bool) -> None:
     for _ in range(5):
@@ -524,6 +533,7 @@ def test_requests_sees_that_a_body_is_too_large(service: Service, chunked: bool)
         assert (answer.status_code, answer.json()) == (413, {"message": "request body too large"})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("arguments", [[], ["-H", "Transfer-Encoding: chunked"], ["-H", "Expect:"]])
 def test_curl_sees_that_a_body_is_too_large(service: Service, tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "body").write_bytes(TOO_LARGE)
@@ -532,6 +542,7 @@ def test_curl_sees_that_a_body_is_too_large(service: Service, tmp_path: Path, ar
         assert json.loads(subprocess.check_output(command)) == {"message": "request body too large"}
 
 
+@pytest.mark.once
 def test_who_is_refused_may_finish_sending(service: Service, dial: Callable[..., Wire]) -> None:
     wire = dial(service.address)
     assert (
@@ -550,6 +561,7 @@ def test_who_is_refused_may_not_send_for_ever(inside: Inside, monkeypatch: pytes
         wire.send(TOO_LARGE * 10)
 
 
+@pytest.mark.once
 def test_who_asks_before_it_sends_a_body_is_told_to_go_on(service: Service, dial: Callable[..., Wire]) -> None:
     head, _, body = LOGIN.partition(b"\r\n\r\n")
     wire = dial(service.address).send(head, b"\r\nExpect: 100-continue\r\n\r\n")
@@ -650,6 +662,7 @@ def test_a_signal_ends_a_busy_service_without_losing_an_answer(
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.sqlite
 @pytest.mark.slow
 def test_a_locked_database_does_not_hold_up_the_end(stale: tuple[Service, dict[str, str]]) -> None:
     service, cookies = stale

@@ -707,6 +707,7 @@ def test_no_request_waits_for_a_mail_nor_tells_whether_there_is_one(call: Client
     settle(sender)
 
 
+@pytest.mark.once
 @pytest.mark.slow  # a real process, 240 requests
 @pytest.mark.parametrize("up", [True, False], ids=["server up", "server down"])
 def test_the_time_does_not_tell_whether_an_email_is_known(

@@ -34,8 +34,9 @@ import main
 import totp
 from auth import Auth
 from settings import Settings
-from storage import DB
-from tests.conftest import COST, HERE, Service, clean_environ
+from storage import open_store
+from tests.conftest import COST, HERE, Service, clean_environ, ledger_of, rows_in
+from tests.crowd import assert_whole
 
 T = TypeVar("T")
 
@@ -102,13 +103,13 @@ def test_main_walks_a_fresh_service_in_silence(start: Callable[..., Service]) ->
 
 
 @pytest.mark.slow
-def test_main_needs_a_fresh_database_each_time(start: Callable[..., Service]) -> None:
+def test_main_needs_a_fresh_database_each_time(start: Callable[..., Service], new_place: Callable[[], str]) -> None:
     service = start()
     assert run_main(service.url).returncode == 0
     again = run_main(service.url)
     assert again.returncode == 1
     assert "AssertionError" in again.stderr.splitlines()[-1]
-    assert run_main(start(AUTHSVC_DATABASE="fresh.db").url).returncode == 0
+    assert run_main(start(AUTHSVC_DATABASE=new_place()).url).returncode == 0
 
 
 def test_main_says_in_one_line_that_nothing_listens() -> None:
@@ -281,15 +282,16 @@ def test_curl_that_follows_repeats_the_delete(service: Service) -> None:
 # The process
 
 
-def test_the_url_is_all_that_is_printed(start: Callable[..., Service], tmp_path: Path) -> None:
-    service = start(AUTHSVC_DATABASE="here.db")
+def test_the_url_is_all_that_is_printed(start: Callable[..., Service], engine: str) -> None:
+    service = start()
     assert re.fullmatch(r"http://127\.0\.0\.1:[1-9][0-9]*", service.url)
     assert requests.get(service.url, timeout=5).status_code == 200
     assert service.process.stdout
     service.process.terminate()
     assert service.process.stdout.read() == ""
-    assert (tmp_path / "here.db").exists()  # from the working folder, which is not that of the program
-    assert [json.loads(line)["event"] for line in service.log.splitlines()] == ["sys_startup", "sys_shutdown"]
+    logged = [json.loads(line) for line in service.log.splitlines()]
+    assert [line["event"] for line in logged] == ["sys_startup", "sys_shutdown"]
+    assert logged[0]["database"].startswith({"sqlite": "SQLite 3.", "postgres": "PostgreSQL 1"}[engine])
 
 
 @pytest.mark.slow
@@ -305,6 +307,7 @@ def test_a_restart_takes_the_same_port_and_keeps_what_was_stored(start: Callable
         assert client.get(f"{url}/profile", timeout=5).json() == {"email": "kept@restart"}
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_an_override_opens_the_service_to_the_network(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_LISTEN="0.0.0.0:0", AUTHSVC_UNSAFE_LISTEN="1")
@@ -414,6 +417,7 @@ def test_a_file_that_is_no_database_of_ours_stops_the_start(folder: Path, databa
     assert reason in refused_start(folder, AUTHSVC_DATABASE=database)
 
 
+@pytest.mark.once
 def test_a_port_in_use_stops_the_start_before_a_file_is_made(service: Service, tmp_path: Path) -> None:
     listen = f"127.0.0.1:{service.address[1]}"
     assert f"AUTHSVC_LISTEN={listen}: address already in use" in refused_start(tmp_path, AUTHSVC_LISTEN=listen)
@@ -432,34 +436,36 @@ def test_a_folder_that_cannot_be_written_stops_the_start() -> None:
 # What is over is deleted
 
 
-def left_over(path: Path, expired: int) -> str:
+def left_over(place: str, expired: int) -> str:
     """Make a database with that many expired sessions of one user and a live one of another; return its id."""
-    settings = Settings(database=str(path), bcrypt_cost=COST)
-    auth = Auth(DB(settings.database), settings)
+    settings = Settings(database=place, bcrypt_cost=COST)
+    auth = Auth(open_store(place), settings)
     user = auth.register_user("old@sessions", "b4l0u")
     live = str(auth.create_session(auth.register_user("live@sessions", "b4l0u").email))
     auth.close()
     ago = int(time.time()) - 3_000_000
-    rows = [(f"{number:064}", user.id, ago, ago, ago + 2_592_000, "", "") for number in range(expired)]
-    columns = "session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent"
-    connection = sqlite3.connect(path)
-    connection.executemany(f"INSERT INTO sessions ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-    connection.commit()
-    connection.close()
+    with ledger_of(place) as ledger:
+        ledger.execute(
+            """
+            INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
+            WITH RECURSIVE numbers (number) AS (SELECT 1 UNION ALL SELECT number + 1 FROM numbers WHERE number < ?)
+            SELECT ? || CAST(number AS TEXT), ?, ?, ?, ?, '', '' FROM numbers
+            """,
+            (expired, "0" * 58, user.id, ago, ago, ago + 2_592_000),
+        )
     return live
 
 
-def sessions_in(path: Path) -> int:
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    (count,) = connection.execute("SELECT count(*) FROM sessions").fetchone()
-    connection.close()
+def sessions_in(place: str) -> int:
+    with ledger_of(place) as ledger:
+        (count,) = ledger.execute("SELECT count(*) FROM sessions").fetchone()
     return int(count)
 
 
-def becomes(fewer_than: int, path: Path) -> int:
+def becomes(fewer_than: int, place: str) -> int:
     """Wait until there are fewer sessions; return how many there are."""
     end = time.monotonic() + 20
-    while (count := sessions_in(path)) >= fewer_than:
+    while (count := sessions_in(place)) >= fewer_than:
         assert time.monotonic() < end, count
         time.sleep(0.01)
     return count
@@ -467,12 +473,11 @@ def becomes(fewer_than: int, path: Path) -> int:
 
 @pytest.mark.slow
 def test_expired_sessions_are_deleted_soon_after_the_start_and_live_ones_stay(
-    start: Callable[..., Service], tmp_path: Path
+    start: Callable[..., Service], place: str
 ) -> None:
-    path = tmp_path / "authsvc.db"
-    live = left_over(path, 1000)
+    live = left_over(place, 1000)
     service = start()
-    assert becomes(2, path) == 1
+    assert becomes(2, place) == 1
     answer = requests.get(f"{service.url}/profile", cookies={"session_id": live}, timeout=5)
     assert answer.json() == {"email": "live@sessions"}
     assert service.end() == 0
@@ -480,11 +485,10 @@ def test_expired_sessions_are_deleted_soon_after_the_start_and_live_ones_stay(
 
 
 @pytest.mark.slow
-def test_nobody_waits_while_much_is_deleted_and_a_signal_ends_it(start: Callable[..., Service], tmp_path: Path) -> None:
-    path = tmp_path / "authsvc.db"
-    live = left_over(path, 60_000)
+def test_nobody_waits_while_much_is_deleted_and_a_signal_ends_it(start: Callable[..., Service], place: str) -> None:
+    live = left_over(place, 60_000)
     service = start()
-    becomes(60_000, path)
+    becomes(60_000, place)
     began = time.monotonic()
     for _ in range(20):
         form = {"email": "live@sessions", "password": "b4l0u"}
@@ -494,12 +498,10 @@ def test_nobody_waits_while_much_is_deleted_and_a_signal_ends_it(start: Callable
     began = time.monotonic()
     assert service.end() == 0
     assert time.monotonic() - began < 5
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["authsvc.db", "authsvc.db.lock", "log"]  # it was closed
-    assert sessions_in(path) > 1  # in the middle of it
+    assert not list(service.folder.glob("authsvc.db-*"))  # it was closed
+    assert sessions_in(place) > 1  # in the middle of it
     assert "sys_crash" not in service.log
-    connection = sqlite3.connect(path)
-    assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    connection.close()
+    assert_whole(service)
 
 
 # Many at once
@@ -559,7 +561,9 @@ def test_a_wrong_password_says_and_takes_the_same_for_a_known_and_an_unknown_ema
 # What is left behind
 
 
-def test_no_secret_is_in_a_file_or_in_the_log(start: Callable[..., Service], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_secret_is_in_a_file_or_in_the_log(
+    start: Callable[..., Service], place: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service = start()
     url, secrets = service.url, {main.PASSWD, main.NEW_PASSWD, "c4n4ry"}
     monkeypatch.setattr(main, "URL", url)
@@ -590,17 +594,19 @@ def test_no_secret_is_in_a_file_or_in_the_log(start: Callable[..., Service], mon
     with socket.create_connection(service.address) as wire:
         wire.sendall(b"GET /c4n4ry\xff HTTP/1.1\r\nc4n4ry c4n4ry\r\n\r\n")
         assert b" 400 " in wire.recv(100)
-    connection = sqlite3.connect(service.environ["AUTHSVC_DATABASE"])
-    connection.executescript("ALTER TABLE users RENAME COLUMN email_key TO gone")
-    assert requests.post(f"{url}/sessions", data=form, timeout=5).status_code == HTTPStatus.INTERNAL_SERVER_ERROR
-    connection.executescript("ALTER TABLE users RENAME COLUMN gone TO email_key")
-    connection.close()
+    with ledger_of(place, timeout=5) as ledger:
+        ledger.execute("ALTER TABLE users RENAME COLUMN email_key TO gone")
+        assert requests.post(f"{url}/sessions", data=form, timeout=5).status_code == HTTPStatus.INTERNAL_SERVER_ERROR
+        ledger.execute("ALTER TABLE users RENAME COLUMN gone TO email_key")
 
-    left = contents(service.folder)
+    left = contents(service.folder) | {"the rows": rows_in(place)}
     service.end()
-    left["the database, closed"] = (service.folder / "authsvc.db").read_bytes()
-    assert {"authsvc.db", "authsvc.db-wal", "authsvc.db-shm", "log"} < left.keys()
-    assert hashlib.sha256(session_id.encode()).hexdigest().encode() in left["authsvc.db-wal"]
+    hashed = hashlib.sha256(session_id.encode()).hexdigest().encode()
+    if engine == "sqlite":
+        left["the database, closed"] = (service.folder / "authsvc.db").read_bytes()
+        assert {"authsvc.db", "authsvc.db-wal", "authsvc.db-shm", "log"} < left.keys()
+        assert hashed in left["authsvc.db-wal"]
+    assert hashed in left["the rows"]
     assert b'"sys_crash"' in left["log"]
     assert not [(name, secret) for name in left for secret in secrets if secret.encode() in left[name]]
 
@@ -661,7 +667,5 @@ def test_what_was_answered_survives_a_kill(start: Callable[..., Service]) -> Non
         service.start()
         assert not [loss for client in clients for loss in client.broken(service.url)]
         promised += sum(len(client.kept) for client in clients)
-        connection = sqlite3.connect(f"file:{service.environ['AUTHSVC_DATABASE']}?mode=ro", uri=True)
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        connection.close()
+        assert_whole(service)
     assert promised > ROUNDS  # it lost nothing because there was something to lose

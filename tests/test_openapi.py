@@ -187,6 +187,7 @@ def test_development_answers_as_documented(start: Callable[..., Service], tmp_pa
     assert cases(service, tmp_path, "session_id", 25) >= 350
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_production_answers_as_documented(start: Callable[..., Service], tmp_path: Path) -> None:
     service = start(

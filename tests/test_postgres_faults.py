@@ -24,7 +24,11 @@ from tests.conftest import Service
 from tests.crowd import ROOMY, SEED, Crowd, ask, awaited, events, fields
 from tests.postgres import Replica, Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.once,  # on servers of its own
+    pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING),
+]
 
 QUICK = 4.0  # seconds in which the thread that serves everybody has answered: 2, on a machine that others use, too
 SOON = 14.0  # seconds in which a write has: the 8 that it may take, or the 5 of two, one behind the other

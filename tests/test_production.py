@@ -492,6 +492,7 @@ def test_a_mail_password_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.once
 def test_the_start_warns_where_all_clients_would_share_one_address(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_BCRYPT_COST="10")
     requests.get(service.url, timeout=5)
@@ -956,6 +957,7 @@ def test_a_connection_that_ends_while_the_slow_are_sought_ends_nothing(inside: I
     assert list(channels) == ["staying"]
 
 
+@pytest.mark.once
 @pytest.mark.slow  # a second and a half of hashing
 def test_a_fifth_login_of_one_client_at_once_is_told_to_come_again(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY=PROXY, AUTHSVC_BCRYPT_COST="13")
@@ -1017,6 +1019,7 @@ def test_60_dripping_connections_are_closed_by_the_deadline(inside: Inside, monk
     assert slowest < 2  # as on a busy machine; who is shut out waits for as long as the others drip
 
 
+@pytest.mark.once
 @pytest.mark.slow  # half a minute
 def test_60_connections_dripping_a_byte_a_second_are_closed_after_30_s(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_BCRYPT_COST="10")
@@ -1025,6 +1028,7 @@ def test_60_connections_dripping_a_byte_a_second_are_closed_after_30_s(start: Ca
     assert slowest < 2
 
 
+@pytest.mark.once
 @pytest.mark.slow  # the longest silence
 def test_a_client_that_is_refused_cannot_hold_its_connection(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_BCRYPT_COST="10")

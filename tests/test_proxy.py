@@ -197,6 +197,7 @@ def test_another_name_reaches_neither(shared: Site, cookie: str) -> None:
     assert shared.application.asked == asked
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", PROXIES)
 def test_without_the_service_the_application_is_closed(
     kind: str, tmp_path: Path, start: Callable[..., Service]

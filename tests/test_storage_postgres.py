@@ -22,7 +22,7 @@ from database import AlreadyExists, DatabaseRefused, StorageUnavailable
 from storage import User, open_store
 from storage_postgres import PostgresDB, _converted
 from tests import postgres
-from tests.conftest import HERE, Service, clean_environ
+from tests.conftest import HERE, clean_environ
 from tests.test_storage import (
     HASH,
     LOOK_UPS,
@@ -584,18 +584,7 @@ def test_the_engine_says_its_version(db: PostgresDB) -> None:
 # The whole program
 
 
-def test_a_service_on_postgresql_goes_through_every_route(
-    postgresql: postgres.Server, place: str, start: Callable[..., Service]
-) -> None:
-    service = start(AUTHSVC_DATABASE=place)
-    environ = clean_environ() | {"AUTHSVC_URL": service.url}
-    subprocess.run([sys.executable, HERE / "main.py"], env=environ, check=True, timeout=60)
-    assert '"database": "PostgreSQL' in service.log
-    assert service.command("user", "list").split()[-1] == "guillaume@holberton.io"
-    assert service.end() == 0
-
-
-def test_backups_are_left_to_postgresql(place: str, db: PostgresDB, start: Callable[..., Service]) -> None:
+def test_backups_are_left_to_postgresql(place: str, db: PostgresDB) -> None:
     for command, tool in ("backup", "pg_dump"), ("restore", "pg_restore"):
         done = subprocess.run(
             [sys.executable, HERE / "authsvc.py", command, "file"],
