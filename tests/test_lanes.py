@@ -35,6 +35,7 @@ import lanes
 import passwords
 from settings import Settings
 from tests.conftest import Answer, Clock, Service
+from tests.crowd import awaited
 
 SECRET = "s3cret-of-a-client"
 
@@ -275,11 +276,19 @@ def test_the_welcome_stays_quick_while_logins_queue(start: Callable[..., Service
     assert statistics.quantiles(welcomes, n=20)[-1] < statistics.median(took) / 4
 
 
-@pytest.mark.once
-@pytest.mark.skipif(sys.platform != "linux", reason="niceness belongs to a thread only on Linux")
-def test_as_many_threads_as_cores_hash_and_they_yield_to_the_others(service: Service) -> None:
+ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="niceness belongs to a thread only on Linux")
+
+
+def threads_of(service: Service) -> list[tuple[int, int]]:
+    """The niceness of each thread, and the ticks it has run: fields 19 and 14, proc(5)."""
     stats = [path.read_text() for path in Path(f"/proc/{service.process.pid}/task").glob("*/stat")]
-    niceness = Counter(int(stat.rpartition(")")[2].split()[16]) for stat in stats)  # field 19, proc(5)
+    return [(int(values[16]), int(values[11])) for values in (stat.rpartition(")")[2].split() for stat in stats)]
+
+
+@ONLY_LINUX
+@pytest.mark.once
+def test_as_many_threads_as_cores_hash_and_they_yield_to_the_others(service: Service) -> None:
+    niceness = Counter(nice for nice, _ in threads_of(service))
     assert niceness[lanes.HASHING_NICENESS] == passwords.CORES
     assert niceness[os.getpriority(os.PRIO_PROCESS, 0)] >= 1 + lanes.WRITERS
 
@@ -638,6 +647,7 @@ def accepts(address: tuple[str, int]) -> bool:
         return probe.connect_ex(address) == 0
 
 
+@ONLY_LINUX
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_busy_service_without_losing_an_answer(
@@ -649,6 +659,7 @@ def test_a_signal_ends_a_busy_service_without_losing_an_answer(
         for index in range(20)
     ]
     assert dial(service.address).send(GET).status() == 200
+    assert awaited(lambda: any(nice == lanes.HASHING_NICENESS and ticks > 2 for nice, ticks in threads_of(service)))
     service.process.send_signal(number)
     began = time.monotonic()
     while accepts(service.address) and time.monotonic() < began + 5:
