@@ -108,9 +108,9 @@ def settings_for(tmp_path: Path) -> Callable[..., Settings]:
     """What faces the internet, but for the cost of a hash: settings refuse less than 10 there."""
     (tmp_path / "password").write_text(SMTP_PASSWORD + "\n")
 
-    def make(smtp_url: str) -> Settings:
+    def make(smtp_url: str, place: str = "unused") -> Settings:
         settings = Settings(
-            database=str(tmp_path / "authsvc.db"),
+            database=place,
             public_url=PUBLIC_URL,
             bcrypt_cost=10,
             smtp_url=smtp_url,
@@ -124,8 +124,8 @@ def settings_for(tmp_path: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture
-def settings(settings_for: Callable[..., Settings], post: Post) -> Settings:
-    return settings_for(post.url)
+def settings(settings_for: Callable[..., Settings], post: Post, place: str) -> Settings:
+    return settings_for(post.url, place)
 
 
 @pytest.fixture
@@ -134,8 +134,8 @@ def log() -> Log:
 
 
 @pytest.fixture
-def sender(settings: Settings, log: Log) -> Mailer:
-    return Mailer(settings, log)
+def sender(settings_for: Callable[..., Settings], post: Post, log: Log) -> Mailer:
+    return Mailer(settings_for(post.url), log)
 
 
 @pytest.fixture
@@ -400,10 +400,10 @@ def test_a_server_without_tls_gets_nothing(
 
 
 def test_a_wrong_password_sends_nothing_and_is_not_logged(
-    post: Post, settings: Settings, log: Log, tmp_path: Path
+    post: Post, settings_for: Callable[..., Settings], log: Log, tmp_path: Path
 ) -> None:
     (tmp_path / "password").write_text("canary-wrong")
-    sender = Mailer(settings, log)
+    sender = Mailer(settings_for(post.url), log)
     sender.put(lambda: sender.reset(BOB, "canary-token"))
     assert log.next() == ("mail_dropped", {"reason": "SMTPAuthenticationError", "smtp_code": 535, "tries": 1})
     assert post.arrived.qsize() == 0
@@ -437,10 +437,12 @@ def test_a_check_logs_in_and_sends_nothing(
     assert (post.arrived.qsize(), log.text, threading.active_count()) == (0, "", threads)
 
 
-def test_a_check_tells_a_wrong_password(post: Post, settings: Settings, log: Log, tmp_path: Path) -> None:
+def test_a_check_tells_a_wrong_password(
+    post: Post, settings_for: Callable[..., Settings], log: Log, tmp_path: Path
+) -> None:
     (tmp_path / "password").write_text("canary-wrong")
     with pytest.raises(smtplib.SMTPAuthenticationError) as refusal:
-        Mailer(settings, log).check()
+        Mailer(settings_for(post.url), log).check()
     assert "canary" not in str(refusal.value)
 
 
@@ -564,9 +566,10 @@ def test_a_retry_comes_while_new_mail_keeps_coming(
         over.set()
 
 
-def test_the_queue_is_bounded(settings: Settings, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_bounded(settings_for: Callable[..., Settings], log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mailer, "WAITING", 3)
-    sender, gate, running = Mailer(settings, log), threading.Event(), threading.Event()
+    sender = Mailer(settings_for(f"smtps://localhost:{free_port()}"), log)
+    gate, running = threading.Event(), threading.Event()
 
     def hold() -> None:
         running.set()
@@ -581,10 +584,9 @@ def test_the_queue_is_bounded(settings: Settings, log: Log, monkeypatch: pytest.
 
 
 def test_the_mails_that_wait_for_another_try_are_bounded(
-    post: Post, settings: Settings, log: Log, monkeypatch: pytest.MonkeyPatch
+    post: Post, sender: Mailer, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mailer, "WAITING", 2)
-    sender = Mailer(settings, log)
     post.data_says = ["451 later"] * 3
     for _ in range(3):
         sender.put(lambda: sender.notice(BOB, "Your password was changed"))
@@ -602,17 +604,17 @@ def test_a_task_that_fails_ends_no_worker(post: Post, sender: Mailer, log: Log) 
     assert log.next() == ("mail_dropped", {"reason": "RuntimeError"})
 
 
-def test_without_a_mail_server_nothing_waits(db: DB, clock: Clock) -> None:
-    settings = Settings(database=db._path, public_url=PUBLIC_URL, bcrypt_cost=10)
+def test_without_a_mail_server_nothing_waits(db: DB, place: str, clock: Clock) -> None:
+    settings = Settings(database=place, public_url=PUBLIC_URL, bcrypt_cost=10)
     auth = Auth(db, settings, clock, mailer=Mailer(settings, print))
     auth._db.add_user(BOB, b"hash")
     assert ask(Client(create_app(settings, auth))).status == 200
     assert db.find_user_by(email=BOB).reset_token is None
 
 
-def test_a_mailer_starts_no_thread_before_the_first_mail(settings: Settings, log: Log) -> None:
+def test_a_mailer_starts_no_thread_before_the_first_mail(settings_for: Callable[..., Settings], log: Log) -> None:
     before = threading.active_count()
-    Mailer(settings, log)
+    Mailer(settings_for(f"smtps://localhost:{free_port()}"), log)
     assert threading.active_count() == before
 
 

@@ -33,7 +33,7 @@ from auth import Auth
 from authsvc import create_app
 from settings import Settings
 from storage import DB, open_store
-from tests.conftest import COST, HERE, Answer, Client, Clock, Service, clean_environ
+from tests.conftest import COST, HERE, Answer, Client, Clock, Service, clean_environ, rows_in
 
 PUBLIC_URL = "https://auth.example.com"
 PROXY = "127.0.0.1"
@@ -42,16 +42,16 @@ BOB, PASSWORD = "bob@x.io", "tarte flambée du dimanche"
 FORM = {"email": BOB, "password": PASSWORD}
 
 
-def production(folder: Path, **changes: Any) -> Settings:
+def production(place: str = "unused", **changes: Any) -> Settings:
     """Settings that face the internet, but for the cost of a hash: they refuse less than 10."""
-    settings = Settings(database=str(folder / "authsvc.db"), public_url=PUBLIC_URL, bcrypt_cost=10, **changes)
+    settings = Settings(database=place, public_url=PUBLIC_URL, bcrypt_cost=10, **changes)
     object.__setattr__(settings, "bcrypt_cost", COST)
     return settings
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return production(tmp_path)
+def settings(place: str) -> Settings:
+    return production(place)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """One application behind a proxy, with Bob in it, for what changes nothing there."""
-    settings = production(tmp_path_factory.mktemp("house"), trusted_proxy=PROXY)
+    settings = production(str(tmp_path_factory.mktemp("house") / "authsvc.db"), trusted_proxy=PROXY)
     db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings)))
     assert ask(call, "POST", "/users", FORM).status == 200
@@ -112,8 +112,8 @@ def logged(text: str) -> list[dict[str, Any]]:
         ({"cookie_domain": "auth.example.com"}, "__Secure-session_id", "; Domain=auth.example.com"),
     ],
 )
-def test_the_cookie(tmp_path: Path, clock: Clock, changes: dict[str, str], name: str, domain: str) -> None:
-    settings = production(tmp_path, **changes)
+def test_the_cookie(place: str, clock: Clock, changes: dict[str, str], name: str, domain: str) -> None:
+    settings = production(place, **changes)
     db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings, clock)))
     ask(call, "POST", "/users", FORM)
@@ -136,9 +136,9 @@ def test_the_cookie(tmp_path: Path, clock: Clock, changes: dict[str, str], name:
     ],
 )
 def test_the_cookie_is_renewed_and_deleted_with_the_same_attributes(
-    tmp_path: Path, clock: Clock, changes: dict[str, str], name: str, domain: str
+    place: str, clock: Clock, changes: dict[str, str], name: str, domain: str
 ) -> None:
-    settings = production(tmp_path, **changes)
+    settings = production(place, **changes)
     db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings, clock)))
     attributes = f"; HttpOnly; Path=/; SameSite=Lax; Secure{domain}"
@@ -320,7 +320,7 @@ def test_a_long_password_of_any_kind_is_taken(house: Client, password: str) -> N
 
 @pytest.mark.parametrize("shortest", [8, 20])
 def test_the_length_of_a_password_can_be_set(tmp_path: Path, clock: Clock, shortest: int) -> None:
-    settings = production(tmp_path, password_min=shortest)
+    settings = production(str(tmp_path / "authsvc.db"), password_min=shortest)
     db = open_store(settings.database)
     call = Client(create_app(settings, Auth(db, settings, clock)))
     password = "vdqxjbnrlhwygmkzpsctf"
@@ -330,7 +330,7 @@ def test_the_length_of_a_password_can_be_set(tmp_path: Path, clock: Clock, short
     db.close()
 
 
-def test_a_common_password_is_refused_whatever_its_length(tmp_path: Path, clock: Clock) -> None:
+def test_a_common_password_is_refused_whatever_its_length() -> None:
     assert passwords.weakness("football", BOB, 8) == COMMON
     assert passwords.weakness("vdqxjbnr", BOB, 8) is None
 
@@ -368,9 +368,9 @@ def test_a_weak_password_is_no_new_one(call: Client, auth: Auth) -> None:
     [("closed", "registration is closed"), ("invitation", "registration is by invitation only")],
 )
 def test_registration_may_be_shut(
-    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], registration: str, message: str
+    place: str, clock: Clock, capsys: pytest.CaptureFixture[str], registration: str, message: str
 ) -> None:
-    settings = production(tmp_path, registration=registration)
+    settings = production(place, registration=registration)
     db = open_store(settings.database)
     auth = Auth(db, settings, clock)
     call = Client(create_app(settings, auth))
@@ -509,8 +509,8 @@ def test_the_start_does_not_warn_behind_a_proxy(behind: Service) -> None:
 
 
 @pytest.fixture
-def proxied(tmp_path: Path, db: DB, clock: Clock) -> Client:
-    settings = production(tmp_path, trusted_proxy=PROXY)
+def proxied(place: str, db: DB, clock: Clock) -> Client:
+    settings = production(place, trusted_proxy=PROXY)
     return Client(create_app(settings, Auth(db, settings, clock)))
 
 
@@ -883,9 +883,9 @@ class Inside:
 
 
 @pytest.fixture
-def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Inside]:
+def inside(monkeypatch: pytest.MonkeyPatch) -> Iterator[Inside]:
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # only the main thread may set one
-    server = Inside(production(tmp_path, trusted_proxy=PROXY))
+    server = Inside(production(trusted_proxy=PROXY))
     yield server
     server.close()
     for channel in list(server.server._server.active_channels.values()):
@@ -1155,6 +1155,7 @@ def test_a_whole_walk_is_logged_in_lines_of_ascii_json_without_a_secret(
     clock: Clock,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    place: str,
     tmp_path: Path,
 ) -> None:
     handed_out = walk(call, auth, clock, ODD)
@@ -1171,7 +1172,7 @@ def test_a_whole_walk_is_logged_in_lines_of_ascii_json_without_a_secret(
     assert {line["event"] for line in lines} == EVENTS
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", line["time"]) for line in lines)
     assert all(line["request_id"] for line in lines)
-    stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    stored = rows_in(place) + b"".join(path.read_bytes() for path in tmp_path.iterdir())
     for secret in (*SECRETS, *handed_out):
         assert secret not in log
         # The seed of a second factor is kept in plain, as it must be.
