@@ -378,11 +378,11 @@ def check_log(lines: list[str]) -> None:
         assert json.loads(line)["event"] not in ("sys_crash", "sys_server"), line
 
 
-def made(folder: Path, production: bool) -> Settings:
+def made(place: str, production: bool) -> Settings:
     if not production:
-        return Settings(database=str(folder / "authsvc.db"), bcrypt_cost=COST, throttle=False, sessions_per_user=100)
+        return Settings(database=place, bcrypt_cost=COST, throttle=False, sessions_per_user=100)
     settings = Settings(
-        database=str(folder / "authsvc.db"),
+        database=place,
         public_url="https://auth.example.com",
         trusted_proxy="127.0.0.1",
         sessions_per_user=100,
@@ -392,8 +392,8 @@ def made(folder: Path, production: bool) -> Settings:
 
 
 @pytest.mark.parametrize("production", [False, True])
-def test_every_request_has_an_answer_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, production: bool) -> None:
-    target = Target(made(tmp_path, production), monkeypatch)
+def test_every_request_has_an_answer_of_ours(place: str, monkeypatch: pytest.MonkeyPatch, production: bool) -> None:
+    target = Target(made(place, production), monkeypatch)
     for content in FIXED:
         target.call_all([(*route, content, LOGGED_IN, "127.0.0.1", True) for route in confirmed + forms])
     each(calls(), target.call_all, REQUESTS * 45 // 100 // CALLS + 1)
@@ -468,7 +468,7 @@ streams = messages() | st.lists(messages(), min_size=2, max_size=3).map(b"".join
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Target, socket.socket]]:
-    settings = made(tmp_path, production=False)
+    settings = made(str(tmp_path / "authsvc.db"), production=False)
     target = Target(settings, monkeypatch)
     listener = socket.create_server(("127.0.0.1", 0))
     ready = threading.Event()
