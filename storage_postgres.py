@@ -464,9 +464,7 @@ def _converted(statement: str) -> bytes:
 
 def _conninfo(place: str, patience: dict[str, int] = PATIENCE) -> str:
     given = conninfo_to_dict(place)
-    if (
-        "service" not in given
-    ):  # the settings have looked at the URL; PGHOST, PGHOSTADDR, PGSERVICE may say another host
+    if "service" not in given:  # the settings looked at the URL, which PGHOST and PGHOSTADDR would lead elsewhere
         given = {"host": "", "hostaddr": "", **given}
     options = " ".join([*(f"-c {name}={value}" for name, value in patience.items()), str(given.get("options", ""))])
     return make_conninfo(place, **{**LIMITS, **given, **OURS, "options": options.strip()})

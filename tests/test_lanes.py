@@ -578,6 +578,7 @@ def test_who_asks_before_it_sends_a_body_is_told_to_go_on(service: Service, dial
     assert wire.send(body).status() == 401
 
 
+@pytest.mark.once
 def test_who_asks_before_it_sends_a_body_is_told_in_its_turn(service: Service, dial: Callable[..., Wire]) -> None:
     head, _, body = LOGIN.partition(b"\r\n\r\n")
     wire = dial(service.address).send(GET, head, b"\r\nExpect: 100-continue\r\n\r\n")
