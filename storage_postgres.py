@@ -109,7 +109,7 @@ class PostgresDB(Store):
         self._down = False
         self._late = False
         self._staging: psycopg.Connection | None = None
-        with _refused(place), closing(_connect(place)) as connection:
+        with _refused(place), closing(_connect(place, LOCKING)) as connection:
             _migrate(connection)
             version = connection.info.server_version
         self._engine = f"PostgreSQL {version // 10_000}.{version % 10_000}"
