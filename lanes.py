@@ -403,7 +403,9 @@ class Server:
         if len(self._server._map) >= CONNECTIONS:  # as it counts them
             channels = list(self._server.active_channels.values())
             silent = [one for one in channels if not (one.requests or one.request or one.total_outbufs_len)]
-            for channel in sorted(silent, key=lambda one: float(one.last_activity))[: CONNECTIONS // 4]:
+            # Who never asked goes first, then whoever asked longest ago.
+            silent.sort(key=lambda one: (one.last_activity > one.creation_time, one.last_activity))
+            for channel in silent[: CONNECTIONS // 4]:
                 channel.will_close = True
 
     def _turn(self, timeout: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import random
 import resource
@@ -419,8 +420,11 @@ def test_out_of_descriptors_it_serves_who_is_connected_and_then_everybody(warmed
 
 
 @pytest.mark.once
-def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_connected(warmed: Service) -> None:
+def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_connected(
+    warmed: Service, caplog: pytest.LogCaptureFixture
+) -> None:
     service = warmed
+    caplog.set_level(logging.DEBUG, "urllib3")
     for number in range(ROUNDS):
         before = resident(service)
         with requests.Session() as kept:
@@ -430,6 +434,7 @@ def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_c
                 form = {"email": f"{number}@kept.io", "password": "b4l0u"}
                 assert clean(kept.post(f"{service.url}/users", data=form, timeout=1)).status_code == 200
                 assert clean(kept.get(f"{service.url}/health", timeout=1)).status_code == 200
+                assert "Resetting dropped connection" not in caplog.text
                 assert sockets(service) <= lanes.CONNECTIONS
                 assert resident(service) < before + 16 * 2**20
         assert ask(service, "POST", "/sessions", form, timeout=5) == 200
