@@ -138,7 +138,7 @@ class Running:
         headers = [part for name, value in self.headers.items() for part in ("-H", f"{name}: {value}")]
         url = f"http://127.0.0.1:{self.port}{path or self.subject.check}"
         said = subprocess.run(
-            ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s", *headers, url],
+            ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", *headers, url],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
         refused = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
