@@ -114,10 +114,6 @@ class Answer(Exception):
         self.body = body
         self.headers = list(headers)
 
-    def add_header(self, name: str, value: str) -> None:
-        """Add a header."""
-        self.headers.append((name, value))
-
 
 class Desk:
     """The handlers. Each takes a form or a cookie from the request and gives plain strings to the rules."""
@@ -181,9 +177,7 @@ class Desk:
         user = self._auth.log_out(self._cookie())
         _log("session_ended", user_id=user.id)
         # Not redirect(): it says 303 and repeats the Host header.
-        answer = _answer(302, message="logged out")
-        answer.add_header("Location", "/")
-        return self._without_cookie(answer)
+        return self._without_cookie(_answer(302, ("Location", "/"), message="logged out"))
 
     def sessions(self) -> Answer:
         """GET /sessions"""
@@ -232,16 +226,11 @@ class Desk:
         except (SessionRequired, SecondFactorRequired) as refusal:
             if request.query_string != "login=1":
                 return _answer(401, message=refusal.message)
-            answer = _answer(302, message=refusal.message)
-            answer.add_header("Location", self._way_in(refusal))
-            return answer
+            return _answer(302, ("Location", self._way_in(refusal)), message=refusal.message)
         # What a header can hold stands as it is; else percent-encoded, "%" too, so that no two users have one name.
         name = user.email if PLAIN.fullmatch(user.email) else quote(user.email, safe="@")
         # Both, always: Caddy before 2.11.2 lets the client's own header through where ours is missing.
-        answer = _answer(200, email=user.email)
-        answer.add_header("Remote-User", name)
-        answer.add_header("Remote-Email", name)
-        return answer
+        return _answer(200, ("Remote-User", name), ("Remote-Email", name), email=user.email)
 
     def _way_in(self, refusal: AuthError) -> str:
         # What is said of the address that was wanted is checked by the page, when it is used.
@@ -281,8 +270,7 @@ class Desk:
         (otp,) = _form("otp")
         user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client())
         _log("authn_factor_added", user_id=user.id)
-        answer = _answer(200, message="second factor on", recovery_codes=codes)
-        return self._with_cookie(answer, session_id)
+        return self._with_cookie(_answer(200, message="second factor on", recovery_codes=codes), session_id)
 
     def remove_totp(self) -> Answer:
         """DELETE /totp"""
@@ -318,9 +306,8 @@ class Desk:
         try:
             self._auth.identify(self._cookie(), enrolling=True)
         except SessionRequired as refusal:
-            answer = _answer(302, message=refusal.message)
-            answer.add_header("Location", f"{self._settings.public_url}/login")  # whence one comes back here
-            return answer
+            way_in = f"{self._settings.public_url}/login"  # whence one comes back here
+            return _answer(302, ("Location", way_in), message=refusal.message)
         return self.page()
 
     def file(self, name: str) -> Answer:
@@ -342,7 +329,7 @@ class Desk:
 
     def _with_cookie(self, answer: Answer, value: str, expiry: str = "") -> Answer:
         # Not Bottle's writer: it spells SameSite in its own way.
-        answer.add_header("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}")
+        answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
         return answer
 
 
@@ -515,9 +502,9 @@ def _bind(settings: Settings) -> socket.socket:
 # Answers
 
 
-def _answer(status: int, **content: object) -> Answer:
+def _answer(status: int, *headers: tuple[str, str], **content: object) -> Answer:
     body = guard.json_body(content)
-    return Answer(status, body, *guard.json_headers(body))
+    return Answer(status, body, *guard.json_headers(body), *headers)
 
 
 def _file(kind: str, content: bytes) -> Answer:
@@ -538,17 +525,13 @@ def _refusals(handler: Callable[..., Answer]) -> Callable[..., Answer]:
         except Answer as refusal:
             return refusal
         except AuthError as error:
-            answer = _answer(STATUS[type(error)], message=error.message)
             if event := EVENTS.get(type(error)):
                 _log(event, **({"user_id": error.user_id} if error.user_id else {}))
-            if isinstance(error, TooManyAttempts):
-                answer.add_header("Retry-After", str(error.wait))
-            return answer
+            later = [("Retry-After", str(error.wait))] if isinstance(error, TooManyAttempts) else []
+            return _answer(STATUS[type(error)], *later, message=error.message)
         except StorageUnavailable as error:
             _log("sys_storage_unavailable", reason=str(error))
-            answer = _answer(503, message="storage unavailable, try again later")
-            answer.add_header("Retry-After", str(guard.RETRY_AFTER))
-            return answer
+            return _answer(503, ("Retry-After", str(guard.RETRY_AFTER)), message="storage unavailable, try again later")
 
     return answered
 
