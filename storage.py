@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from database import Database, RolledBack, connect, new_file, seized, translating
@@ -271,7 +271,6 @@ class Store(ABC):
             ValueError: one of them is no text.
         """
         _refuse_unfit(email=email, hashed_password=hashed_password)
-        user = User(0, email, hashed_password, created_at=created_at)
         with self._transaction() as db:
             (user_id,) = db.execute(
                 """
@@ -279,9 +278,14 @@ class Store(ABC):
                 VALUES (:email, :email_key, :hashed_password, :created_at)
                 RETURNING id
                 """,
-                _values(user) | {"email_key": email.casefold()},
+                {
+                    "email": email,
+                    "email_key": email.casefold(),
+                    "hashed_password": hashed_password,
+                    "created_at": created_at,
+                },
             ).fetchone()
-        return replace(user, id=user_id)
+        return User(user_id, email, hashed_password, created_at=created_at)
 
     @abstractmethod
     def stage_users(self, users: Iterable[tuple[int, User]]) -> list[int]:
@@ -359,8 +363,7 @@ class Store(ABC):
         with suppress(RolledBack), self._transaction(user_id=user_id) as db:
             if not db.execute(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new}).rowcount:
                 return False
-            _void_pending(db, user_id)
-            _keep_one_session(db, user_id, session_hash, renewed)
+            _start_over(db, user_id, session_hash, renewed)
             return True
         return False
 
@@ -373,8 +376,7 @@ class Store(ABC):
                 """,
                 {"user_id": user_id, "now": now},
             )
-            _void_pending(db, user_id)
-            _end_sessions(db, user_id)
+            _start_over(db, user_id)
 
     def enable_user(self, user_id: int) -> None:
         """Let a user in again."""
@@ -404,7 +406,8 @@ class Store(ABC):
 
         Ends the ``replaced`` one, the user's dead ones, and the oldest beyond ``most``.
         """
-        values = _values(session) | {
+        values = {name: getattr(session, name) for name in session.__slots__}  # asdict() takes ten times as long
+        values |= {
             "user_id": user.id,
             "verified": user.hashed_password,
             "totp_since": user.totp_since or 0,
@@ -493,13 +496,12 @@ class Store(ABC):
     def end_all_sessions(self) -> int:
         """End the sessions of all users, and void all reset tokens and invitations; return how many sessions."""
         with self._transaction(everybody=True, unhurried=True) as db:
-            db.execute("UPDATE users SET session_id = NULL WHERE session_id IS NOT NULL")
             db.execute(
                 """
                 UPDATE users
-                   SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL,
+                   SET session_id = NULL, reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL,
                        totp_secret = CASE WHEN totp_since IS NULL THEN NULL ELSE totp_secret END
-                 WHERE reset_token IS NOT NULL OR totp_secret IS NOT NULL
+                 WHERE session_id IS NOT NULL OR reset_token IS NOT NULL OR totp_secret IS NOT NULL
                 """
             )
             return db.execute("DELETE FROM sessions").rowcount
@@ -551,8 +553,7 @@ class Store(ABC):
             ).fetchone()
             if row is None:
                 return False
-            _void_pending(db, row[0])
-            _end_sessions(db, row[0])
+            _start_over(db, row[0])
         return True
 
     # Second factor
@@ -606,8 +607,7 @@ class Store(ABC):
                 "INSERT INTO recovery_codes (user_id, code_hash) VALUES (:user_id, :code_hash)",
                 [{"user_id": user.id, "code_hash": code_hash} for code_hash in code_hashes],
             )
-            _void_pending(db, user.id)
-            _keep_one_session(db, user.id, session_hash, renewed)
+            _start_over(db, user.id, session_hash, renewed)
             return True
         return False
 
@@ -627,7 +627,7 @@ class Store(ABC):
         statement = "DELETE FROM recovery_codes WHERE user_id = :user_id AND code_hash = :code_hash"
         return self._write(statement, {"user_id": user_id, "code_hash": code_hash}) == 1
 
-    def remove_totp(self, user_id: int, session_hash: str | None = None, renewed: str = "") -> bool:
+    def remove_totp(self, user_id: int, session_hash: str | None = None, renewed: str | None = None) -> bool:
         """Switch the second factor off and end all sessions; or all but one, which goes on under a new hash.
 
         False, and nothing changes, when there was none or that session has ended.
@@ -643,11 +643,7 @@ class Store(ABC):
             if not removed:
                 return False
             db.execute("DELETE FROM recovery_codes WHERE user_id = :user_id", {"user_id": user_id})
-            _void_pending(db, user_id)
-            if session_hash is None:
-                _end_sessions(db, user_id)
-            else:
-                _keep_one_session(db, user_id, session_hash, renewed)
+            _start_over(db, user_id, session_hash, renewed)
             return True
         return False
 
@@ -859,10 +855,6 @@ def staged(users: Iterable[tuple[int, User]]) -> Iterator[tuple[object, ...]]:
         yield number, user.email, user.email.casefold(), user.hashed_password, *given
 
 
-def _values(row: User | Session) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in row.__slots__}  # asdict() copies deeply, at ten times the cost
-
-
 def _can_match(name: str, value: object) -> bool:
     # SQLite would find the row 1 by '1', 1.0 and True, and fail on a lone surrogate or 2**63. PostgreSQL has no NUL in
     # a text, and keeps a hash of bytes as \x and hexadecimal digits.
@@ -931,20 +923,11 @@ def _end_sessions(db: Statements, user_id: int, kept: str | None = None) -> int:
     return ended
 
 
-def _keep_one_session(db: Statements, user_id: int, session_hash: str, renewed: str) -> None:
-    going_on = db.execute(
-        """
-        UPDATE sessions SET session_hash = :renewed WHERE session_hash = :session_hash AND user_id = :user_id
-        """,
-        {"user_id": user_id, "session_hash": session_hash, "renewed": renewed},
-    ).rowcount
-    if not going_on:
-        raise RolledBack
-    _end_sessions(db, user_id, renewed)
+def _start_over(db: Statements, user_id: int, session_hash: str | None = None, renewed: str | None = None) -> None:
+    """Void what was begun under another password or second factor: a reset, an invitation, a seed without a code.
 
-
-def _void_pending(db: Statements, user_id: int) -> None:
-    # What was begun under another password or second factor: a reset, an invitation, a seed that no code confirmed.
+    End all sessions, or all but one, which goes on under a new hash; raise RolledBack where it has ended.
+    """
     db.execute(
         """
         UPDATE users
@@ -954,6 +937,16 @@ def _void_pending(db: Statements, user_id: int) -> None:
         """,
         {"user_id": user_id},
     )
+    if session_hash is not None:
+        going_on = db.execute(
+            """
+            UPDATE sessions SET session_hash = :renewed WHERE session_hash = :session_hash AND user_id = :user_id
+            """,
+            {"user_id": user_id, "session_hash": session_hash, "renewed": renewed},
+        ).rowcount
+        if not going_on:
+            raise RolledBack
+    _end_sessions(db, user_id, renewed)
 
 
 def _point_at_newest_session(db: Statements, user_id: int) -> None:
