@@ -193,7 +193,7 @@ class Auth:
             raise RegistrationClosed("registration is closed" if closed else "registration is by invitation only")
         self.check_email(email)
         self._check_password(password, email)
-        self._count(self._throttle.registration(address) if address else [])
+        self._count(self._throttle.registration, address)
         return self._add_user(email, _hash_password(password, self._settings.bcrypt_cost))
 
     def check_email(self, email: str) -> None:
@@ -224,8 +224,7 @@ class Auth:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
             CodeRequired: the password is right, and the code missing.
         """
-        buckets = self._throttle.login(email, address) if address else []
-        self._count(buckets)
+        buckets = self._count(self._throttle.login, email, address)
         shown = None  # which second factor was
         while user := self._verified_user(email, password):
             if user.totp_since != shown:
@@ -258,7 +257,7 @@ class Auth:
             SessionRequired: it is not live.
             SecondFactorRequired: the operator demands one, and the user has none.
         """
-        session_hash, window = _digest(session_id or ""), self._session_window()
+        session_hash, window = _digest(session_id), self._session_window()
         found = self._db.find_session(session_hash, **window) if session_id else None
         if not found:
             raise SessionRequired
@@ -272,7 +271,7 @@ class Auth:
     def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
         """Return whose session this is, all live ones of that user, and what this one is called among them."""
         user = self.identify(session_id)
-        return user, self.sessions_of(user.id), public_id(_digest(session_id or ""))
+        return user, self.sessions_of(user.id), public_id(_digest(session_id))
 
     def sessions_of(self, user_id: int) -> list[Session]:
         """Return a user's live sessions, the newest first."""
@@ -294,7 +293,7 @@ class Auth:
             SessionRequired: it is not live.
         """
         user = self.identify(session_id, enrolling=True)
-        if not self._db.end_session(_digest(session_id or "")):
+        if not self._db.end_session(_digest(session_id)):
             raise SessionRequired
         return user
 
@@ -307,13 +306,13 @@ class Auth:
         user = self.identify(session_id)
         for session in self.sessions_of(user.id):
             if session.id == named and self._db.end_session(session.session_hash):
-                return user, named == public_id(_digest(session_id or ""))
+                return user, named == public_id(_digest(session_id))
         raise SessionUnknown
 
     def end_sessions(self, session_id: str | None, *, but_this: bool) -> User:
         """End all sessions of whoever holds this one, or all others; return the user."""
         user = self.identify(session_id)
-        self._db.end_sessions(user.id, kept=_digest(session_id or "") if but_this else None)
+        self._db.end_sessions(user.id, kept=_digest(session_id) if but_this else None)
         return user
 
     def destroy_session(self, user_id: int) -> None:
@@ -335,7 +334,7 @@ class Auth:
         self._check_password(new_password, user.email)
         user = self._reauthenticate(user, password, address)
         hashed, renewed = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
-        old, session_hash = user.hashed_password, _digest(session_id or "")
+        old, session_hash = user.hashed_password, _digest(session_id)
         if not self._db.change_password(user.id, old, hashed, session_hash, _digest(renewed)):
             raise SessionRequired  # it ended while we hashed
         self._notify(user, "Your password was changed")
@@ -348,7 +347,7 @@ class Auth:
             ReauthenticationFailed: the password is wrong.
         """
         user = self._reauthenticate(self.identify(session_id), password, address)
-        if not self._db.delete_verified_user(user, _digest(session_id or "")):
+        if not self._db.delete_verified_user(user, _digest(session_id)):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
         return user
@@ -365,7 +364,7 @@ class Auth:
             raise SecondFactorRejected("a second factor is on already")
         user = self._reauthenticate(user, password, address)
         seed = totp.new_seed()
-        if not self._db.set_totp(user, seed, _digest(session_id or "")):
+        if not self._db.set_totp(user, seed, _digest(session_id)):
             raise SessionRequired  # it ended while we hashed, or another began
         return seed, totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
 
@@ -379,8 +378,7 @@ class Auth:
         user = self.identify(session_id, enrolling=True)
         if not user.totp_secret or user.totp_since:
             raise SecondFactorRejected("no second factor is being set up")
-        buckets = self._throttle.code(user.email, address) if address else []
-        self._count(buckets)
+        buckets = self._count(self._throttle.code, user.email, address)
         step = totp.matching_step(user.totp_secret, otp, self._now())
         if step is None:
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
@@ -390,7 +388,7 @@ class Auth:
             step,
             [totp.recovery_hash(code) for code in codes],
             now=self._now(),
-            session_hash=_digest(session_id or ""),
+            session_hash=_digest(session_id),
             renewed=_digest(renewed),
         ):
             raise SessionRequired
@@ -412,7 +410,7 @@ class Auth:
         if not self._spend_code(user, otp, address):
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
         renewed = self._new_secret()
-        if not self._db.remove_totp(user.id, _digest(session_id or ""), _digest(renewed)):
+        if not self._db.remove_totp(user.id, _digest(session_id), _digest(renewed)):
             raise SessionRequired
         self._notify(user, "The second factor was switched off")
         return user, renewed
@@ -425,7 +423,7 @@ class Auth:
         Raises:
             UnknownEmail: nobody has this email.
         """
-        self._count(self._throttle.reset_request(email, address) if address else [])
+        self._count(self._throttle.reset_request, email, address)
         user = self._find_user(email)
         if not user or not _may_reset(user):
             raise UnknownEmail
@@ -443,9 +441,8 @@ class Auth:
             PasswordRejected: as when registering; the token stays good.
             TokenRejected: not a live token, or not that of ``email`` where one is given.
         """
-        buckets = self._throttle.reset_confirmation(address) if address else []
-        self._count(buckets)
-        token_hash = _digest(reset_token or "")
+        buckets = self._count(self._throttle.reset_confirmation, address)
+        token_hash = _digest(reset_token)
         user = self._db.find_reset(token_hash, **self._reset_window())  # first: a guess costs no bcrypt
         if not user or (email is not None and user.email.casefold() != email.casefold()):
             raise TokenRejected
@@ -530,8 +527,7 @@ class Auth:
         return None if user.disabled_at else self._with_current_cost(user, password)
 
     def _reauthenticate(self, user: User, password: str, address: str) -> User:
-        buckets = self._throttle.login(user.email, address) if address else []
-        self._count(buckets)
+        buckets = self._count(self._throttle.login, user.email, address)
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._later(self._throttle.give_back, buckets)
@@ -549,8 +545,7 @@ class Auth:
     def _spend_code(self, user: User, otp: str, address: str) -> bool:
         if not totp.is_code(otp):  # a recovery code is too long to be guessed
             return self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
-        buckets = self._throttle.code(user.email, address) if address else []
-        self._count(buckets)
+        buckets = self._count(self._throttle.code, user.email, address)
         step = totp.matching_step(user.totp_secret or "", otp, self._now())
         if step is None or not self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP):
             return False
@@ -601,9 +596,11 @@ class Auth:
         now = self._now()
         return {"now": now, "latest": now + CLOCK_TOLERANCE}
 
-    def _count(self, buckets: Sequence[Bucket]) -> None:
+    def _count(self, limits: Callable[..., list[Bucket]], *who: str) -> list[Bucket]:
+        buckets = limits(*who) if who[-1] else []  # without an address it is no client who asks
         if wait := self._throttle.take(buckets):
             raise TooManyAttempts(wait)
+        return buckets
 
     def _recognise(self, user: User, address: str, buckets: Sequence[Bucket]) -> None:
         if address:
@@ -657,6 +654,6 @@ def _check_email(email: str, *, production: bool) -> None:
         raise EmailRejected("email must be name@host, in ASCII, without spaces and quotes")
 
 
-def _digest(secret: str) -> str:
+def _digest(secret: str | None) -> str:
     # Plain SHA-256 is enough for what has 122 random bits: there is nothing to guess.
-    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256((secret or "").encode("utf-8", "surrogatepass")).hexdigest()
