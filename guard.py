@@ -6,7 +6,6 @@ A WSGI wrapper, because Bottle's hooks miss its own errors. Knows no user, no pa
 from __future__ import annotations
 
 import functools
-import ipaddress
 import json
 import re
 import secrets
@@ -19,7 +18,7 @@ from datetime import datetime, timezone
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from settings import Settings
+from settings import Settings, parsed_address
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -114,16 +113,12 @@ def client_address(peer: str, forwarded_for: str | None, trusted_proxy: str) -> 
         if forwarded_for is not None:
             _warn_of_forwarding()
         return peer
-    return _parsed_address(forwarded_for.rpartition(",")[2].strip()[:100])
+    return _spelled(forwarded_for.rpartition(",")[2].strip()[:100])
 
 
 @functools.lru_cache(maxsize=1024)
-def _parsed_address(text: str) -> str:
-    try:
-        parsed = ipaddress.ip_address(text)
-    except ValueError:
-        return "unknown"
-    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+def _spelled(hop: str) -> str:
+    return str(parsed_address(hop) or "unknown")
 
 
 @functools.cache
@@ -146,11 +141,8 @@ def is_loopback(address: str | None) -> bool:
     """Say whether a peer is on this machine; one without an address is not on a network."""
     if address is None or address == "localhost":  # what waitress says of a unix socket
         return True
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+    parsed = parsed_address(address)
+    return parsed is not None and parsed.is_loopback
 
 
 def new_request_id() -> str:

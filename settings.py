@@ -46,6 +46,8 @@ REGISTRATION = "open", "invitation", "closed"
 
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 class SettingsError(Exception):
     """A setting that cannot be used; the message names it and says what would do."""
@@ -107,7 +109,9 @@ class Settings:
         )
         self._demand(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
         self._demand(
-            not self.trusted_proxy or _is_address(self.trusted_proxy), "trusted_proxy", "must be one IP address"
+            not self.trusted_proxy or bool(parsed_address(self.trusted_proxy)),
+            "trusted_proxy",
+            "must be one IP address",
         )
         self._demand(bool(self.smtp_url) == bool(self.mail_from), "mail_from", "and AUTHSVC_SMTP_URL go together")
         self._demand(not self.mail_from or bool(MAILBOX.fullmatch(self.mail_from)), "mail_from", "must be name@host")
@@ -174,7 +178,7 @@ class Settings:
         return url if usable else None
 
     @property
-    def address(self) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    def address(self) -> tuple[Address, int]:
         """Where to listen: an address and a port."""
         # Addresses and no names: a name that later resolves elsewhere would open the service to a network.
         found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):([0-9]{1,5})", self.listen, re.ASCII)
@@ -203,6 +207,15 @@ def shown(database: str) -> str:
     return f"{unquote(found['name'] or '') or 'PostgreSQL'} on {hosts}"
 
 
+def parsed_address(text: str) -> Address | None:
+    """Return the IP address that this is, or None; an IPv4 one that is written as IPv6 (::ffff:…) is IPv4."""
+    try:
+        parsed = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    return getattr(parsed, "ipv4_mapped", None) or parsed
+
+
 def _hosts(url: re.Match[str]) -> list[str]:
     # As libpq does: what the options name goes before what stands in the authority.
     options = parse_qs(url["options"] or "")
@@ -226,14 +239,8 @@ def _is_here(host: str) -> bool:
     name = bracketed[1] if bracketed else host.partition(":")[0] if host.count(":") == 1 else host
     if name.startswith("/") or name in ("", "localhost"):  # a socket in a folder
         return True
-    return _is_address(name) and ipaddress.ip_address(name).is_loopback
-
-
-def _is_address(text: str) -> bool:
-    try:
-        return bool(ipaddress.ip_address(text))
-    except ValueError:
-        return False
+    address = parsed_address(name)
+    return address is not None and address.is_loopback
 
 
 def _read(name: str, text: str, kind: type) -> str | int | bool:

@@ -16,7 +16,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 
-from settings import Settings
+from settings import Settings, parsed_address
 from storage import Store
 
 Bucket = tuple[str, int, int]  # key, size, seconds until one is refilled
@@ -112,9 +112,7 @@ class Throttle:
 
 def network(address: str) -> str:
     """Return what counts as one client: an IPv4 address, or the /64 of an IPv6 one, whose holder has all of it."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
-    return str(ipaddress.ip_network((parsed, 64), strict=False)) if parsed.version == 6 else str(parsed)
+    parsed = parsed_address(address)
+    if parsed and parsed.version == 6:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed or address)
