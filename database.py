@@ -227,13 +227,14 @@ def backup(path: str, target: str) -> None:
     Raises:
         DatabaseRefused: there is a file of this name already, it cannot be written, or the database is damaged.
     """
-    with _refused(f"cannot write the backup {target}"), closing(connect(path, "ro")) as source:
-        partial = _partial_copy(source, target)
-        try:
-            os.link(partial, target)  # unlike rename() it replaces nothing
-        finally:
-            os.unlink(partial)
-        _sync_folder(target)
+    with (
+        _refused(f"cannot write the backup {target}"),
+        closing(connect(path, "ro")) as source,
+        _partial(target) as partial,
+    ):
+        _copy(source, partial)
+        os.link(partial, target)  # unlike rename() it replaces nothing
+        _sync(target)
 
 
 def restore(source: str, path: str, former: str, prepare: Callable[[str], object] | None = None) -> bool:
@@ -247,9 +248,9 @@ def restore(source: str, path: str, former: str, prepare: Callable[[str], object
     with _refused(f"cannot restore {source}"), ExitStack() as opened:
         if faults := problems(source):
             raise DatabaseRefused(faults[0])
+        partial = opened.enter_context(_partial(path))
         with closing(connect(source, "ro")) as backed_up:
-            partial = _partial_copy(backed_up, path)
-        opened.callback(_unlink, partial, partial + ".lock")
+            _copy(backed_up, partial)
         if prepare:
             prepare(partial)
         lock_file = _open_lock(path)
@@ -258,8 +259,8 @@ def restore(source: str, path: str, former: str, prepare: Callable[[str], object
         replaced = os.path.exists(path) and os.path.getsize(path) > 0
         if replaced and (target := _claimed(path)):
             opened.enter_context(closing(target))
-            kept = _partial_copy(target, former)
-            opened.callback(_unlink, kept)
+            kept = opened.enter_context(_partial(former))
+            _copy(target, kept)
             os.link(kept, former)
             with closing(connect(partial)) as prepared:
                 prepared.backup(target)  # one transaction, with a journal
@@ -271,7 +272,7 @@ def restore(source: str, path: str, former: str, prepare: Callable[[str], object
         if replaced:
             os.link(path, former)
         os.replace(partial, path)
-        _sync_folder(path)
+        _sync(path)
         return replaced
 
 
@@ -307,14 +308,11 @@ def new_file(path: str) -> Iterator[str]:
         with _refused(what):
             if os.path.lexists(path):
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-            folder, name = os.path.split(os.path.abspath(path))
-            file, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # 0600
-            opened.callback(_unlink, *(partial + suffix for suffix in ("", "-wal", "-shm", ".lock")))
-            os.close(file)
+            partial = opened.enter_context(_partial(path))
         yield partial
         with _refused(what):
             os.link(partial, path)  # unlike rename() it replaces nothing
-            _sync_folder(path)
+            _sync(path)
 
 
 def problems(path: str) -> list[str]:
@@ -397,35 +395,36 @@ def _claimed(path: str) -> sqlite3.Connection | None:
         return target
 
 
-def _partial_copy(source: sqlite3.Connection, path: str) -> str:
-    """Write a whole copy, checked and on the disk, beside ``path``; return its name."""
+@contextmanager
+def _partial(path: str) -> Iterator[str]:
+    """Lend the name of an empty file beside ``path``, and delete what has that name in the end."""
     folder, name = os.path.split(os.path.abspath(path))
     file, partial = tempfile.mkstemp(prefix=f".{name}.", dir=folder)  # 0600
+    os.close(file)
     try:
-        with closing(sqlite3.connect(partial)) as target:
-            source.backup(target)
-            target.execute("PRAGMA journal_mode = DELETE")  # so that it is one file
-        if faults := problems(partial):  # of the source: else bad copies would replace the good ones, unnoticed
-            raise DatabaseRefused(faults[0])
-        os.fsync(file)
-    except BaseException:
-        os.unlink(partial)
-        raise
+        yield partial
     finally:
+        for suffix in ("", "-wal", "-shm", ".lock"):
+            with suppress(FileNotFoundError):
+                os.unlink(partial + suffix)
+
+
+def _copy(source: sqlite3.Connection, path: str) -> None:
+    """Fill an empty file with a whole copy, checked and on the disk."""
+    with closing(sqlite3.connect(path)) as target:
+        source.backup(target)
+        target.execute("PRAGMA journal_mode = DELETE")  # so that it is one file
+    if faults := problems(path):  # of the source: else bad copies would replace the good ones, unnoticed
+        raise DatabaseRefused(faults[0])
+    _sync(path)
+
+
+def _sync(path: str) -> None:
+    """Have a file and its name on the disk. No database that is open: see _opening."""
+    for place in (path, os.path.dirname(os.path.abspath(path))):
+        file = os.open(place, os.O_RDONLY)
+        os.fsync(file)
         os.close(file)
-    return partial
-
-
-def _unlink(*paths: str) -> None:
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-
-
-def _sync_folder(path: str) -> None:
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def _open_lock(path: str) -> int:
