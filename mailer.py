@@ -90,15 +90,14 @@ class Mailer:
         return self._compose(email, what, NOTICE, what=what)
 
     def check(self) -> None:
-        """Log in to the mail server and send nothing; raise OSError or SMTPException where that fails."""
+        """Log in to the mail server and send nothing; raise OSError, as an SMTPException is one, where that fails."""
         with self._connected():
             pass
 
     def _compose(self, email: str, subject: str, text: str, **details: object) -> EmailMessage:
         if not MAILBOX.fullmatch(email):
             raise ValueError("not a mailbox")  # registered in development
-        public_url = self._settings.public_url
-        host = public_url.removeprefix("https://")
+        host = self._settings.public_url.removeprefix("https://")
         mail = EmailMessage()
         mail["From"] = self._settings.mail_from
         mail["To"] = email
@@ -126,8 +125,9 @@ class Mailer:
 
     def _deliver(self, mail: EmailMessage, tries: int) -> None:
         try:
-            self._send(mail)
-        except (OSError, smtplib.SMTPException) as error:
+            with self._connected() as smtp:
+                smtp.send_message(mail, self._settings.mail_from, [mail["To"]])
+        except OSError as error:  # an SMTPException is one
             recipients: dict[str, tuple[int, bytes]] = getattr(error, "recipients", {})
             code = next(iter(recipients.values()))[0] if recipients else getattr(error, "smtp_code", 0)
             details = {"reason": type(error).__name__, "smtp_code": code, "tries": tries + 1}
@@ -138,10 +138,6 @@ class Mailer:
                 heapq.heappush(self._retries, (time.monotonic() + RETRIES[tries], id(mail), tries + 1, mail))
         else:
             self._log("mail_sent", tries=tries + 1)
-
-    def _send(self, mail: EmailMessage) -> None:
-        with self._connected() as smtp:
-            smtp.send_message(mail, self._settings.mail_from, [mail["To"]])
 
     @contextmanager
     def _connected(self) -> Iterator[smtplib.SMTP]:
