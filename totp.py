@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
+import textwrap
 from urllib.parse import quote, urlencode
 
 STEP = 30  # seconds (RFC 6238 5.2)
@@ -61,16 +62,11 @@ def picture(uri: str) -> str | None:
 
 def new_recovery_codes() -> list[str]:
     """Return codes that replace one-time codes, each once; in groups, to be typed."""
-    return [
-        _grouped(base64.b32encode(secrets.token_bytes(RECOVERY_BYTES)).decode().lower()) for _ in range(RECOVERY_CODES)
-    ]
+    codes = [base64.b32encode(secrets.token_bytes(RECOVERY_BYTES)).decode().lower() for _ in range(RECOVERY_CODES)]
+    return ["-".join(textwrap.wrap(letters, 4)) for letters in codes]
 
 
 def recovery_hash(given: str) -> str:
     """Return what is kept of a recovery code, however it was typed."""
     letters = "".join(given.split()).replace("-", "").lower()
     return hashlib.sha256(letters.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _grouped(letters: str) -> str:
-    return "-".join(letters[start : start + 4] for start in range(0, len(letters), 4))
