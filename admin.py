@@ -371,10 +371,9 @@ def _copy_to(operator: Operator) -> None:
         _tell("", 0)
     operator.log("sys_copy", target=shown(target), users=counts["users"])
     listed = ", ".join(f"{rows} {table.replace('_', ' ')}" for table, rows in counts.items())
-    text = (
-        f"copied to {shown(target)} and verified: {listed}\nstart the service with it as AUTHSVC_DATABASE, and not with"
-    )
-    operator.say(f"{text} {shown(source)} any more", target=shown(target), **counts)
+    text = f"copied to {shown(target)} and verified: {listed}\n"
+    text += f"start the service with it as AUTHSVC_DATABASE, and not with {shown(source)} any more"
+    operator.say(text, target=shown(target), **counts)
 
 
 def _tell(what: str, rows: int) -> None:
