@@ -118,16 +118,6 @@ class Database:
         readable = [name for name in names if os.path.exists(name) and os.stat(name).st_mode & 0o077]
         return {"database": problems(place), "files": [f"others can read {name}: chmod 600" for name in readable]}
 
-    @classmethod
-    def backup(cls, place: str, target: str) -> None:
-        """Write a copy of one moment to a new file: see backup()."""
-        backup(place, target)
-
-    @classmethod
-    def restore(cls, source: str, place: str, former: str, prepare: Callable[[str], object]) -> bool:
-        """Put a backup, prepared, in the place of the database: see restore()."""
-        return restore(source, place, former, prepare)
-
     def check_place(self) -> None:
         """Look whether the file is still where it was opened; a file without a name takes every write, and keeps none.
 
@@ -221,7 +211,7 @@ class Database:
             self._writer.executescript(f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {VERSION}; COMMIT;")
 
 
-def backup(path: str, target: str) -> None:
+def backup(place: str, target: str) -> None:
     """Write a copy of one moment of a database to a new file for its owner only, while others read and write.
 
     Raises:
@@ -229,7 +219,7 @@ def backup(path: str, target: str) -> None:
     """
     with (
         _refused(f"cannot write the backup {target}"),
-        closing(connect(path, "ro")) as source,
+        closing(connect(place, "ro")) as source,
         _partial(target) as partial,
     ):
         _copy(source, partial)
@@ -237,7 +227,7 @@ def backup(path: str, target: str) -> None:
         _sync(target)
 
 
-def restore(source: str, path: str, former: str, prepare: Callable[[str], object] | None = None) -> bool:
+def restore(source: str, place: str, former: str, prepare: Callable[[str], object] | None = None) -> bool:
     """Put a backup in the place of the database; say whether there was one, which is then kept as ``former``.
 
     ``prepare`` gets the name of the copy before it is put there. Ended by force it leaves the one or the other, whole.
@@ -248,16 +238,16 @@ def restore(source: str, path: str, former: str, prepare: Callable[[str], object
     with _refused(f"cannot restore {source}"), ExitStack() as opened:
         if faults := problems(source):
             raise DatabaseRefused(faults[0])
-        partial = opened.enter_context(_partial(path))
+        partial = opened.enter_context(_partial(place))
         with closing(connect(source, "ro")) as backed_up:
             _copy(backed_up, partial)
         if prepare:
             prepare(partial)
-        lock_file = _open_lock(path)
+        lock_file = _open_lock(place)
         opened.callback(os.close, lock_file)
         _lock(lock_file)
-        replaced = os.path.exists(path) and os.path.getsize(path) > 0
-        if replaced and (target := _claimed(path)):
+        replaced = os.path.exists(place) and os.path.getsize(place) > 0
+        if replaced and (target := _claimed(place)):
             opened.enter_context(closing(target))
             kept = opened.enter_context(_partial(former))
             _copy(target, kept)
@@ -268,11 +258,11 @@ def restore(source: str, path: str, former: str, prepare: Callable[[str], object
         # What is damaged is set aside as it is. Its logs must go first: SQLite would apply them to the new file.
         for suffix in ("-wal", "-shm", "-journal"):
             with suppress(FileNotFoundError):
-                os.rename(path + suffix, former + suffix)
+                os.rename(place + suffix, former + suffix)
         if replaced:
-            os.link(path, former)
-        os.replace(partial, path)
-        _sync(path)
+            os.link(place, former)
+        os.replace(partial, place)
+        _sync(place)
         return replaced
 
 

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from database import Database, RolledBack, connect, new_file, seized, translating
+from database import Database, RolledBack, backup, connect, new_file, restore, seized, translating
 from settings import is_url
 
 if TYPE_CHECKING:
@@ -752,6 +752,9 @@ class Store(ABC):
 
 class DB(Database, Store):
     """The same in one SQLite file: see database.py."""
+
+    backup = staticmethod(backup)
+    restore = staticmethod(restore)
 
     def stage_users(self, users: Iterable[tuple[int, User]]) -> list[int]:
         writer = self._writer
