@@ -115,6 +115,20 @@ class Answer(Exception):
         self.headers = list(headers)
 
 
+Handler = Callable[..., Answer]
+ROUTES: list[tuple[str, str, Handler, bool]] = []  # every one there is: method, path, handler, whether it may hash
+
+
+def _route(method: str, *paths: str, hashes: bool = False) -> Callable[[Handler], Handler]:
+    """List the handler in ROUTES; one that ``hashes`` runs apart from the others: see lanes.py."""
+
+    def listed(handler: Handler) -> Handler:
+        ROUTES.extend((method, path, handler, hashes) for path in paths)
+        return handler
+
+    return listed
+
+
 class Desk:
     """The handlers. Each takes a form or a cookie from the request and gives plain strings to the rules."""
 
@@ -140,19 +154,19 @@ class Desk:
             "script.js": ("text/javascript", (PAGES / "script.js").read_bytes()),
         }
 
+    @_route("GET", "/")
     def welcome(self) -> Answer:
-        """GET /"""
         return _answer(200, message="Bienvenue")
 
+    @_route("POST", "/users", hashes=True)
     def register(self) -> Answer:
-        """POST /users"""
         email, password = _form("email", "password")
         user = self._auth.register_user(email, password, address=_client())
         _log("user_created", user_id=user.id)
         return _answer(200, email=email, message="user created")
 
+    @_route("POST", "/sessions", hashes=True)
     def log_in(self) -> Answer:
-        """POST /sessions"""
         email, password, otp = _form("email", "password", optional=("otp",))
         try:
             session_id = self._auth.log_in(
@@ -172,15 +186,15 @@ class Desk:
         _log("authn_login_success", user_id=self._auth.find_user(email).id)
         return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
 
+    @_route("DELETE", "/sessions")
     def log_out(self) -> Answer:
-        """DELETE /sessions"""
         user = self._auth.log_out(self._cookie())
         _log("session_ended", user_id=user.id)
         # Not redirect(): it says 303 and repeats the Host header.
         return self._without_cookie(_answer(302, ("Location", "/"), message="logged out"))
 
+    @_route("GET", "/sessions")
     def sessions(self) -> Answer:
-        """GET /sessions"""
         user, found, own = self._auth.list_sessions(self._cookie())
         listed = [
             {
@@ -196,31 +210,32 @@ class Desk:
         ]
         return _answer(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
 
+    @_route("DELETE", "/sessions/others")
+    def end_other_sessions(self) -> Answer:
+        user = self._auth.end_sessions(self._cookie(), but_this=True)
+        _log("session_ended", user_id=user.id, which="others")
+        return _answer(200, message="all other sessions ended")
+
+    @_route("DELETE", "/sessions/all")
+    def end_all_sessions(self) -> Answer:
+        user = self._auth.end_sessions(self._cookie(), but_this=False)
+        _log("session_ended", user_id=user.id, which="all")
+        return self._without_cookie(_answer(200, message="all sessions ended"))
+
+    @_route("DELETE", "/sessions/<public_id>")
     def end_session(self, public_id: str) -> Answer:
-        """DELETE /sessions/<id>"""
         user, own = self._auth.end_session(self._cookie(), public_id)
         _log("session_ended", user_id=user.id)
         answer = _answer(200, message="session ended")
         return self._without_cookie(answer) if own else answer
 
-    def end_other_sessions(self) -> Answer:
-        """DELETE /sessions/others"""
-        user = self._auth.end_sessions(self._cookie(), but_this=True)
-        _log("session_ended", user_id=user.id, which="others")
-        return _answer(200, message="all other sessions ended")
-
-    def end_all_sessions(self) -> Answer:
-        """DELETE /sessions/all"""
-        user = self._auth.end_sessions(self._cookie(), but_this=False)
-        _log("session_ended", user_id=user.id, which="all")
-        return self._without_cookie(_answer(200, message="all sessions ended"))
-
+    @_route("GET", "/profile")
     def profile(self) -> Answer:
-        """GET /profile"""
         return _answer(200, email=self._auth.identify(self._cookie()).email)
 
+    @_route("GET", "/verify")
     def verify(self) -> Answer:
-        """GET /verify: for a proxy, which asks before each request to an application who it comes from."""
+        """Tell a proxy, which asks before each request to an application, who it comes from."""
         try:
             user = self._auth.identify(self._cookie())
         except (SessionRequired, SecondFactorRequired) as refusal:
@@ -239,48 +254,48 @@ class Desk:
         page = "account" if isinstance(refusal, SecondFactorRequired) else "login"
         return f"{self._settings.public_url}/{page}" + (f"?return={wanted}" if all(asked.values()) else "")
 
+    @_route("GET", "/health")
     def health(self) -> Answer:
-        """GET /health"""
         self._auth.check_store()
         return _answer(200, message="ok")
 
+    @_route("DELETE", "/profile", hashes=True)
     def delete_account(self) -> Answer:
-        """DELETE /profile"""
         (password,) = _form("password")
         user = self._auth.delete_account(self._cookie(), password, address=_client())
         _log("user_deleted", user_id=user.id)
         return self._without_cookie(_answer(200, email=user.email, message="account deleted"))
 
+    @_route("PUT", "/password", hashes=True)
     def change_password(self) -> Answer:
-        """PUT /password"""
         password, new_password = _form("password", "new_password")
         user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
         _log("authn_password_change", user_id=user.id)
         return self._with_cookie(_answer(200, email=user.email, message="password changed"), session_id)
 
+    @_route("POST", "/totp", hashes=True)
     def begin_totp(self) -> Answer:
-        """POST /totp"""
         (password,) = _form("password")
         secret, uri = self._auth.begin_totp(self._cookie(), password, address=_client())
         picture = totp.picture(uri)
         return _answer(200, secret=secret, uri=uri, **({"qr": picture} if picture else {}))
 
+    @_route("PUT", "/totp")
     def confirm_totp(self) -> Answer:
-        """PUT /totp"""
         (otp,) = _form("otp")
         user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client())
         _log("authn_factor_added", user_id=user.id)
         return self._with_cookie(_answer(200, message="second factor on", recovery_codes=codes), session_id)
 
+    @_route("DELETE", "/totp", hashes=True)
     def remove_totp(self) -> Answer:
-        """DELETE /totp"""
         password, otp = _form("password", "otp")
         user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=_client())
         _log("authn_factor_removed", user_id=user.id)
         return self._with_cookie(_answer(200, message="second factor off"), session_id)
 
+    @_route("POST", "/reset_password")
     def request_reset(self) -> Answer:
-        """POST /reset_password"""
         (email,) = _form("email")
         if self._settings.production:
             self._auth.mail_reset_token(email, _client(), functools.partial(guard.log, **_context()))
@@ -290,19 +305,19 @@ class Desk:
             _refuse(403, "reset tokens are given only to this machine, and through no proxy")
         return _answer(200, email=email, reset_token=self._auth.get_reset_password_token(email, address=_client()))
 
+    @_route("PUT", "/reset_password", hashes=True)
     def reset(self) -> Answer:
-        """PUT /reset_password"""
         email, reset_token, new_password = _form("email", "reset_token", "new_password")
         user_id = self._auth.update_password(reset_token, new_password, email, address=_client())
         _log("authn_password_change", user_id=user_id)
         return _answer(200, email=email, message="Password updated")
 
+    @_route("GET", "/login", "/register", "/forgot", "/reset")
     def page(self) -> Answer:
-        """GET /login and the other pages"""
         return _file("text/html; charset=utf-8", self._pages[request.path])
 
+    @_route("GET", "/account")
     def account(self) -> Answer:
-        """GET /account"""
         try:
             self._auth.identify(self._cookie(), enrolling=True)
         except SessionRequired as refusal:
@@ -310,8 +325,8 @@ class Desk:
             return _answer(302, ("Location", way_in), message=refusal.message)
         return self.page()
 
+    @_route("GET", "/pages/<name>")
     def file(self, name: str) -> Answer:
-        """GET /pages/<name>"""
         if name not in self._files:
             raise HTTPError(404)
         return _file(*self._files[name])
@@ -333,34 +348,8 @@ class Desk:
         return answer
 
 
-HASHES = True  # the route may hash: see lanes.py
-
-# Every route there is.
-ROUTES: tuple[tuple[str, str, Callable[..., Answer], bool], ...] = (
-    ("GET", "/", Desk.welcome, not HASHES),
-    ("POST", "/users", Desk.register, HASHES),
-    ("POST", "/sessions", Desk.log_in, HASHES),
-    ("DELETE", "/sessions", Desk.log_out, not HASHES),
-    ("GET", "/sessions", Desk.sessions, not HASHES),
-    ("DELETE", "/sessions/others", Desk.end_other_sessions, not HASHES),
-    ("DELETE", "/sessions/all", Desk.end_all_sessions, not HASHES),
-    ("DELETE", "/sessions/<public_id>", Desk.end_session, not HASHES),
-    ("GET", "/profile", Desk.profile, not HASHES),
-    ("GET", "/verify", Desk.verify, not HASHES),
-    ("GET", "/health", Desk.health, not HASHES),
-    ("DELETE", "/profile", Desk.delete_account, HASHES),
-    ("PUT", "/password", Desk.change_password, HASHES),
-    ("POST", "/totp", Desk.begin_totp, HASHES),
-    ("PUT", "/totp", Desk.confirm_totp, not HASHES),
-    ("DELETE", "/totp", Desk.remove_totp, HASHES),
-    ("POST", "/reset_password", Desk.request_reset, not HASHES),
-    ("PUT", "/reset_password", Desk.reset, HASHES),
-    *(("GET", f"/{name}", Desk.page, not HASHES) for name in PAGE_NAMES if name != "account"),
-    ("GET", "/account", Desk.account, not HASHES),
-    ("GET", "/pages/<name>", Desk.file, not HASHES),
-)
 # Asked before each request to an application, so answered without Bottle's router, which takes as long as the look-up.
-SHORTCUTS: dict[str, Callable[..., Answer]] = {"/profile": Desk.profile, "/verify": Desk.verify}
+SHORTCUTS: dict[str, Handler] = {"/profile": Desk.profile, "/verify": Desk.verify}
 HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
 
@@ -516,7 +505,7 @@ def _refuse(status: int, message: str) -> NoReturn:
     raise _answer(status, message=message)
 
 
-def _refusals(handler: Callable[..., Answer]) -> Callable[..., Answer]:
+def _refusals(handler: Handler) -> Handler:
     """Return the handler so that what it and the layers below refuse becomes an answer."""
 
     def answered(**parts: str) -> Answer:
@@ -536,7 +525,7 @@ def _refusals(handler: Callable[..., Answer]) -> Callable[..., Answer]:
     return answered
 
 
-def _for_bottle(handler: Callable[..., Answer]) -> Callable[..., HTTPResponse]:
+def _for_bottle(handler: Handler) -> Callable[..., HTTPResponse]:
     def answered(**parts: str) -> HTTPResponse:
         answer = handler(**parts)
         return HTTPResponse(answer.body, answer.status, answer.headers)
