@@ -26,28 +26,11 @@ from urllib.parse import parse_qsl, quote
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
 import admin
+import auth as rules
 import guard
 import lanes
 import passwords
 import totp
-from auth import (
-    Auth,
-    AuthError,
-    CodeRequired,
-    EmailRejected,
-    EmailTaken,
-    LoginFailed,
-    PasswordRejected,
-    ReauthenticationFailed,
-    RegistrationClosed,
-    SecondFactorRejected,
-    SecondFactorRequired,
-    SessionRequired,
-    SessionUnknown,
-    TokenRejected,
-    TooManyAttempts,
-    UnknownEmail,
-)
 from database import DatabaseRefused, StorageUnavailable
 from mailer import Mailer
 from settings import Settings, SettingsError
@@ -61,36 +44,36 @@ PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting what is over
 PRUNE_REST = 10  # times as long as a step took is rested after it, so that nobody notices
 
 # The one map from what the rules refuse to what the client is told.
-STATUS: dict[type[AuthError], int] = {
-    EmailRejected: 400,
-    EmailTaken: 400,
-    PasswordRejected: 400,
-    SecondFactorRejected: 400,
-    CodeRequired: 401,
-    LoginFailed: 401,
-    ReauthenticationFailed: 403,
-    RegistrationClosed: 403,
-    SecondFactorRequired: 403,
-    SessionRequired: 403,
-    SessionUnknown: 404,
-    TokenRejected: 403,
-    TooManyAttempts: 429,
-    UnknownEmail: 403,
+STATUS: dict[type[rules.AuthError], int] = {
+    rules.EmailRejected: 400,
+    rules.EmailTaken: 400,
+    rules.PasswordRejected: 400,
+    rules.SecondFactorRejected: 400,
+    rules.CodeRequired: 401,
+    rules.LoginFailed: 401,
+    rules.ReauthenticationFailed: 403,
+    rules.RegistrationClosed: 403,
+    rules.SecondFactorRequired: 403,
+    rules.SessionRequired: 403,
+    rules.SessionUnknown: 404,
+    rules.TokenRejected: 403,
+    rules.TooManyAttempts: 429,
+    rules.UnknownEmail: 403,
 }
 
 # What is logged of a refusal; a failed login says more and is logged where it fails.
-EVENTS: dict[type[AuthError], str] = {
-    EmailRejected: "input_validation_fail",
-    PasswordRejected: "input_validation_fail",
-    ReauthenticationFailed: "authn_login_fail",
-    RegistrationClosed: "authz_fail",
-    SecondFactorRejected: "input_validation_fail",
-    SecondFactorRequired: "authz_fail",
-    SessionRequired: "authz_fail",
-    SessionUnknown: "authz_fail",
-    TokenRejected: "authn_token_fail",
-    TooManyAttempts: "excess_rate_limit_exceeded",
-    UnknownEmail: "authz_fail",
+EVENTS: dict[type[rules.AuthError], str] = {
+    rules.EmailRejected: "input_validation_fail",
+    rules.PasswordRejected: "input_validation_fail",
+    rules.ReauthenticationFailed: "authn_login_fail",
+    rules.RegistrationClosed: "authz_fail",
+    rules.SecondFactorRejected: "input_validation_fail",
+    rules.SecondFactorRequired: "authz_fail",
+    rules.SessionRequired: "authz_fail",
+    rules.SessionUnknown: "authz_fail",
+    rules.TokenRejected: "authn_token_fail",
+    rules.TooManyAttempts: "excess_rate_limit_exceeded",
+    rules.UnknownEmail: "authz_fail",
 }
 
 # What a browser is shown. It may load and ask its own host, and nothing in it runs but its one script.
@@ -132,7 +115,7 @@ def _route(method: str, *paths: str, hashes: bool = False) -> Callable[[Handler]
 class Desk:
     """The handlers. Each takes a form or a cookie from the request and gives plain strings to the rules."""
 
-    def __init__(self, auth: Auth, settings: Settings) -> None:
+    def __init__(self, auth: rules.Auth, settings: Settings) -> None:
         self._auth = auth
         self._settings = settings
         # No Secure in development: over plain http the cookie would not come back. The prefixes (RFC 6265bis 4.1.3)
@@ -177,7 +160,7 @@ class Desk:
                 address=_client(),
                 user_agent=request.environ.get("HTTP_USER_AGENT", ""),
             )
-        except LoginFailed as failure:
+        except rules.LoginFailed as failure:
             _log(
                 "authn_login_fail",
                 **({"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}),
@@ -238,7 +221,7 @@ class Desk:
         """Tell a proxy, which asks before each request to an application, who it comes from."""
         try:
             user = self._auth.identify(self._cookie())
-        except (SessionRequired, SecondFactorRequired) as refusal:
+        except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
             if request.query_string != "login=1":
                 return _answer(401, message=refusal.message)
             return _answer(302, ("Location", self._way_in(refusal)), message=refusal.message)
@@ -247,11 +230,11 @@ class Desk:
         # Both, always: Caddy before 2.11.2 lets the client's own header through where ours is missing.
         return _answer(200, ("Remote-User", name), ("Remote-Email", name), email=user.email)
 
-    def _way_in(self, refusal: AuthError) -> str:
+    def _way_in(self, refusal: rules.AuthError) -> str:
         # What is said of the address that was wanted is checked by the page, when it is used.
         asked = {part: request.environ.get(f"HTTP_X_FORWARDED_{part}", "") for part in ("PROTO", "HOST", "URI")}
         wanted = quote(f"{asked['PROTO']}://{asked['HOST']}{asked['URI']}", safe="")
-        page = "account" if isinstance(refusal, SecondFactorRequired) else "login"
+        page = "account" if isinstance(refusal, rules.SecondFactorRequired) else "login"
         return f"{self._settings.public_url}/{page}" + (f"?return={wanted}" if all(asked.values()) else "")
 
     @_route("GET", "/health")
@@ -320,7 +303,7 @@ class Desk:
     def account(self) -> Answer:
         try:
             self._auth.identify(self._cookie(), enrolling=True)
-        except SessionRequired as refusal:
+        except rules.SessionRequired as refusal:
             way_in = f"{self._settings.public_url}/login"  # whence one comes back here
             return _answer(302, ("Location", way_in), message=refusal.message)
         return self.page()
@@ -353,7 +336,7 @@ SHORTCUTS: dict[str, Handler] = {"/profile": Desk.profile, "/verify": Desk.verif
 HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
 
-def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
+def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplication:
     """Return the service as a WSGI callable.
 
     Raises:
@@ -381,12 +364,12 @@ def create_app(settings: Settings, auth: Auth | None = None) -> WSGIApplication:
     return guard.Guard(application, settings)
 
 
-def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = lambda write: write()) -> Auth:
+def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = lambda write: write()) -> rules.Auth:
     mailer = Mailer(settings, guard.log)  # before the database: a start that fails must leave no file behind
-    return Auth(open_store(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
+    return rules.Auth(open_store(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
 
 
-def _start_pruning(auth: Auth, stopping: threading.Event) -> threading.Thread:
+def _start_pruning(auth: rules.Auth, stopping: threading.Event) -> threading.Thread:
     def prune() -> None:
         rest = 0.0
         while not stopping.wait(rest):
@@ -513,10 +496,10 @@ def _refusals(handler: Handler) -> Handler:
             return handler(**parts)
         except Answer as refusal:
             return refusal
-        except AuthError as error:
+        except rules.AuthError as error:
             if event := EVENTS.get(type(error)):
                 _log(event, **({"user_id": error.user_id} if error.user_id else {}))
-            later = [("Retry-After", str(error.wait))] if isinstance(error, TooManyAttempts) else []
+            later = [("Retry-After", str(error.wait))] if isinstance(error, rules.TooManyAttempts) else []
             return _answer(STATUS[type(error)], *later, message=error.message)
         except StorageUnavailable as error:
             _log("sys_storage_unavailable", reason=str(error))
