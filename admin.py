@@ -26,7 +26,7 @@ import moving
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
 from database import AlreadyExists, DatabaseRefused, StorageUnavailable
 from settings import Settings, SettingsError, shown
-from storage import CLOCK_TOLERANCE, Store, User, engine, open_store
+from storage import CLOCK_TOLERANCE, Session, Store, User, engine, open_store
 
 PROGRESS_STEP = 5000  # lines
 PRUNE_REST = 0.02  # seconds between two steps, in which others write
@@ -245,15 +245,20 @@ def _totp_off(operator: Operator) -> None:
 def _sessions(operator: Operator) -> None:
     with operator.user() as (auth, _, user):
         for session in auth.sessions_of(user.id):
-            record = {
-                "id": session.id,
-                "created": guard.timestamp(session.created_at),
-                "last_seen": guard.timestamp(session.last_seen_at),
-                "expires": guard.timestamp(auth.expires_at(session)),
-                "address": session.address,
-                "user_agent": session.user_agent,
-            }
+            record = session_record(auth, session)
             operator.say("  ".join(map(_shown, record.values())), **record)
+
+
+def session_record(auth: Auth, session: Session) -> dict[str, Any]:
+    """Return what is told of a session, to the operator and to whose it is."""
+    return {
+        "id": session.id,
+        "created": guard.timestamp(session.created_at),
+        "last_seen": guard.timestamp(session.last_seen_at),
+        "expires": guard.timestamp(auth.expires_at(session)),
+        "address": session.address,
+        "user_agent": session.user_agent,
+    }
 
 
 def _end_sessions(operator: Operator) -> None:

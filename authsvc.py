@@ -179,18 +179,7 @@ class Desk:
     @_route("GET", "/sessions")
     def sessions(self) -> Answer:
         user, found, own = self._auth.list_sessions(self._cookie())
-        listed = [
-            {
-                "id": session.id,
-                "created": guard.timestamp(session.created_at),
-                "last_seen": guard.timestamp(session.last_seen_at),
-                "expires": guard.timestamp(self._auth.expires_at(session)),
-                "address": session.address,
-                "user_agent": session.user_agent,
-                "current": session.id == own,
-            }
-            for session in found
-        ]
+        listed = [admin.session_record(self._auth, session) | {"current": session.id == own} for session in found]
         return _answer(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
 
     @_route("DELETE", "/sessions/others")
