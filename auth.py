@@ -165,7 +165,7 @@ class Auth:
         self._db = db or open_store(self._settings.database, private=self._settings.production)
         self._clock = clock
         self._defer = defer
-        self._mailer = mailer
+        self._mailer = mailer if mailer and mailer.enabled else None
         self._throttle = Throttle(self._db, self._settings, clock)
 
     def close(self) -> None:
@@ -332,7 +332,7 @@ class Auth:
         """
         user = self.identify(session_id)
         self._check_password(new_password, user.email)
-        user = self._reauthenticate(user, password, address)
+        self._reauthenticate(user, password, address)
         hashed, renewed = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
         old, session_hash = user.hashed_password, _digest(session_id)
         if not self._db.change_password(user.id, old, hashed, session_hash, _digest(renewed)):
@@ -346,7 +346,8 @@ class Auth:
         Raises:
             ReauthenticationFailed: the password is wrong.
         """
-        user = self._reauthenticate(self.identify(session_id), password, address)
+        user = self.identify(session_id)
+        self._reauthenticate(user, password, address)
         if not self._db.delete_verified_user(user, _digest(session_id)):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
@@ -362,7 +363,7 @@ class Auth:
         user = self.identify(session_id, enrolling=True)
         if user.totp_since:
             raise SecondFactorRejected("a second factor is on already")
-        user = self._reauthenticate(user, password, address)
+        self._reauthenticate(user, password, address)
         seed = totp.new_seed()
         if not self._db.set_totp(user, seed, _digest(session_id)):
             raise SessionRequired  # it ended while we hashed, or another began
@@ -406,7 +407,7 @@ class Auth:
         user = self.identify(session_id)
         if not user.totp_since:
             raise SecondFactorRejected("no second factor is on")
-        user = self._reauthenticate(user, password, address)
+        self._reauthenticate(user, password, address)
         if not self._spend_code(user, otp, address):
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
         renewed = self._new_secret()
@@ -431,7 +432,7 @@ class Auth:
 
     def mail_reset_token(self, email: str, address: str, log: Callable[..., None]) -> None:
         """Mail a reset token to whom it may concern; nothing here tells whether it does, not even the time."""
-        if self._mailer and self._mailer.enabled:
+        if self._mailer:
             self._mailer.put(functools.partial(self._reset_mail, email, address, log))
 
     def update_password(self, reset_token: str, password: str, email: str | None = None, *, address: str = "") -> int:
@@ -504,7 +505,7 @@ class Auth:
         return int(self._clock())
 
     def _notify(self, user: User, what: str) -> None:
-        if self._mailer and self._mailer.enabled:
+        if self._mailer:
             self._mailer.put(functools.partial(self._mailer.notice, user.email, what))
 
     def _add_user(self, email: str, hashed: str | bytes) -> User:
@@ -526,12 +527,11 @@ class Auth:
             return None
         return None if user.disabled_at else self._with_current_cost(user, password)
 
-    def _reauthenticate(self, user: User, password: str, address: str) -> User:
+    def _reauthenticate(self, user: User, password: str, address: str) -> None:
         buckets = self._count(self._throttle.login, user.email, address)
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._later(self._throttle.give_back, buckets)
-        return user
 
     def _check_code(self, user: User, otp: str, address: str, buckets: Sequence[Bucket]) -> None:
         if not user.totp_since:
