@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
-import secrets
 import sys
 import threading
 import time
@@ -147,7 +147,7 @@ def is_loopback(address: str | None) -> bool:
 
 def new_request_id() -> str:
     """Return what ties an answer to its lines in the log."""
-    return secrets.token_hex(8)
+    return os.urandom(8).hex()
 
 
 def common_headers(request_id: str, production: bool = False) -> list[tuple[str, str]]:

@@ -233,7 +233,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             except OSError:
                 self.will_close = True
                 return
-        if self.connected:
+        if data and self.connected:
             super().write_soon(data)
 
     # Who sends a body that we refuse may still be sending. To close a socket with bytes unread resets the connection,

@@ -43,6 +43,7 @@ SIZES = 1_000, 100_000, 1_000_000
 USERS = 100_000
 SESSIONS = 100_000  # at most; else one for each user
 COST = 12
+TURNS = 3  # of each subject in a round of throughput, half as long: a machine that is shared changes every few seconds
 
 # What must hold: (what, least or most, bar, aim). The figures are those of bars().
 BARS = [
@@ -487,14 +488,14 @@ class Run:
 
     def throughput(self) -> None:
         with self.started(self.subjects, USERS) as running:
-            for number in range(self.rounds):
+            for number in range(self.rounds * TURNS):
                 for connections in CONNECTIONS:
                     for one in in_turn(running, number):
-                        progress(f"requests a second, round {number + 1}, {connections}: {one.subject.name}")
-                        if one.subject.name != "authsvc":
-                            self.note(one.subject, f"rate {connections}", one.throughput(connections, self.seconds))
-                            continue
-                        for what, path in (("rate", ""), ("verify", "/verify"), ("verify", "/verify"), ("rate", "")):
+                        progress(f"requests a second, turn {number + 1}, {connections}: {one.subject.name}")
+                        ours = one.subject.name == "authsvc"
+                        for what, path in in_turn(
+                            [("rate", ""), ("verify", "/verify")] if ours else [("rate", "")], number
+                        ):
                             rate = one.throughput(connections, self.seconds / 2, path)
                             self.note(one.subject, f"{what} {connections}", rate)
 
@@ -532,10 +533,10 @@ class Run:
         compared = [subject for subject in self.subjects if subject.name in ("authsvc", "original")]
         with ExitStack() as stack:
             running = [(users, one) for users in SIZES for one in stack.enter_context(self.started(compared, users))]
-            for number in range(self.rounds):
+            for number in range(self.rounds * TURNS):
                 for users, one in in_turn(running, number):
-                    progress(f"{users:,} users, round {number + 1}: {one.subject.name}")
-                    self.note(one.subject, f"rate at {users}", one.throughput(16, self.seconds))
+                    progress(f"{users:,} users, turn {number + 1}: {one.subject.name}")
+                    self.note(one.subject, f"rate at {users}", one.throughput(16, self.seconds / 2))
 
     def memory(self) -> None:
         for subject in self.served:
