@@ -38,10 +38,10 @@ If it was not you, nothing has changed and there is nothing to do.
 """
 
 NOTICE = """\
-{what}: {email} at {host}, just now. All other sessions were ended.
+{what}: {email} at {host}, just now. Wherever else it was signed in, it is signed out.
 
-If it was not you, change the password of your mail first, then ask for a reset here, and tell whoever runs it:
-whoever did it knows your password, can read your mail, or had a link.
+If it was not you, change the password of your mail first, then ask for a reset here, unless the account is gone, and
+tell whoever runs it: whoever did it knows your password, can read your mail, or had a link.
 """
 
 Task = Callable[[], EmailMessage | None]
