@@ -215,10 +215,10 @@ class Auth:
         replaced: str | None = None,
         address: str = "",
         user_agent: str = "",
-    ) -> str:
-        """Check the password, and the one-time or recovery code of who has a second factor; return a new session's id.
+    ) -> tuple[User, str]:
+        """Check the password, and the one-time or recovery code of who has a second factor.
 
-        The ``replaced`` session, which this client held, ends.
+        Return the user and a new session's id. The ``replaced`` session, which this client held, ends.
 
         Raises:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
@@ -232,7 +232,7 @@ class Auth:
                 shown = user.totp_since
             if session_id := self._start_session(user, replaced, address, user_agent):
                 self._later(self._recognise, user, address, buckets)
-                return session_id
+                return user, session_id
             # The password or the second factor changed while we compared with the old one: compare again.
         raise LoginFailed(user_id=user.id if (user := self._find_user(email)) else None)
 

@@ -152,7 +152,7 @@ class Desk:
     def log_in(self) -> Answer:
         email, password, otp = _form("email", "password", optional=("otp",))
         try:
-            session_id = self._auth.log_in(
+            user, session_id = self._auth.log_in(
                 email,
                 password,
                 otp,
@@ -166,7 +166,7 @@ class Desk:
                 **({"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}),
             )
             raise
-        _log("authn_login_success", user_id=self._auth.find_user(email).id)
+        _log("authn_login_success", user_id=user.id)
         return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
 
     @_route("DELETE", "/sessions")

@@ -95,7 +95,7 @@ def people(settings: Settings) -> Iterator[Auth]:
     auth = Auth(open_store(settings.database), settings)
     auth.register_user("bob@x.io", "b4l0u")
     auth.register_user("eve@x.io", "3v3")
-    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="curl\x1b[2J\x07")
+    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="curl\x1b[2J\x07")[1]
     seed, _ = auth.begin_totp(session_id, "b4l0u")
     auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP))
     yield auth
@@ -267,7 +267,7 @@ def test_users_are_listed_and_shown(run: Run, people: Auth) -> None:
 
 
 def test_who_is_disabled_is_out_until_enabled(run: Run, people: Auth) -> None:
-    session_id = people.log_in("eve@x.io", "3v3")
+    session_id = people.log_in("eve@x.io", "3v3")[1]
     run("user", "disable", "eve@x.io")
     assert people.get_user_from_session_id(session_id) is None
     assert not people.valid_login("eve@x.io", "3v3")
@@ -333,7 +333,7 @@ def test_a_reset_link_is_that_of_the_public_url(
 
 def test_a_second_factor_is_switched_off(run: Run, people: Auth) -> None:
     assert run("totp-off", "bob@x.io").code == 0
-    assert people.log_in("bob@x.io", "b4l0u")
+    assert people.log_in("bob@x.io", "b4l0u")[1]
     assert run("totp-off", "bob@x.io").err == ["authsvc: bob@x.io has no second factor"]
 
 
@@ -349,7 +349,7 @@ def test_sessions_are_listed_and_no_stranger_writes_to_the_terminal(run: Run, pe
 
 @pytest.mark.parametrize("whose", ["bob@x.io", "--all"])
 def test_sessions_are_ended(run: Run, people: Auth, whose: str) -> None:
-    eves = people.log_in("eve@x.io", "3v3")
+    eves = people.log_in("eve@x.io", "3v3")[1]
     assert run("sessions", "end", whose, "--json").records == [{"ended": 2 if whose == "--all" else 1}]
     assert run("sessions", "list", "bob@x.io").out == ""
     assert (people.get_user_from_session_id(eves) is None) is (whose == "--all")

@@ -231,9 +231,9 @@ def test_nothing_is_hashed_inside_a_transaction(auth: Auth, db: DB, monkeypatch:
 def test_the_files_hold_no_password_no_session_id_and_no_token(auth: Auth, tmp_path: Path) -> None:
     secrets = [PASSWORD, NEW_PASSWORD]
     auth.register_user(EMAIL, PASSWORD)
-    secrets += [auth.log_in(EMAIL, PASSWORD), auth.get_reset_password_token(EMAIL)]
+    secrets += [auth.log_in(EMAIL, PASSWORD)[1], auth.get_reset_password_token(EMAIL)]
     auth.update_password(secrets[-1], NEW_PASSWORD)
-    secrets += [auth.log_in(EMAIL, NEW_PASSWORD), auth.get_reset_password_token(EMAIL)]
+    secrets += [auth.log_in(EMAIL, NEW_PASSWORD)[1], auth.get_reset_password_token(EMAIL)]
     stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     assert EMAIL.encode() in stored
     assert [secret for secret in secrets if secret.encode() in stored] == []
@@ -370,7 +370,7 @@ def test_an_unreadable_stored_hash_is_a_wrong_password(auth: Auth, db: DB, user:
 def test_a_hash_made_elsewhere_logs_in(auth: Auth, db: DB) -> None:
     hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(COST, prefix=b"2a")).decode()
     db.add_user(EMAIL, hashed)
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
     assert db.find_user_by(email=EMAIL).hashed_password == hashed
 
 
@@ -416,7 +416,7 @@ def test_a_wrong_password_changes_no_hash(auth: Auth, dearer: User, row: Callabl
 
 def test_a_new_hash_of_the_same_password_ends_no_session(auth: Auth, three: Auth, dearer: User) -> None:
     former = three.create_session(EMAIL)
-    assert live(three, three.log_in(EMAIL, PASSWORD), former) == [True, True]
+    assert live(three, three.log_in(EMAIL, PASSWORD)[1], former) == [True, True]
 
 
 def test_logins_that_hash_anew_at_once_all_succeed(auth: Auth, dearer: User) -> None:
@@ -478,7 +478,7 @@ def test_a_password_hashed_anew_while_it_was_compared_logs_in(
 ) -> None:
     hashed = _hash_password(PASSWORD, COST)
     after_the_comparison(monkeypatch, lambda: db.update_user(user.id, hashed_password=hashed))
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
 
 
 def test_a_session_without_a_password_outlasts_a_change_meanwhile(
@@ -504,7 +504,9 @@ def test_a_session_leads_to_its_user(auth: Auth, user: User, other: User) -> Non
     assert (found.id, found.email) == (user.id, EMAIL)
 
 
-@pytest.mark.parametrize("made", [lambda auth: auth.create_session(EMAIL), lambda auth: auth.log_in(EMAIL, PASSWORD)])
+@pytest.mark.parametrize(
+    "made", [lambda auth: auth.create_session(EMAIL), lambda auth: auth.log_in(EMAIL, PASSWORD)[1]]
+)
 def test_a_session_id_is_a_new_uuid_kept_as_its_digest(
     auth: Auth, row: Callable[[], User], made: Callable[[Auth], str]
 ) -> None:
@@ -547,20 +549,20 @@ def test_what_the_row_holds_logs_nobody_in(auth: Auth, user: User, row: Callable
 
 
 def test_a_login_replaces_the_former_session(auth: Auth, user: User) -> None:
-    first = auth.log_in(EMAIL, PASSWORD)
-    second = auth.log_in(EMAIL, PASSWORD)
+    first = auth.log_in(EMAIL, PASSWORD)[1]
+    second = auth.log_in(EMAIL, PASSWORD)[1]
     assert live(auth, first, second) == [False, True]
 
 
 def test_a_refused_login_ends_no_session(auth: Auth, user: User) -> None:
-    session_id = auth.log_in(EMAIL, PASSWORD)
+    session_id = auth.log_in(EMAIL, PASSWORD)[1]
     with pytest.raises(LoginFailed):
         auth.log_in(EMAIL, "wrong", replaced=session_id)
     assert live(auth, session_id) == [True]
 
 
 def test_a_login_beyond_the_number_of_sessions_ends_the_oldest(three: Auth, row: Callable[[], User]) -> None:
-    ids = [three.log_in(EMAIL, PASSWORD) for _ in range(4)]
+    ids = [three.log_in(EMAIL, PASSWORD)[1] for _ in range(4)]
     assert live(three, *ids) == [False, True, True, True]
     assert row().session_id == digest(ids[3])
 
@@ -587,21 +589,21 @@ def test_logins_at_once_leave_as_many_sessions_as_allowed(three: Auth) -> None:
 
 
 def test_a_login_ends_the_session_that_its_client_had(three: Auth) -> None:
-    mine, elsewhere = three.log_in(EMAIL, PASSWORD), three.log_in(EMAIL, PASSWORD)
-    new = three.log_in(EMAIL, PASSWORD, replaced=mine)
+    mine, elsewhere = three.log_in(EMAIL, PASSWORD)[1], three.log_in(EMAIL, PASSWORD)[1]
+    new = three.log_in(EMAIL, PASSWORD, replaced=mine)[1]
     assert live(three, mine, elsewhere, new) == [False, True, True]
 
 
 def test_a_login_ends_the_session_that_its_client_had_as_somebody_else(auth: Auth, db: DB, other: User) -> None:
-    theirs = auth.log_in(OTHER, PASSWORD)
-    mine = auth.log_in(EMAIL, PASSWORD, replaced=theirs)
+    theirs = auth.log_in(OTHER, PASSWORD)[1]
+    mine = auth.log_in(EMAIL, PASSWORD, replaced=theirs)[1]
     assert live(auth, theirs, mine) == [False, True]
     assert db.find_user_by(id=other.id).session_id is None
 
 
 @pytest.mark.parametrize("replaced", [None, "", "nope", "\ud800"])
 def test_a_client_with_no_session_of_ours_logs_in(auth: Auth, user: User, replaced: str | None) -> None:
-    assert live(auth, auth.log_in(EMAIL, PASSWORD, replaced=replaced)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD, replaced=replaced)[1]) == [True]
 
 
 def test_a_session_keeps_where_it_began(auth: Auth, user: User, sql: Callable[[str], list[Any]]) -> None:
@@ -806,7 +808,7 @@ def test_after_a_jump_of_the_clock_a_new_login_works(
 ) -> None:
     auth.log_in(EMAIL, PASSWORD)
     clock.advance(seconds)
-    session_id = auth.log_in(EMAIL, PASSWORD)
+    session_id = auth.log_in(EMAIL, PASSWORD)[1]
     assert live(auth, session_id) == [True]
     assert row().session_id == digest(session_id)
 
@@ -1159,7 +1161,7 @@ def test_who_is_disabled_is_logged_out_and_cannot_reset(
             auth.update_password(token, NEW_PASSWORD)
         db.enable_user(user.id)
     assert live(auth, mine) == [False]
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
 
 
 def test_a_link_is_of_no_use_while_its_user_is_disabled(
@@ -1197,9 +1199,9 @@ def test_who_goes_while_the_password_is_compared_is_not_logged_in(
 
 def test_sessions_are_listed_the_newest_first_and_ones_own_is_named(three: Auth, other: User, clock: Clock) -> None:
     three.create_session(OTHER)
-    first = three.log_in(EMAIL, PASSWORD, address="192.0.2.1", user_agent="one")
+    first = three.log_in(EMAIL, PASSWORD, address="192.0.2.1", user_agent="one")[1]
     clock.advance(5)
-    second = three.log_in(EMAIL, PASSWORD, address="192.0.2.2", user_agent="two")
+    second = three.log_in(EMAIL, PASSWORD, address="192.0.2.2", user_agent="two")[1]
     _, listed, own = three.list_sessions(first)
     now = int(clock())
     assert [(session.address, session.user_agent, session.created_at, session.last_seen_at) for session in listed] == [
@@ -1334,7 +1336,7 @@ def test_a_change_of_the_password_keeps_this_session_alone_under_a_new_id(
     three: Auth, user: User, other: User, clock: Clock, row: Callable[[], User]
 ) -> None:
     theirs = three.create_session(OTHER)
-    former, mine, later = (three.log_in(EMAIL, PASSWORD, user_agent=name) for name in ("a", "b", "c"))
+    former, mine, later = (three.log_in(EMAIL, PASSWORD, user_agent=name)[1] for name in ("a", "b", "c"))
     before = next(session for session in three.sessions_of(user.id) if session.id == digest(mine)[:16])
     clock.advance(DAY)
     changed, renewed = three.change_password(mine, PASSWORD, NEW_PASSWORD)
@@ -1468,7 +1470,7 @@ def test_with_an_account_goes_all_that_is_its_own(
     theirs = switch_on(auth, clock, OTHER)
     auth.log_in(OTHER, PASSWORD, theirs.recovery.pop(), address=AWAY)
     mine = switch_on(auth, clock)
-    session_id = auth.log_in(EMAIL, PASSWORD, mine.recovery[0], address=HOME)
+    session_id = auth.log_in(EMAIL, PASSWORD, mine.recovery[0], address=HOME)[1]
     token = auth.get_reset_password_token(EMAIL)
     before = db.find_user_by(id=other.id)
     rows = {table: sql(f"SELECT * FROM {table} WHERE user_id = {other.id}") for table in OWNED}
@@ -1480,7 +1482,7 @@ def test_with_an_account_goes_all_that_is_its_own(
     assert not auth.valid_login(EMAIL, PASSWORD)
     with pytest.raises(TokenRejected):
         auth.update_password(token, NEW_PASSWORD)
-    assert live(auth, auth.log_in(OTHER, PASSWORD, theirs.recovery.pop())) == [True]
+    assert live(auth, auth.log_in(OTHER, PASSWORD, theirs.recovery.pop())[1]) == [True]
 
 
 def test_the_email_of_a_deleted_account_is_free_and_its_number_is_not(auth: Auth, user: User) -> None:
@@ -1545,7 +1547,7 @@ def factor(auth: Auth, clock: Clock, user: User) -> Factor:
 def test_a_second_factor_from_its_seed_to_its_end(
     auth: Auth, clock: Clock, user: User, row: Callable[[], User]
 ) -> None:
-    mine = auth.log_in(EMAIL, PASSWORD)
+    mine = auth.log_in(EMAIL, PASSWORD)[1]
     seed, uri = auth.begin_totp(mine, PASSWORD)
     assert uri == totp.uri(seed, EMAIL, "authsvc")
     assert (row().totp_secret, row().totp_since) == (seed, None)
@@ -1556,13 +1558,13 @@ def test_a_second_factor_from_its_seed_to_its_end(
     clock.advance(30)
     with pytest.raises(CodeRequired):
         auth.log_in(EMAIL, PASSWORD)
-    mine = auth.log_in(EMAIL, PASSWORD, code_now(seed, clock))
+    mine = auth.log_in(EMAIL, PASSWORD, code_now(seed, clock))[1]
     clock.advance(30)
     removed, mine = auth.remove_totp(mine, PASSWORD, code_now(seed, clock))
     assert removed.id == user.id
     assert live(auth, mine) == [True]
     assert (row().totp_secret, row().totp_since) == (None, None)
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
 
 
 def test_in_production_an_app_calls_it_by_the_host(db: DB, settings: Settings, clock: Clock, user: User) -> None:
@@ -1573,8 +1575,8 @@ def test_in_production_an_app_calls_it_by_the_host(db: DB, settings: Settings, c
 
 def test_an_unconfirmed_seed_asks_for_no_code(auth: Auth, clock: Clock, user: User) -> None:
     auth.begin_totp(auth.create_session(EMAIL), PASSWORD)
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
-    assert live(auth, auth.log_in(EMAIL, PASSWORD, "000000")) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD, "000000")[1]) == [True]
 
 
 def test_a_new_seed_replaces_one_that_was_not_confirmed(auth: Auth, clock: Clock, user: User) -> None:
@@ -1618,7 +1620,7 @@ def test_a_factor_is_not_switched_on_twice(auth: Auth, clock: Clock, factor: Fac
     with pytest.raises(SecondFactorRejected, match=r"^no second factor is being set up$"):
         auth.confirm_totp(factor.session_id, code_now(factor.seed, clock))
     assert row() == before
-    assert live(auth, auth.log_in(EMAIL, PASSWORD, factor.recovery[0])) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD, factor.recovery[0])[1]) == [True]
 
 
 def test_what_is_not_on_cannot_be_switched_off(auth: Auth, clock: Clock, hashes: list[bytes]) -> None:
@@ -1641,7 +1643,7 @@ def test_on_and_off_end_all_other_sessions_and_renew_this_one(
     assert live(three, elsewhere, mine, renewed, theirs) == [False, False, True, True]
     assert row().session_id == digest(renewed)
     clock.advance(30)
-    elsewhere = three.log_in(EMAIL, PASSWORD, code_now(seed, clock))
+    elsewhere = three.log_in(EMAIL, PASSWORD, code_now(seed, clock))[1]
     clock.advance(30)
     _, last = three.remove_totp(renewed, PASSWORD, code_now(seed, clock))
     assert live(three, elsewhere, renewed, last, theirs) == [False, False, True, True]
@@ -1684,7 +1686,7 @@ def test_a_confirmation_that_was_overtaken_changes_nothing(
     with pytest.raises(SessionRequired):
         auth.confirm_totp(mine, code_now(seed, clock))
     assert row().totp_since is None
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
 
 
 def test_a_seed_that_was_replaced_while_its_code_was_checked_does_not_come_into_force(
@@ -1733,7 +1735,7 @@ def while_a_code_is_checked(monkeypatch: pytest.MonkeyPatch, change: Callable[[]
 @pytest.mark.parametrize("later", [-1, 0, 1])
 def test_a_code_of_this_step_or_the_next_to_it_logs_in(auth: Auth, clock: Clock, factor: Factor, later: int) -> None:
     clock.advance(30)
-    assert live(auth, auth.log_in(EMAIL, PASSWORD, code_now(factor.seed, clock, later))) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD, code_now(factor.seed, clock, later))[1]) == [True]
 
 
 @pytest.mark.parametrize("later", [-2, 2])
@@ -1755,7 +1757,7 @@ def test_an_odd_code_is_a_wrong_one(auth: Auth, factor: Factor, otp: str) -> Non
 
 def test_a_code_works_once(auth: Auth, clock: Clock, factor: Factor) -> None:
     code = code_now(factor.seed, clock)
-    mine = auth.log_in(EMAIL, PASSWORD, code)
+    mine = auth.log_in(EMAIL, PASSWORD, code)[1]
     for _ in range(2):
         with pytest.raises(LoginFailed, match=r"^wrong one-time code$"):
             auth.log_in(EMAIL, PASSWORD, code)
@@ -1772,7 +1774,7 @@ def test_the_code_that_confirmed_does_not_log_in(auth: Auth, clock: Clock, user:
     auth.confirm_totp(mine, code)
     with pytest.raises(LoginFailed, match=r"^wrong one-time code$"):
         auth.log_in(EMAIL, PASSWORD, code)
-    assert live(auth, auth.log_in(EMAIL, PASSWORD, code_now(seed, clock, 1))) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD, code_now(seed, clock, 1))[1]) == [True]
 
 
 def test_after_a_code_no_earlier_one_works(auth: Auth, clock: Clock, factor: Factor) -> None:
@@ -1849,7 +1851,7 @@ def test_a_code_is_good_for_its_own_user(auth: Auth, clock: Clock, other: User) 
 def test_of_8_threads_with_one_code_one_gets_in(three: Auth, clock: Clock, user: User, kind: str) -> None:
     factor = switch_on(three, clock)
     otp = code_now(factor.seed, clock) if kind == "code" else factor.recovery[0]
-    results = at_once(8, lambda: three.log_in(EMAIL, PASSWORD, otp))
+    results = at_once(8, lambda: three.log_in(EMAIL, PASSWORD, otp)[1])
     assert sorted(type(result).__name__ for result in results) == ["LoginFailed"] * 7 + ["str"]
 
 
@@ -1910,7 +1912,7 @@ def test_a_password_hashed_anew_while_a_code_was_checked_asks_for_no_other(
 ) -> None:
     hashed = _hash_password(PASSWORD, COST)
     while_a_code_is_checked(monkeypatch, lambda: db.update_user(1, hashed_password=hashed))
-    assert live(auth, auth.log_in(EMAIL, PASSWORD, code_now(factor.seed, clock))) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD, code_now(factor.seed, clock))[1]) == [True]
 
 
 # A second factor and a reset
@@ -1945,7 +1947,7 @@ def test_each_recovery_code_logs_in_once_and_there_are_ten(
 ) -> None:
     for spent in range(10):
         typed = factor.recovery[spent].upper().replace("-", " ")
-        assert live(auth, auth.log_in(EMAIL, PASSWORD, typed)) == [True]
+        assert live(auth, auth.log_in(EMAIL, PASSWORD, typed)[1]) == [True]
         assert sql("SELECT count(*) FROM recovery_codes") == [(9 - spent,)]
     for code in factor.recovery:
         with pytest.raises(LoginFailed, match=r"^wrong one-time code$"):
@@ -1955,7 +1957,7 @@ def test_each_recovery_code_logs_in_once_and_there_are_ten(
 
 def test_a_recovery_code_switches_the_factor_off(auth: Auth, clock: Clock, factor: Factor) -> None:
     auth.remove_totp(factor.session_id, PASSWORD, factor.recovery[0])
-    assert live(auth, auth.log_in(EMAIL, PASSWORD)) == [True]
+    assert live(auth, auth.log_in(EMAIL, PASSWORD)[1]) == [True]
 
 
 def test_a_recovery_code_does_not_confirm_a_factor(auth: Auth, clock: Clock, factor: Factor) -> None:
@@ -2011,7 +2013,7 @@ def strict(db: DB, settings: Settings, clock: Clock, user: User) -> Auth:
 def test_without_a_required_factor_a_session_is_good_for_nothing_else(
     strict: Auth, row: Callable[[], User], act: Callable[[Auth, str | None], object]
 ) -> None:
-    mine = strict.log_in(EMAIL, PASSWORD)
+    mine = strict.log_in(EMAIL, PASSWORD)[1]
     before = row()
     with pytest.raises(SecondFactorRequired, match=r"^set up a second factor first$"):
         act(strict, mine)
@@ -2021,18 +2023,18 @@ def test_without_a_required_factor_a_session_is_good_for_nothing_else(
 
 
 def test_without_a_required_factor_a_session_can_be_ended(strict: Auth, sql: Callable[[str], list[Any]]) -> None:
-    strict.log_out(strict.log_in(EMAIL, PASSWORD))
+    strict.log_out(strict.log_in(EMAIL, PASSWORD)[1])
     assert sql("SELECT * FROM sessions") == []
 
 
 def test_a_required_factor_opens_the_session_that_set_it_up(strict: Auth, clock: Clock) -> None:
-    mine = strict.log_in(EMAIL, PASSWORD)
+    mine = strict.log_in(EMAIL, PASSWORD)[1]
     seed, _ = strict.begin_totp(mine, PASSWORD)
     assert live(strict, mine) == [False]  # begun is not enough
     _, mine, _ = strict.confirm_totp(mine, code_now(seed, clock))
     assert live(strict, mine) == [True]
     clock.advance(30)
-    assert live(strict, strict.log_in(EMAIL, PASSWORD, code_now(seed, clock))) == [True]
+    assert live(strict, strict.log_in(EMAIL, PASSWORD, code_now(seed, clock))[1]) == [True]
 
 
 def test_a_required_factor_that_was_switched_off_shuts_the_session_again(strict: Auth, clock: Clock) -> None:

@@ -28,7 +28,7 @@ import database
 import totp
 from auth import Auth, AuthError
 from settings import Settings
-from storage import DB, open_store
+from storage import DB, User, open_store
 from tests.conftest import COST, HERE, Answer, Client, Clock, clean_environ, ledger_of
 
 BOB = {"email": "bob@x.io", "password": "b4l0u"}
@@ -437,16 +437,36 @@ def test_a_user_agent_is_listed_as_text_and_for_nobody_else(crowd: Client, agent
     assert re.fullmatch(rb"[ -~]+", mine.body)
 
 
+def test_a_login_is_answered_even_if_nothing_can_be_read_after_it(
+    call: Client, auth: Auth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(call)
+    start = auth.log_in
+
+    def start_and_lose_the_store(*arguments: Any, **rest: Any) -> tuple[User, str]:
+        started = start(*arguments, **rest)
+        for read in "_read", "_read_all":
+            monkeypatch.setattr(auth._db, read, unavailable)
+        return started
+
+    def unavailable(*_: object) -> None:
+        raise database.StorageUnavailable("gone")
+
+    monkeypatch.setattr(auth, "log_in", start_and_lose_the_store)
+    answer = log_in(call)
+    assert (answer.status, bool(answer.session_id)) == (200, True)  # else it exists, and nobody holds it
+
+
 def test_a_login_is_answered_even_if_the_next_one_has_ended_its_session_by_then(
     call: Client, auth: Auth, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(call)
     start = auth.log_in
 
-    def start_and_be_overtaken(*arguments: Any, **rest: Any) -> str:
-        session_id = start(*arguments, **rest)
+    def start_and_be_overtaken(*arguments: Any, **rest: Any) -> tuple[User, str]:
+        started = start(*arguments, **rest)
         start(*arguments, **rest)
-        return session_id
+        return started
 
     monkeypatch.setattr(auth, "log_in", start_and_be_overtaken)
     answer = log_in(call)

@@ -96,7 +96,7 @@ def furnish(place: str) -> None:
     auth = Auth(open_store(place), settings)
     auth.register_user("Bob@x.io", "b4l0u")
     auth.register_user("ÉVE@x.io", "3v3")
-    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="tab\t, back\\slash, \\N, é, 🗝")
+    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="tab\t, back\\slash, \\N, é, 🗝")[1]
     seed, _ = auth.begin_totp(session_id, "b4l0u")
     auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP))
     auth.log_in("éve@x.io", "3v3", address="2001:db8::1", user_agent="")

@@ -351,7 +351,7 @@ def test_a_password_of_development_still_logs_in(call: Client, db: DB) -> None:
 
 @pytest.mark.usefixtures("bob")
 def test_a_weak_password_is_no_new_one(call: Client, auth: Auth) -> None:
-    cookie = f"__Host-session_id={auth.log_in(BOB, PASSWORD)}"
+    cookie = f"__Host-session_id={auth.log_in(BOB, PASSWORD)[1]}"
     for password, reason in [("b4l0u", SHORT), ("passwordpassword", COMMON), ("aaaaaaaaaaaaaaaa", FEW)]:
         form = {"password": PASSWORD, "new_password": password}
         refused = ask(call, "PUT", "/password", form, cookie=cookie)
@@ -651,7 +651,7 @@ def test_a_request_from_another_page_is_refused(
 def test_no_route_that_changes_anything_takes_a_request_from_another_page(
     call: Client, auth: Auth, site: str | None, origin: str | None
 ) -> None:
-    session_id, token = auth.log_in(BOB, PASSWORD), auth.get_reset_password_token(BOB)
+    session_id, token = auth.log_in(BOB, PASSWORD)[1], auth.get_reset_password_token(BOB)
     form = {**FORM, "new_password": "choucroute du lundi", "reset_token": token, "otp": "000000"}
     said = {"HTTP_SEC_FETCH_SITE": site, "HTTP_ORIGIN": origin}
     _, (session,), _ = auth.list_sessions(session_id)

@@ -254,7 +254,7 @@ class Phone:
     """Bob's: the codes of his second factor, each step's once."""
 
     def __init__(self, auth: Auth, clock: Clock) -> None:
-        self.session_id = auth.log_in(BOB, PASSWORD, address=HOME)
+        self.session_id = auth.log_in(BOB, PASSWORD, address=HOME)[1]
         self._clock = clock
         self._seed, _ = auth.begin_totp(self.session_id, PASSWORD)
         _, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code())
@@ -303,9 +303,9 @@ def test_500_addresses_get_5_guesses_at_a_code_and_the_owner_gets_in_all_the_whi
     began = clock()
     for n in range(500):
         away = f"10.0.{n // 250}.{n % 250}"
-        guesses[outcome(lambda address=away: auth.log_in(BOB, PASSWORD, guess, address=address))] += 1  # type: ignore[misc]
+        guesses[outcome(lambda address=away: auth.log_in(BOB, PASSWORD, guess, address=address)[1])] += 1  # type: ignore[misc]
         if n % 100 == 0:
-            owners.append(outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)))
+            owners.append(outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)[1]))
     assert clock() - began < 900
     assert guesses == {"LoginFailed": 5, "TooManyAttempts": 495}
     assert owners == ["done"] * 5
@@ -314,19 +314,19 @@ def test_500_addresses_get_5_guesses_at_a_code_and_the_owner_gets_in_all_the_whi
 
 def test_guesses_at_a_code_from_the_owners_address_are_5(auth: Auth, phone: Phone, checked: list[str]) -> None:
     guess = phone.wrong()
-    said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)) for _ in range(8)]
+    said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)[1]) for _ in range(8)]
     assert said == ["LoginFailed"] * 5 + ["TooManyAttempts"] * 3
     assert len(checked) == 5
-    assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=AWAY)) == "done"
+    assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=AWAY)[1]) == "done"
 
 
 def test_guesses_at_codes_wherever_they_are_asked_for_share_one_count(
     auth: Auth, phone: Phone, checked: list[str]
 ) -> None:
     guess = phone.wrong()
-    said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY)) for _ in range(3)]
+    said = [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY)[1]) for _ in range(3)]
     said += [outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, address=AWAY)) for _ in range(3)]
-    said += [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY))]
+    said += [outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY)[1])]
     assert said == ["LoginFailed"] * 3 + ["ReauthenticationFailed"] * 2 + ["TooManyAttempts"] * 2
     assert len(checked) == 5
 
@@ -334,9 +334,9 @@ def test_guesses_at_codes_wherever_they_are_asked_for_share_one_count(
 def test_a_recovery_code_gets_in_when_no_more_guesses_are_left(auth: Auth, phone: Phone, checked: list[str]) -> None:
     guess = phone.wrong()
     for _ in range(6):
-        outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY))
-    assert outcome(lambda: auth.log_in(BOB, PASSWORD, "not-a-code", address=AWAY)) == "LoginFailed"
-    assert auth.log_in(BOB, PASSWORD, phone.recovery[0], address=AWAY)
+        outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=AWAY)[1])
+    assert outcome(lambda: auth.log_in(BOB, PASSWORD, "not-a-code", address=AWAY)[1]) == "LoginFailed"
+    assert auth.log_in(BOB, PASSWORD, phone.recovery[0], address=AWAY)[1]
     assert len(checked) == 5
 
 
@@ -353,7 +353,7 @@ def test_a_right_code_does_not_count(auth: Auth, phone: Phone, address: str) -> 
     guess = phone.wrong()
 
     def answer(otp: str) -> str:
-        return outcome(lambda: auth.log_in(BOB, PASSWORD, otp, address=address))
+        return outcome(lambda: auth.log_in(BOB, PASSWORD, otp, address=address)[1])
 
     answer(phone.code())  # from now on the address is known
     assert [answer(guess) for _ in range(4)] == ["LoginFailed"] * 4
@@ -364,28 +364,28 @@ def test_a_right_code_does_not_count(auth: Auth, phone: Phone, address: str) -> 
 
 def test_a_password_without_its_code_does_not_count(auth: Auth, phone: Phone) -> None:
     for address in (HOME, AWAY):
-        said = [outcome(lambda here=address: auth.log_in(BOB, PASSWORD, address=here)) for _ in range(40)]  # type: ignore[misc]
+        said = [outcome(lambda here=address: auth.log_in(BOB, PASSWORD, address=here)[1]) for _ in range(40)]  # type: ignore[misc]
         assert said == ["CodeRequired"] * 40
 
 
 def test_a_wrong_code_counts_as_a_login_too(auth: Auth, phone: Phone) -> None:
     guess = phone.wrong()
     for _ in range(5):
-        assert outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)) == "LoginFailed"
+        assert outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)[1]) == "LoginFailed"
     for _ in range(5):
-        assert outcome(lambda: auth.log_in(BOB, "wrong", address=HOME)) == "LoginFailed"
-    assert outcome(lambda: auth.log_in(BOB, "wrong", address=HOME)) == "TooManyAttempts"
+        assert outcome(lambda: auth.log_in(BOB, "wrong", address=HOME)[1]) == "LoginFailed"
+    assert outcome(lambda: auth.log_in(BOB, "wrong", address=HOME)[1]) == "TooManyAttempts"
 
 
 def test_who_waits_for_a_code_bucket_is_told_how_long(auth: Auth, phone: Phone, clock: Clock) -> None:
     guess = phone.wrong()
     for _ in range(5):
-        outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME))
+        outcome(lambda: auth.log_in(BOB, PASSWORD, guess, address=HOME)[1])
     with pytest.raises(TooManyAttempts) as refusal:
         auth.log_in(BOB, PASSWORD, guess, address=HOME)
     assert refusal.value.wait == 900
     clock.advance(900)
-    assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)) == "done"
+    assert outcome(lambda: auth.log_in(BOB, PASSWORD, phone.code(), address=HOME)[1]) == "done"
 
 
 # Over the wire
