@@ -31,7 +31,6 @@ OPERATORS = {"V12.1.1", "V12.2.1", "V12.2.2"}
 NO_LIMITS = {
     "admin.PROGRESS_STEP",
     "admin.PRUNE_REST",
-    "authsvc.HASHES",
     "lanes.HASHING_NICENESS",
     "passwords.CORES",
     "database.LOCK_INTERVAL",
