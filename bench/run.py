@@ -43,7 +43,7 @@ SIZES = 1_000, 100_000, 1_000_000
 USERS = 100_000
 SESSIONS = 100_000  # at most; else one for each user
 COST = 12
-TURNS = 3  # of each subject in a round of throughput, half as long: a machine that is shared changes every few seconds
+TURNS = 4  # of each subject in a round of throughput, half as long: a machine that is shared changes every few seconds
 
 # What must hold: (what, least or most, bar, aim). The figures are those of bars().
 BARS = [
@@ -690,7 +690,7 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--only", default="", help="peers to measure, with commas; - for none (all unless given)")
     parser.add_argument("--parts", default="", help="throughput,latency,logins,sizes,memory,cold (all unless given)")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (3)")
+    parser.add_argument("--rounds", type=int, default=2, help="of which the medians are taken (2)")
     parser.add_argument("--seconds", type=float, default=4.0, help="that one measurement takes (4)")
     parser.add_argument(
         "--write", action="store_true", help="put the table into bench/README.md, with JSON and picture"
