@@ -184,7 +184,7 @@ def cases(service: Service, folder: Path, cookie: str, examples: int) -> int:
 @pytest.mark.slow
 def test_development_answers_as_documented(start: Callable[..., Service], tmp_path: Path, engine: str) -> None:
     service = start(AUTHSVC_THROTTLE="off", AUTHSVC_SESSIONS_PER_USER="100")
-    examples, least = {"sqlite": (25, 350), "postgres": (5, 150)}[engine]  # of the same: 5 are among the 25
+    examples, least = {"sqlite": (12, 250), "postgres": (5, 150)}[engine]  # of the same: 5 are among the 12
     assert cases(service, tmp_path, "session_id", examples) >= least
 
 
