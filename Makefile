@@ -17,7 +17,7 @@ help:
 	@echo "make quick    the tests that take no time"
 	@echo "make pyz      the service in one file, dist/authsvc.pyz, for any python3 >= 3.11 here (POSTGRES=1: with psycopg)"
 	@echo "make install  that file, its units and settings into the system (as root); deploy/README.md goes on from there"
-	@echo "make bench    measure it beside what people pick instead, some 20 minutes (needs wrk, Node and npm)"
+	@echo "make bench    measure it beside what people pick instead, half an hour (needs wrk, Node and npm)"
 	@echo "make check    format, lint, types and branch coverage (98 %)"
 	@echo "make format   let ruff write the format"
 	@echo "make lock     pin the newest versions that pyproject.toml allows, with hashes (needs uv)"

@@ -203,7 +203,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = PlainTask
     error_task_class = JSONErrorTask
     production = False
-    answers: ClassVar[list[tuple[Channel, bytes]]] = []  # of one turn of the loop, which are sent at its end
+    answers: ClassVar[list[tuple[Channel, bytes]]]  # of one turn of the loop, which are sent at its end; the server's
     serve_now = False  # set by Lanes.add_task
     rest = 0  # bytes that may still come when the last answer is sent
     lingering = False

@@ -691,7 +691,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="peers to measure, with commas; - for none (all unless given)")
     parser.add_argument("--parts", default="", help="throughput,latency,logins,sizes,memory,cold (all unless given)")
     parser.add_argument("--rounds", type=int, default=2, help="of which the medians are taken (2)")
-    parser.add_argument("--seconds", type=float, default=4.0, help="that one measurement takes (4)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="that one measurement takes (4), of throughput half of it"
+    )
     parser.add_argument(
         "--write", action="store_true", help="put the table into bench/README.md, with JSON and picture"
     )

@@ -98,16 +98,18 @@ def test_a_login_that_meets_a_change_of_the_password_leaves_no_session(
     assert find_session(db, "late") is None
 
 
+START_EARLY = """
+    INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
+    SELECT 'early', id, 1800000000, 1800000000, 1900000000, '', '' FROM users WHERE hashed_password = :old
+"""
+
+
 def test_a_login_that_is_nearly_done_is_ended_by_a_change_of_the_password(
     db: PostgresDB, copy: PostgresDB, bob: User, beside: Beside
 ) -> None:
     add_session(db, bob, "s")
     with db._transaction(user_id=1) as held:  # what add_session does, step by step
-        held.execute(
-            "INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent) "
-            "SELECT 'early', id, 1800000000, 1800000000, 1900000000, '', '' FROM users WHERE hashed_password = :old",
-            {"old": HASH},
-        )
+        held.execute(START_EARLY, {"old": HASH})
         changed = beside(lambda: copy.change_password(1, HASH, NEW_HASH, "s", "renewed"))
         assert not changed.done()
     assert changed.result(5) is True
@@ -118,11 +120,7 @@ def test_a_login_that_is_nearly_done_is_ended_with_everybodys(
     db: PostgresDB, copy: PostgresDB, bob: User, beside: Beside
 ) -> None:
     with db._transaction(user_id=1) as held:  # what add_session does, step by step
-        held.execute(
-            "INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent) "
-            "SELECT 'early', id, 1800000000, 1800000000, 1900000000, '', '' FROM users WHERE hashed_password = :old",
-            {"old": HASH},
-        )
+        held.execute(START_EARLY, {"old": HASH})
         ended = beside(copy.end_all_sessions)
         assert not ended.done()
     assert ended.result(5) == 1
