@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -152,11 +153,22 @@ class PlainTask(WSGITask):  # type: ignore[misc]
 _date = functools.lru_cache(maxsize=2)(build_http_date)
 
 
+# A request that nobody could read in another way, as nearly all are: ASCII, nothing encoded, folded or empty.
+PLAIN = re.compile(
+    r"(?P<command>[A-Z]+) (?P<uri>(?P<path>/[\w/.~-]*)(?:\?(?P<query>[!\"$-~]*))?) HTTP/1\.1\r\n"
+    r"(?P<fields>(?:[A-Za-z0-9-]+: [!-~](?:[ -~]*[!-~])?\r\n)+)\r\n",
+    re.ASCII,
+)
+BODY = frozenset({"CONTENT_LENGTH", "TRANSFER_ENCODING"})  # fields that only a request with a body has
+
+
 class StrictParser(HTTPRequestParser):  # type: ignore[misc]
     """Refuses what a proxy in front may read in another way, and so could be used to smuggle a request past it.
 
     waitress 3.0.2 takes all of these (RFC 9112: 2.3, 3.2, 5.2, 6.1, 6.3; RFC 9110: 5.3). Its next release is to
     refuse a length beside an encoding, a repeated encoding and a repeated Host: then look what is left to do here.
+
+    What is plain is read here, in a quarter of the time; waitress reads the rest, so whatever is in doubt.
     """
 
     def __init__(self, adj: Any) -> None:
@@ -170,6 +182,23 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
+        if not self._read_plain(header_plus.decode("latin-1")):
+            self._read_strictly(header_plus)
+
+    def _read_plain(self, header: str) -> bool:
+        plain = PLAIN.fullmatch(header)
+        if not plain:
+            return False
+        *start, fields = plain.groups("")
+        lines = [line.partition(": ") for line in fields.split("\r\n")[:-1]]
+        headers = {name.upper().replace("-", "_"): value for name, _, value in lines}
+        if len(headers) < len(lines) or "HOST" not in headers or not BODY.isdisjoint(headers):
+            return False
+        self.command, self.request_uri, self.path, self.query = start
+        self.version, self.url_scheme, self.headers = "1.1", self.adj.url_scheme, headers
+        return True
+
+    def _read_strictly(self, header_plus: bytes) -> None:
         try:
             super().parse_header(header_plus)
         except ValueError as error:  # from urlsplit("http://["): else the connection closes without an answer
@@ -180,13 +209,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
             raise ParsingError("folded header")
         if self.version == "1.1" and "HOST" not in self.headers:
             raise ParsingError("no Host")
-        # Fewer headers than lines: waitress has joined those of one name, taken out the encoding or dropped a name with
-        # an underscore. Few requests have any of these, so only then the lines are looked at one by one.
-        lines = header_plus.rstrip(b"\r\n").count(b"\r\n")
-        if len(self.headers) < lines or "TRANSFER_ENCODING" in self.headers:
-            self._compare([line.lower() for line in header_plus.split(b"\r\n")[1:]])
-
-    def _compare(self, lines: list[bytes]) -> None:
+        lines = [line.lower() for line in header_plus.split(b"\r\n")[1:]]
         names = [line.partition(b":")[0] for line in lines]
         if any(names.count(name) > 1 for name in SINGLE):
             raise ParsingError("repeated header")

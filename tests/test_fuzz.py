@@ -27,6 +27,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from waitress.adjustments import Adjustments
 
 import authsvc
 import guard
@@ -464,6 +465,60 @@ ODD_STREAMS = (
     b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 20,
 )
 streams = messages() | st.lists(messages(), min_size=2, max_size=3).map(b"".join) | junk
+
+
+# All of ASCII that is not alphanumeric, and some of the rest.
+BYTES = b"aA0\x80\x85\xa0\xff" + bytes(byte for byte in range(128) if not chr(byte).isalnum())
+
+
+class Unhurried(lanes.StrictParser):
+    """Leaves every request to waitress."""
+
+    def _read_plain(self, header: str) -> bool:
+        return False
+
+
+READ = (
+    *("command", "request_uri", "path", "query", "version", "url_scheme", "headers", "content_length"),
+    *("chunked", "expect_continue", "completed", "empty", "headers_finished"),
+)
+PLAIN = (
+    b"GET /ab?c=%d&e HTTP/1.1\r\nHost: f:1\r\nCookie: g=h; i=j\r\n\r\n",
+    b"HEAD / HTTP/1.1\r\nX-A: k l\r\nhost: m\r\nConnection: close\r\n\r\nGET",
+)
+NOT_PLAIN = (
+    b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: 100-continue\r\n\r\nhi",
+    b"GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nX-A: b\r\nx-a: c\r\n\r\n",
+    b"GET / HTTP/1.1\r\nX-A: b\r\n\r\n",
+)
+
+
+def understood(parser: lanes.StrictParser, stream: bytes) -> tuple[object, ...]:
+    """Return all that is known of a request when its head was read; of a refused one, why it is refused."""
+    consumed = parser.received(stream)
+    if parser.error:
+        return consumed, parser.error.code, parser.error.body
+    return consumed, type(parser.body_rcv), *[getattr(parser, name, None) for name in READ]
+
+
+def test_what_is_read_in_the_short_way_means_the_same_to_waitress() -> None:
+    limits = Adjustments(max_request_body_size=lanes.LARGEST_BODY + 1)
+    short = Counter[bool]()
+
+    def compare(stream: bytes) -> None:
+        ours, careful = lanes.StrictParser(limits), Unhurried(limits)
+        assert understood(ours, stream) == understood(careful, stream), stream
+        short[not hasattr(ours, "first_line")] += 1  # which only waitress notes
+
+    for request in PLAIN + NOT_PLAIN:
+        for at in range(len(request)):  # without this byte, with any other one instead, and with any one before it
+            compare(request[:at] + request[at + 1 :])
+            for byte in BYTES:
+                compare(request[:at] + bytes([byte]) + request[at + 1 :])
+                compare(request[:at] + bytes([byte]) + request[at:])
+    each(messages(), compare, REQUESTS // 10)
+    assert min(short.values()) > 5_000
 
 
 @pytest.fixture
