@@ -153,10 +153,11 @@ class PlainTask(WSGITask):  # type: ignore[misc]
 _date = functools.lru_cache(maxsize=2)(build_http_date)
 
 
-# A request that nobody could read in another way, as nearly all are: ASCII, nothing encoded, folded or empty.
+# A request that nobody could read in another way, as nearly all are: ASCII, nothing encoded, folded or empty. The
+# quantifiers are possessive: what does not match at once never will.
 PLAIN = re.compile(
-    r"(?P<command>[A-Z]+) (?P<uri>(?P<path>/[\w/.~-]*)(?:\?(?P<query>[!\"$-~]*))?) HTTP/1\.1\r\n"
-    r"(?P<fields>(?:[A-Za-z0-9-]+: [!-~](?:[ -~]*[!-~])?\r\n)+)\r\n",
+    r"(?P<command>[A-Z]++) (?P<uri>(?P<path>/[\w/.~-]*+)(?:\?(?P<query>[!\"$-~]*+))?+) HTTP/1\.1\r\n"
+    r"(?P<fields>(?:[A-Za-z0-9-]++: [!-~]++(?: ++[!-~]++)*+\r\n)++)\r\n",
     re.ASCII,
 )
 BODY = frozenset({"CONTENT_LENGTH", "TRANSFER_ENCODING"})  # fields that only a request with a body has
