@@ -45,6 +45,7 @@ VERSION = len(MIGRATIONS) + 1
 
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
 LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
+LOST = "what no backup has is lost"
 SHARED_LOCK = 510, 2**30 + 2  # bytes and where: what SQLite locks while it has a file open (sqlite3's os.h)
 
 
@@ -134,8 +135,9 @@ class Database:
                 state = "cut short"
             else:
                 continue
+            lost = "the latest changes may be lost" if suffix else LOST
             raise StorageUnavailable(
-                f"{self._path}{suffix} was {state} while it was served; restart, or restore a backup"
+                f"{self._path}{suffix} was {state} while it was served: {lost}; restart, or restore a backup"
             )
         self._place = found
 
@@ -468,4 +470,5 @@ def translating() -> Iterator[None]:
             raise StorageUnavailable(str(error)) from error
         if name in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours or a value of no use: not the file's
             raise
-        raise StorageUnavailable(str(error)) from error
+        damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+        raise StorageUnavailable(f"{error}: {LOST}; restore one" if damaged else str(error)) from error

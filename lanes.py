@@ -1,13 +1,13 @@
 """The lanes: which request runs where.
 
 A hash costs a quarter of a second of a core by design, everything else a fraction of a millisecond. On one pool
-of threads the quick would wait behind the slow, so there are three places to run:
+of threads the quick would wait behind the slow, so there are two lanes, and a side road for what writes:
 
 - **quick**: GET and HEAD, and whatever is refused, on waitress's I/O thread itself, with no hand-off. Nothing
   there may write: a locked database must not stop the thread that serves everybody.
-- **writing**: all other methods, on two ordinary threads; and on one more the writes that nobody waits for.
 - **hashing**: the routes named so, on as many threads as cores, at niceness 10 so that they yield to the others.
-  Requests wait in a queue, not on threads. Past 128 of them, or 15 s, the answer is 503 at once.
+  Requests wait in a queue, not on threads: for one too many the answer is 503 at once, else after 15 s.
+- **writing**: all other methods, on two ordinary threads; and on one more the writes that nobody waits for.
 
 Built on waitress's dispatcher and channel, which it keeps private: hence ``waitress<4`` in pyproject.toml.
 """
@@ -46,7 +46,7 @@ HASHING_QUEUE = 128  # requests; 128 × 0.24 s on two cores is the 15 s below
 HASHING_WAIT = 15.0  # seconds
 HASHING_NICENESS = 10
 HASHING_PLACES = 4  # of the queue for one client address, in production
-WRITERS = 2  # threads; SQLite writes one at a time, the second is for the one that waits on a client
+WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other reads a form or sends an answer
 DEFERRED = 1000  # writes that nobody waits for; past that they are dropped and come again with the next request
 DRAIN = 8.0  # seconds from SIGTERM to the end of the last answer
 
@@ -98,8 +98,8 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 class PlainTask(WSGITask):  # type: ignore[misc]
     """Writes an answer as the application gives it, in one piece; the application is ours and says how long it is.
 
-    waitress tells the application what few applications ask, and checks, spells and sorts the headers of each answer
-    anew and sends the body apart from them, which together takes as long as to look up a session.
+    waitress's own tells the application what ours never asks; it checks, capitalises and sorts the headers of each
+    answer, and sends its body apart from them. Together that takes as long as to look up a session.
     """
 
     # PEP 3333, environ Variables: what is the same for every request.
@@ -169,7 +169,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
     waitress 3.0.2 takes all of these (RFC 9112: 2.3, 3.2, 5.2, 6.1, 6.3; RFC 9110: 5.3). Its next release is to
     refuse a length beside an encoding, a repeated encoding and a repeated Host: then look what is left to do here.
 
-    What is plain is read here, in a quarter of the time; waitress reads the rest, so whatever is in doubt.
+    What is plain is read here, in a third of the time or less; waitress reads the rest, so whatever is in doubt.
     """
 
     def __init__(self, adj: Any) -> None:
@@ -178,7 +178,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
-        if self.error or self.body_rcv is None:  # else it says 100 Continue first, and waits for what is not wanted
+        if self.error or self.body_rcv is None:  # or it would say 100 Continue and wait for no body
             self.expect_continue = False
         return consumed
 
@@ -227,11 +227,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = PlainTask
     error_task_class = JSONErrorTask
     production = False
-    answers: ClassVar[list[tuple[Channel, bytes]]]  # of one turn of the loop, which are sent at its end; the server's
+    answers: ClassVar[list[tuple[Channel, bytes]]]  # of one turn of the loop, to be sent at its end
     serve_now = False  # set by Lanes.add_task
     rest = 0  # bytes that may still come when the last answer is sent
     lingering = False
-    close_when_flushed: bool = False  # waitress's
+    close_when_flushed: bool = False  # set by waitress
 
     def received(self, data: bytes) -> bool:
         # waitress calls add_task from in here while it holds requests_lock, which service() takes as well: so
@@ -243,7 +243,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return accepted
 
     def write_soon(self, data: bytes) -> int:
-        # Nothing stands behind this answer that could overtake it: no other request, no 100 Continue.
+        # Held back only if nothing could overtake it: neither the answer to a next request nor a 100 Continue.
         if self.serve_now and len(self.requests) == 1 and self.request is None:
             self.answers.append((self, data))
             return len(data)
@@ -402,7 +402,7 @@ class Server:
         self._wake()
 
     def run(self) -> bool:
-        """Serve until stopped, then finish what was asked, within 10 s; say whether nothing was left undone."""
+        """Serve until stopped, then finish what was asked, within 8 s; say whether nothing was left undone."""
         looked = time.monotonic()
         while not self._stopping:
             self._turn(1.0)
@@ -420,7 +420,7 @@ class Server:
     def _close_slow(self, cutoff: float) -> None:
         for channel in list(self._server.active_channels.values()):  # a worker may close one meanwhile
             if channel.request is not None and channel.request.began < cutoff:
-                channel.will_close = True  # without an answer: whoever takes 30 s for 16 KiB is no client
+                channel.will_close = True  # without an answer: whoever takes 30 s for 32 KiB is no client
 
     def _make_room(self) -> None:
         # At its limit waitress accepts nobody; those who say nothing would keep everybody out for as long as they may.

@@ -381,7 +381,8 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
             run(pip, own)
             words["{python}"] = str(own / "venv/bin/python")
             modules = next(own.glob("venv/lib/python*/site-packages"))
-            packages = len(list(modules.glob("*.dist-info"))) - 1  # pip
+            run([*pip[:1], "uninstall", "-q", "-y", "setuptools", "pip"], own)  # which venv put there itself
+            packages = len(list(modules.glob("*.dist-info")))
 
         def command(parts: list[str], words: dict[str, str] = words) -> list[str]:
             for word, value in words.items():
@@ -451,6 +452,7 @@ def in_turn(things: list[T], number: int) -> list[T]:
 
 
 Measured = dict[str, dict[str, float]]
+Samples = dict[str, dict[str, list[float]]]
 
 
 class Run:
@@ -458,7 +460,7 @@ class Run:
 
     def __init__(self, subjects: list[Subject], folder: Path, rounds: int, seconds: float) -> None:
         self.subjects, self.folder, self.rounds, self.seconds = subjects, folder, rounds, seconds
-        self.samples: dict[str, dict[str, list[float]]] = {subject.name: {} for subject in subjects}
+        self.samples: Samples = {subject.name: {} for subject in subjects}
         self.served = [subject for subject in subjects if subject.login]
 
     def note(self, subject: Subject, what: str, value: float) -> None:
@@ -719,7 +721,7 @@ def main() -> int:
     if given.write:
         minutes, command = (time.time() - began) / 60, " ".join(["bench/run.py", *sys.argv[1:]])
         when = f"{datetime.date.today()}, {machine()}; {minutes:.0f} minutes, `{command}`."
-        write(when, text, subjects, results)
+        write(when, text, subjects, results, one.samples)
     figures = bars(results)
     return int(any(not holds(figures[what], sign, bar) for what, sign, bar, _ in BARS if what in figures))
 
@@ -737,12 +739,13 @@ def installed(*names: str) -> tuple[int, float]:
     return len(names), sum(sizes)
 
 
-def write(when: str, text: str, subjects: list[Subject], results: Measured) -> None:
+def write(when: str, text: str, subjects: list[Subject], results: Measured, samples: Samples) -> None:
     readme = HERE / "README.md"
     before, mark, rest = readme.read_text().partition("<!-- results -->\n")
     after = rest.partition("<!-- end -->")[2]
     readme.write_text(f"{before}{mark}{when}\n\n{text}\n<!-- end -->{after}")
-    (HERE / "results.json").write_text(json.dumps({"when": when, "results": results}, indent=1) + "\n")
+    found = {"when": when, "results": results, "samples": samples}
+    (HERE / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "results.svg").write_text(picture(subjects, results))
 
 

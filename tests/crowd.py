@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import requests
@@ -104,15 +104,17 @@ class Person:
         self.urls: tuple[str, ...] = ()  # of the copies of one service, any of which may be asked
 
     def live(self, stopping: threading.Event) -> None:
-        """Use the service at random until told to stop, or until it is gone."""
+        """Use the service at random until told to stop.
+
+        Raises:
+            ConnectionError, ChunkedEncodingError: it is gone, or somebody got no answer.
+        """
         try:
             while not stopping.is_set():
                 refused = self.refused
                 self._act()
                 if self.refused > refused:
                     stopping.wait(REST)
-        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-            pass
         finally:
             self._client.close()
 
@@ -223,8 +225,8 @@ class Crowd:
         return max(person.longest for person in self.people)
 
     @contextmanager
-    def using(self, *urls: str) -> Iterator[None]:
-        """Use it, or its copies; leave when it is gone or when the block ends."""
+    def using(self, *urls: str, ending: bool = False) -> Iterator[None]:
+        """Use it, or its copies, until the block ends. Everybody gets an answer, unless the service is ``ending``."""
         stopping = threading.Event()
         with ThreadPoolExecutor(len(self.people)) as pool:
             for person in self.people:
@@ -235,7 +237,8 @@ class Crowd:
             finally:
                 stopping.set()
         for one in running:
-            one.result()
+            with suppress(*((requests.ConnectionError, requests.exceptions.ChunkedEncodingError) if ending else ())):
+                one.result()
 
     def check(self, *urls: str, most: int = 0) -> None:
         with ThreadPoolExecutor(len(self.people)) as pool:

@@ -1,8 +1,8 @@
 """What goes wrong around the service: ended by force, no room, a locked or lost file, no descriptors, absent clients.
 
-Each test ends in the same three claims: what was answered 200 is there; what was refused was refused cleanly; and the
-service recovers by itself, or says on one line why it cannot. FAULT_ROUNDS (200 for a night) and SOAK_MINUTES (60) make
-them long, FAULT_SEED repeats a run.
+What is claimed is the same of all: what was answered 200 is there; what was refused was refused cleanly; and the
+service recovers by itself, or says on one line why it cannot. FAULT_ROUNDS (200) and SOAK_MINUTES (20) make them long,
+FAULT_SEED repeats a run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import logging
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -69,7 +70,7 @@ def test_what_was_answered_outlives_the_process_and_what_was_not_is_whole_or_not
     service, crowd, moment = start(**ROOMY), Crowd(), random.Random(SEED)
     for _ in range(ROUNDS):
         wanted = crowd.answered + moment.randrange(10, 60)
-        with crowd.using(service.url):
+        with crowd.using(service.url, ending=True):
             assert awaited(lambda: crowd.answered >= wanted, 20)  # noqa: B023
             time.sleep(moment.uniform(0, 0.02))  # as long as a request takes: at any moment of it
             assert service.end(number) == code, SEED
@@ -283,6 +284,11 @@ def saved(path: Path) -> set[str]:
         return set()
 
 
+def known_addresses(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM known_addresses").fetchone()[0])
+
+
 @pytest.mark.sqlite
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_a_database_that_is_lost_while_it_is_served_takes_no_promise(start: Callable[..., Service], kind: str) -> None:
@@ -290,19 +296,18 @@ def test_a_database_that_is_lost_while_it_is_served_takes_no_promise(start: Call
     path = database_of(service)
     assert ask(service, "POST", "/users", form) == 200
     session = requests.post(f"{service.url}/sessions", data=form, timeout=5).cookies["session_id"]
+    assert awaited(lambda: known_addresses(path))  # the last thing that a login writes, which nobody waits for
     write_back(service)  # what is lost now is not in the log too
     assert ask(service, "GET", "/health") == 200  # it has seen the file as it is now
     do_it, said = DAMAGES[kind]
     do_it(path)
-    statuses = {number: ask(service, "POST", "/users", fields(number)) for number in range(5)}
-    assert {f"{number}@x.io" for number, status in statuses.items() if status == 200} <= saved(path)
-    assert 503 in statuses.values()
+    assert [ask(service, "POST", "/users", fields(number)) for number in range(5)] == [503] * 5  # the first one notices
     for page in ("/", "/health", "/profile", "/verify"):
         assert ask(service, "GET", page, session=session, timeout=2) in (200, 401, 403, 503)
     assert ask(service, "POST", "/sessions", form) in (401, 503)  # on a thread that has perhaps not read before
     reasons = {event["reason"] for event in events(service) if event["event"] == "sys_storage_unavailable"}
-    assert all(reasons)
     assert reasons
+    assert all(re.search("what no backup has is lost|the latest changes may be lost", reason) for reason in reasons)
     assert "sys_crash" not in service.log
     assert service.end() == 0
     if said:
@@ -423,10 +428,9 @@ def test_out_of_descriptors_it_serves_who_is_connected_and_then_everybody(warmed
 def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_connected(
     warmed: Service, caplog: pytest.LogCaptureFixture
 ) -> None:
-    service = warmed
+    service, before = warmed, resident(warmed)
     caplog.set_level(logging.DEBUG, "urllib3")
     for number in range(ROUNDS):
-        before = resident(service)
         with requests.Session() as kept:
             clean(kept.get(service.url, timeout=5))
             with idle(service, lanes.CONNECTIONS + 88):
@@ -446,7 +450,8 @@ def test_more_connections_than_the_limit_take_no_memory_and_harm_nobody_who_is_c
 @pytest.mark.once
 def test_as_many_idle_connections_as_the_limit_allows_keep_nobody_out(warmed: Service) -> None:
     with idle(warmed, lanes.CONNECTIONS):
-        assert ask(warmed, "GET", "/", timeout=1) in (200, 503)
+        for _ in range(10):
+            assert ask(warmed, "GET", "/", timeout=1) == 200
 
 
 FLOOD = 10_000
@@ -519,6 +524,7 @@ def test_a_client_that_leaves_takes_nothing_with_it(warmed: Service, moment: str
     assert awaited(lambda: len(descriptors(service)) <= len(before)), descriptors(service)
     made = {email for email in saved(database_of(service)) if email.endswith("left.io")}
     assert not made or moment == "before the answer"
+    assert made or moment != "before the answer" or abrupt  # who resets takes back what was not read yet
     for email in sorted(made)[:3]:
         assert ask(service, "POST", "/sessions", {"email": email, "password": "b4l0u"}) == 200
     assert_whole(service)
@@ -626,6 +632,8 @@ def test_use_for_long_takes_no_more_memory_and_no_more_descriptors(warmed: Servi
             assert ask(service, "GET", "/health", timeout=5) == 200
             assert sockets(service) <= CLIENTS + 2
             time.sleep(0.05)
+        wanted = crowd.answered + 20
+        assert awaited(lambda: crowd.answered >= wanted, 20)  # they are all still at it
         assert resident(service) <= memory * (1 + SPARE) + 2**20, (SEED, crowd.answered)
         assert len(descriptors(service)) <= open_ones + CLIENTS, (SEED, descriptors(service))
     assert awaited(lambda: sockets(service) == 1)
