@@ -466,9 +466,8 @@ def translating() -> Iterator[None]:
             raise AlreadyExists(str(error)) from error
         if isinstance(error, sqlite3.IntegrityError):
             raise ValueError(str(error)) from error
-        if "no such table" in str(error):  # the file was emptied under us
-            raise StorageUnavailable(str(error)) from error
+        if "no such table" in str(error) or name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):  # emptied, damaged
+            raise StorageUnavailable(f"{error}: {LOST}; restore one") from error
         if name in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours or a value of no use: not the file's
             raise
-        damaged = name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
-        raise StorageUnavailable(f"{error}: {LOST}; restore one" if damaged else str(error)) from error
+        raise StorageUnavailable(str(error)) from error
