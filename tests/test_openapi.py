@@ -20,6 +20,7 @@ from openapi_schema_validator import OAS31Validator, oas31_format_checker
 import authsvc
 import totp
 from tests.conftest import HERE, Client, Clock, Service
+from tests.crowd import UNMEASURED
 
 OPENAPI = HERE / "openapi.yaml"
 PASSWORD = "correct horse battery"  # that of the examples
@@ -165,6 +166,7 @@ def cases(service: Service, folder: Path, cookie: str, examples: int) -> int:
         cwd=folder,
         env={
             **os.environ,
+            **UNMEASURED,
             "SCHEMATHESIS_HOOKS": str(HERE / "tests" / "openapi_hooks.py"),
             "OPENAPI_PASSWORD": PASSWORD,
             "OPENAPI_COOKIE": cookie,
