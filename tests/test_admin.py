@@ -30,6 +30,7 @@ from auth import Auth
 from settings import Settings
 from storage import DB, User, open_store
 from tests.conftest import COST, HERE, Service, clean_environ
+from tests.crowd import UNMEASURED
 
 HASH = "$2b$12$" + "a" * 21 + "e" + "b" * 31
 NOBODY = 65534
@@ -595,8 +596,8 @@ def test_a_full_disk_is_one_line(people: Auth, path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    unmeasured = {"COVERAGE_PROCESS_CONFIG": ""}  # it would find the disk full too
-    done = process("backup", "copy.db", database=path, preexec_fn=limit, env=unmeasured)
+    # Coverage would find the disk full, too.
+    done = process("backup", "copy.db", database=path, preexec_fn=limit, env=UNMEASURED)
     assert done.returncode == 1
     assert re.fullmatch(r"authsvc: cannot write the backup copy\.db: .+\n", done.stderr)
     assert not (path.parent / "copy.db").exists()
