@@ -129,11 +129,19 @@ def _warn_of_forwarding() -> None:
 def is_direct(environ: WSGIEnvironment) -> bool:
     """Say whether a program on this machine asks by itself, not for somebody else as a proxy does.
 
-    A browser may ask for a page whose own name was made to lead here (DNS rebinding); then that name is the Host.
+    A browser may load a page from a name that was made to resolve to this machine (DNS rebinding). The ``Host`` header
+    then carries that name, so only the names that clients use for this machine are accepted.
     """
-    host = re.sub(":[0-9]+$", "", environ.get("HTTP_HOST", "localhost"), flags=re.ASCII)
     forwarded = any(name in FORWARDING or name.startswith("HTTP_X_FORWARDED") for name in environ)
-    return is_loopback(environ.get("REMOTE_ADDR")) and is_loopback(host.strip("[]")) and not forwarded
+    return is_loopback(environ.get("REMOTE_ADDR")) and _names_this_machine(environ) and not forwarded
+
+
+def _names_this_machine(environ: WSGIEnvironment) -> bool:
+    found = re.fullmatch(r"(\[[^\[\]]*\]|[^:\[\]]+)(?::[0-9]+)?", environ.get("HTTP_HOST", "localhost"), re.ASCII)
+    name = found[1].strip("[]").lower() if found else ""
+    # A client that is told to connect to 0.0.0.0 or [::] reaches loopback, and sends that address as its Host.
+    address = parsed_address(name)
+    return is_loopback(name) or (address is not None and address.is_unspecified)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -298,17 +298,46 @@ def test_a_log_that_is_closed_stops_nobody(monkeypatch: pytest.MonkeyPatch, sett
     assert Client(guard.Guard(broken, settings))("GET", "/").status == 500
 
 
+NAMES = ["localhost", "LocalHost", "127.0.0.1", "127.0.0.2", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]"]
+
+
 @pytest.mark.parametrize(
     ("host", "direct"),
     [
-        ("localhost", True),
-        ("localhost:5000", True),
-        ("127.0.0.1:5000", True),
-        ("[::1]:5000", True),
-        ("[::1]", True),
+        *((host + port, True) for host in NAMES for port in ("", ":5000")),
         ("rebound.example:5000", False),
         ("rebound.example", False),
+        ("0.0.0.0.rebound.example:5000", False),
+        ("127.0.0.1.rebound.example", False),
+        ("rebound.example:0.0.0.0", False),
+        ("0.0.0.1:5000", False),
+        ("10.0.0.1:5000", False),
+        ("[::2]:5000", False),
+        ("[0.0.0.0:5000", False),
+        ("[[::]]:5000", False),
+        (":5000", False),
+        ("", False),
     ],
 )
-def test_a_name_that_was_made_to_lead_here_is_not_direct(host: str, direct: bool) -> None:
+def test_only_a_name_of_this_machine_is_direct(host: str, direct: bool) -> None:
     assert guard.is_direct({"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": host}) is direct
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"HTTP_HOST": "0.0.0.0:5000", "HTTP_ORIGIN": "https://evil.example"},
+        {"HTTP_HOST": "0.0.0.0:5000", "HTTP_ORIGIN": "null"},
+        {"HTTP_HOST": "0.0.0.0:5000", "HTTP_ORIGIN": "http://0.0.0.0:8000"},
+        {"HTTP_HOST": "0.0.0.0:5000", "HTTP_SEC_FETCH_SITE": "cross-site"},
+        {"HTTP_HOST": "0.0.0.0:5000", "HTTP_SEC_FETCH_SITE": "same-site", "HTTP_ORIGIN": "http://0.0.0.0:8000"},
+        {"HTTP_HOST": "[::]:5000", "HTTP_ORIGIN": "http://[::]:8000"},
+        {"HTTP_HOST": "rebound.example:5000"},
+        {"HTTP_HOST": "rebound.example:5000", "HTTP_ORIGIN": "http://rebound.example:5000"},
+    ],
+)
+def test_a_page_of_another_origin_gets_no_reset_token(call: Client, headers: dict[str, str]) -> None:
+    call("POST", "/users", BOB)
+    answer = call("POST", "/reset_password", {"email": BOB["email"]}, REMOTE_ADDR="127.0.0.1", **headers)
+    assert answer.status == 403
+    assert list(answer.json) == ["message"]

@@ -102,6 +102,12 @@ def test_main_walks_a_fresh_service_in_silence(start: Callable[..., Service]) ->
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "localhost"])
+def test_main_walks_a_service_under_each_name_of_this_machine(start: Callable[..., Service], host: str) -> None:
+    ended = run_main(start().url.replace("127.0.0.1", host))
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 @pytest.mark.slow
 def test_main_needs_a_fresh_database_each_time(start: Callable[..., Service], new_place: Callable[[], str]) -> None:
     service = start()
