@@ -1,47 +1,68 @@
-# make run: start the service. make test: run its tests. Both install what they need into .venv first.
+# "make run" starts the service and "make test" runs its tests. Both first install the packages they need into .venv.
 
 PYTHON ?= python3
 BIN = .venv/bin
-SOURCES = $(wildcard *.py *.sql *.md *.toml tests/*)
 
-# POSTGRES=1 packs psycopg with its libpq too, for AUTHSVC_DATABASE=postgresql://…: some 5 MB.
+# The product: the modules at the top, and the folders with their data files (pages, password list, schema).
+PACKAGES = cli credentials engines tables web
+PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) \
+	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
+
+# Everything the tests read. "make check" runs them again when one of these files is newer than the last run.
+SOURCES = $(PRODUCT) main.py $(wildcard *.md *.toml docs/*.* docs/security/* tests/*.*)
+
+# POSTGRES=1 adds psycopg and its libpq, about 5 MB, for AUTHSVC_DATABASE=postgresql://…
 PACKED = bottle.py bcrypt waitress segno \
 	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py)
+# Packages that only some tests need: see [dependency-groups] in pyproject.toml.
+EXTRAS = .venv/browser .venv/fuzz
+
 PYZ = dist/authsvc$(if $(POSTGRES),-postgres).pyz
 
 .PHONY: help run test quick bench pyz install lint check format lock clean
 
 help:
-	@echo "make run      install what is needed and serve on http://127.0.0.1:5000"
-	@echo "make test     install what is needed and run all tests"
-	@echo "make quick    the tests that take no time"
-	@echo "make pyz      the service in one file, dist/authsvc.pyz, for any python3 >= 3.11 here (POSTGRES=1: with psycopg)"
-	@echo "make install  that file, its units and settings into the system (as root); deploy/README.md goes on from there"
-	@echo "make bench    measure it beside what people pick instead, half an hour (needs wrk, Node and npm)"
-	@echo "make check    format, lint, types and branch coverage (98 %)"
-	@echo "make format   let ruff write the format"
+	@echo "make run      install the packages needed and serve on http://127.0.0.1:5000"
+	@echo "make test     install the packages needed and run all tests (ONLY=browser|proxies|postgres|faults|fuzz: one kind)"
+	@echo "make quick    run the tests that start no process, in less than 20 seconds"
+	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg)"
+	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
+	@echo "make bench    compare its speed with other services, about half an hour (needs wrk, Node and npm)"
+	@echo "make check    check format, lint, types and branch coverage (98 %)"
+	@echo "make format   format the code with ruff"
 	@echo "make lock     pin the newest versions that pyproject.toml allows, with hashes (needs uv)"
+	@echo "make clean    delete everything that these commands have built"
 
 run: .venv/run
 	@exec $(BIN)/python authsvc.py
 
-test: .venv/dev
-	@rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest
+# ONLY=browser, proxies, postgres, faults or fuzz runs the tests of one kind. Tests of time run alone, after the others.
+KIND = $(if $(ONLY),$(ONLY) and )
+NONE = [ $$? -eq 5 ]  # pytest's exit code where no test is selected
+
+# Compiled test files are kept, which saves some seconds of each further run.
+test quick: export PYTHONDONTWRITEBYTECODE =
+
+test: .venv/dev $(if $(ONLY),$(filter .venv/$(ONLY),$(EXTRAS)),$(EXTRAS))
+	@rm -rf .results .coverage .coverage.*
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal -m "$(KIND)not timing" --record .results/parallel || $(NONE)
+	$(BIN)/coverage run -m pytest -m "$(KIND)timing" --record .results/serial || $(NONE)
 	@$(BIN)/coverage combine -q
+	@$(BIN)/python -m tests.results $(STRICT) .results/parallel .results/serial
 
 quick: .venv/dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -q -n auto --dist worksteal \
+		-m "not (slow or process or postgres or browser or proxies or faults or fuzz or timing)"
 
 bench: .venv/dev
 	$(BIN)/python bench/run.py --write
 
 pyz: $(PYZ)
 
-# Our modules lie side by side in it, and never in somebody's site-packages, where a name like auth would be taken.
-$(PYZ): .venv/pyz $(wildcard *.py pages/*) $(wildcard *.sql) common.txt.gz
+# The modules are packed as they are and never installed into site-packages, where names like "auth" would collide.
+$(PYZ): .venv/pyz $(PRODUCT)
 	@rm -rf build && mkdir -p build dist
-	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) common.txt.gz pages build
+	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) $(PACKAGES) build
 	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cp -r $(PACKED) $(CURDIR)/build
 	@find build -name __pycache__ -prune -exec rm -r {} +
 	@$(BIN)/shiv --site-packages build --entry-point authsvc:main --python '/usr/bin/env python3' --reproducible \
@@ -49,7 +70,7 @@ $(PYZ): .venv/pyz $(wildcard *.py pages/*) $(wildcard *.sql) common.txt.gz
 	@rm -rf build
 	@echo $@
 
-# DESTDIR= another root: then nothing of this system is changed.
+# With DESTDIR=/other/root everything goes below that folder, and this system is not changed.
 install: $(PYZ)
 	install -D -m 644 $(PYZ) $(DESTDIR)/opt/authsvc/authsvc.pyz
 	umask 022 && SHIV_ROOT=$(DESTDIR)/opt/authsvc/unpacked \
@@ -61,12 +82,12 @@ install: $(PYZ)
 		install -D -m 640 $(if $(DESTDIR),,-g authsvc) deploy/authsvc.env $(DESTDIR)/etc/authsvc/authsvc.env
 	$(if $(DESTDIR),,systemctl daemon-reload)
 
-lint: .venv/dev
+lint: .venv/dev $(EXTRAS)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
 
-# The coverage of the last "make test", which is run when anything is newer.
+# Uses the coverage of the last "make test", and runs it again when a source file is newer.
 check: lint .coverage
 	$(BIN)/coverage report
 
@@ -79,29 +100,38 @@ format: .venv/dev
 
 lock:
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml -o requirements.txt
+		pyproject.toml -o requirements/run.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml --group dev -c requirements.txt -o requirements-dev.txt
+		pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
+	for group in browser fuzz; do \
+		uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
+			pyproject.toml --group $$group -c requirements/dev.txt -o requirements/$$group.txt || exit 1; \
+	done
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml --extra qr --extra postgres --group pyz -c requirements-dev.txt -o requirements-pyz.txt
+		pyproject.toml --extra qr --extra postgres --group pyz -c requirements/dev.txt -o requirements/pyz.txt
 
 clean:
-	rm -rf .venv build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf .venv .results build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -r {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "authsvc needs Python 3.11 or newer; name one: make PYTHON=python3.12 run" >&2; exit 1; }
+		{ echo "authsvc needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 run" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || \
-		{ rm -rf .venv; echo "this Python has no venv: apt-get install python3-venv" >&2; exit 1; }
+		{ rm -rf .venv; echo "this Python has no module venv; install it with: apt-get install python3-venv" >&2; exit 1; }
 
-.venv/run: .venv/bin/python requirements.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+.venv/run: .venv/bin/python requirements/run.txt
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
 	@touch $@
 
-.venv/pyz: .venv/run requirements-pyz.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-pyz.txt
+.venv/pyz: .venv/run requirements/pyz.txt
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/pyz.txt
 	@touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+$(EXTRAS): .venv/%: .venv/dev requirements/%.txt
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/$*.txt
+	@touch $@
+
+.venv/dev: .venv/run requirements/dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@touch $@

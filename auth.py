@@ -1,17 +1,16 @@
-"""The rules: who may register, what logs in, what a session is, and when a token dies.
+"""The rules: who may create an account, who may sign in, what a session is, and when each credential dies.
 
-Read this one file to audit them. In come plain strings from the desk, out go hashes and unix seconds to the
-vault. Knows no HTTP and no SQL.
+Plain strings come in from the routes, hashes and unix seconds go out to storage. Knows no HTTP and no SQL.
 
-- A session id or a reset token is random, handed out once, and kept only as its SHA-256.
-- A session ends ``session_idle`` seconds after its last use, ``session_lifetime`` after its start, at logout,
-  when newer ones take its place or its user ends it, and with any change of the password or the second factor; the
-  one from which that change was made goes on under a new id.
-- A reset token ends after ``reset_lifetime`` seconds, an invitation after 7 days, both when used, when a newer one is
-  made, and with the same changes. Neither switches a second factor off.
-- A one-time code works once, and only after the password. A disabled account is one that nobody can log in to.
+- A session id or a reset token is random, shown once, and stored only as its SHA-256.
+- A session ends ``session_idle`` seconds after its last use, ``session_lifetime`` seconds after its start, at logout,
+  when newer sessions replace it, when its user ends it, and when the password or the second factor changes. The
+  session in which that change is made continues under a new id.
+- A reset token expires after ``reset_lifetime`` seconds, an invitation after 7 days. Both die when they are used, when
+  a newer one is made, and with the same changes. Neither switches a second factor off.
+- A one-time code works once, and only after the password. Nobody can sign in to a disabled account.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
-- A time more than 300 s ahead of the clock is invalid: a clock that jumped back extends nothing.
+- A time that is more than 300 s ahead of the clock is invalid: a clock that was set back extends nothing.
 """
 
 from __future__ import annotations
@@ -26,183 +25,175 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from email.message import EmailMessage
+from typing import ClassVar
 from urllib.parse import urlsplit
 
-import passwords
-import totp
-from database import AlreadyExists, StorageUnavailable
-from mailer import Mailer
+from credentials import passwords, totp
+from engines.errors import AlreadyExists, StorageUnavailable
+from log import timestamp
+from mail import Mailer
+from rate_limit import KNOWN_FOR, RateLimiter
 from settings import MAILBOX, Settings
-from storage import CLOCK_TOLERANCE, NoResultFound, Session, Store, User, open_store, public_id
-from throttle import KNOWN_FOR, Bucket, Throttle
+from storage import DB, NoResultFound, Session, User, public_id
+from tables.rate_limits import CLOCK_TOLERANCE, Bucket
 
-LONGEST_EMAIL = 254  # bytes (RFC 5321 4.5.3.1.3, less the angle brackets)
-LONGEST_USER_AGENT = 200  # characters that are kept of it
+MAX_EMAIL_BYTES = 254  # RFC 5321 4.5.3.1.3, without the angle brackets
+MAX_USER_AGENT = 200  # characters that are stored
 RESET_INTERVAL = 300  # seconds between two reset mails to one user
-INVITATION_LIFETIME = 604_800  # seconds, 7 days: it waits for somebody who did not ask for it
-SEEN_INTERVAL = 60  # seconds between two records of a session's use: reading must not write each time
-PRUNE_STEP = 200  # rows of a kind that are deleted at once: 10 ms in which nobody else can write
+INVITATION_LIFETIME = 604_800  # seconds, 7 days: its recipient did not ask for it
+SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
+PRUNE_STEP = 200  # rows of a kind that are deleted in one transaction: 10 ms in which nobody else can write
+LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
-NO_PASSWORD = "!"  # stands for the hash until an invitation is taken up; matches nothing  # noqa: S105
+NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; matches no password  # noqa: S105
 
 
 class AuthError(ValueError):
-    """A refusal by the rules. ``message`` is fit to be shown to whoever asked; ``str()`` may say more."""
+    """A refusal by the rules. ``message`` is fit to be shown to the client; ``str()`` may say more.
 
-    message = "refused"
-    user_id: int | None = None  # whom it concerns, for the log
+    Each class states the HTTP status, the log event and the message of its refusals. ``event`` is None where the caller
+    logs the refusal.
+    """
+
+    status: ClassVar[int]
+    event: ClassVar[str | None]
+    message: str
+
+    def __init_subclass__(cls, *, status: int, event: str | None, message: str = "refused") -> None:
+        cls.status, cls.event, cls.message = status, event, message
 
     def __init__(self, message: str | None = None, *, text: str | None = None, user_id: int | None = None) -> None:
         self.message = message or self.message
-        self.user_id = user_id
+        self.user_id = user_id  # the user it concerns, for the log
         super().__init__(text or self.message)
 
 
-class EmailTaken(AuthError):
-    """The email has an account, perhaps in other letters."""
-
-    message = "email already registered"
+class EmailTaken(AuthError, status=400, event=None, message="email already registered"):
+    """An account has this email, perhaps in another letter case."""
 
 
-class EmailRejected(AuthError):
+class EmailRejected(AuthError, status=400, event="input_validation_fail"):
     """This cannot be an email; the message says why."""
 
 
-class PasswordRejected(AuthError):
+class PasswordRejected(AuthError, status=400, event="input_validation_fail"):
     """This cannot become a password; the message says why."""
 
 
-class UnknownEmail(AuthError):
-    """Nobody has this email."""
-
-    message = "unknown email"
+class UnknownEmail(AuthError, status=403, event="authz_fail", message="unknown email"):
+    """No account has this email."""
 
 
-class LoginFailed(AuthError):
-    """Wrong password or unknown email; which one is not said, only logged: ``user_id`` is None for the latter."""
-
-    message = "wrong email or password"
+class LoginFailed(AuthError, status=401, event=None, message="wrong email or password"):
+    """Wrong password or unknown email. Only the log says which: ``user_id`` is None for an unknown email."""
 
 
-class TokenRejected(AuthError):
-    """A reset token that is unknown, spent, replaced, expired or another user's."""
-
-    message = "invalid reset token"
+class TokenRejected(AuthError, status=403, event="authn_token_fail", message="invalid reset token"):
+    """A reset token that is unknown, used, replaced, expired or another user's."""
 
 
-class TooManyAttempts(AuthError):
-    """One attempt too many; another is worth it after ``wait`` seconds."""
-
-    message = "too many requests"
+class TooManyAttempts(AuthError, status=429, event="excess_rate_limit_exceeded", message="too many requests"):
+    """A rate limit is exceeded. ``wait`` is the number of seconds until another attempt is allowed."""
 
     def __init__(self, wait: int = 0) -> None:
         super().__init__()
         self.wait = wait
 
 
-class SessionRequired(AuthError):
+class SessionRequired(AuthError, status=403, event="authz_fail", message="not logged in"):
     """There is no live session."""
 
-    message = "not logged in"
+
+class SessionUnknown(AuthError, status=404, event="authz_fail", message="no such session"):
+    """The user has no live session with this public id."""
 
 
-class SessionUnknown(AuthError):
-    """The user has no live session of this name."""
-
-    message = "no such session"
+class RegistrationClosed(AuthError, status=403, event="authz_fail"):
+    """Registration is closed or by invitation only; the message says which."""
 
 
-class RegistrationClosed(AuthError):
-    """The operator lets nobody register, or only by invitation; the message says which."""
+class ReauthenticationFailed(AuthError, status=403, event="authn_login_fail"):
+    """A signed-in user gave a wrong password or code; the message says which."""
 
 
-class ReauthenticationFailed(AuthError):
-    """Who is logged in has not shown again that it is them; the message says what was wrong."""
+class CodeRequired(AuthError, status=401, event=None, message="one-time code required"):
+    """The password is right, but a one-time code must come with it."""
 
 
-class CodeRequired(AuthError):
-    """The password was right, and is not enough: a one-time code must come with it."""
-
-    message = "one-time code required"
+class SecondFactorRequired(AuthError, status=403, event="authz_fail", message="set up a second factor first"):
+    """A second factor is required, and the user has none."""
 
 
-class SecondFactorRequired(AuthError):
-    """The operator demands a second factor, and the user has none yet."""
-
-    message = "set up a second factor first"
-
-
-class SecondFactorRejected(AuthError):
-    """There is one already, or none; the message says which."""
+class SecondFactorRejected(AuthError, status=400, event="input_validation_fail"):
+    """The second factor is on already, or off; the message says which."""
 
 
 def _hash_password(password: str, cost: int | None = None) -> bytes:
-    """Return a salted hash of the password, with the cost of the settings unless another is given."""
-    return passwords.hash_password(password, Settings.from_environ().bcrypt_cost if cost is None else cost)
+    """Return a salted hash of the password, with the cost of the settings unless another one is given."""
+    return passwords.hash_password(password, _default_cost() if cost is None else cost)
+
+
+@functools.cache
+def _default_cost() -> int:
+    return Settings.from_environ().bcrypt_cost
 
 
 def _generate_uuid() -> str:
-    """Return a new random UUID as text, 36 characters with 122 random bits."""
+    """Return a new random UUID as text: 36 characters with 122 random bits."""
     return str(uuid.uuid4())
 
 
 class Auth:
-    """The rules over one store. Safe to use from many threads.
+    """The rules over one database. Safe to use from many threads.
 
-    ``clock`` tells unix seconds; ``defer`` runs a write that nobody waits for, at once unless told otherwise.
-    Where a method takes the ``address`` of a client it counts the attempt, and raises TooManyAttempts.
+    ``clock`` returns unix seconds. ``run_in_background`` runs a write that no answer waits for, by default at once.
+
+    A method that takes the ``address`` of a client counts the attempt, and raises TooManyAttempts where a rate limit is
+    exceeded. None as the address counts nothing; only the methods of the Python contract pass it.
     """
 
     def __init__(
         self,
-        db: Store | None = None,
+        db: DB | None = None,
         settings: Settings | None = None,
         clock: Callable[[], float] = time.time,
-        defer: Callable[[Callable[[], object]], object] = lambda write: write(),
+        run_in_background: Callable[[Callable[[], object]], object] = lambda write: write(),
         mailer: Mailer | None = None,
     ) -> None:
         self._settings = settings or Settings.from_environ()
-        self._db = db or open_store(self._settings.database, private=self._settings.production)
+        self._db = db or DB(self._settings.database, private=self._settings.production)
+        self.engine_version = self._db.engine_version  # the database engine with its version
         self._clock = clock
-        self._defer = defer
+        self._background = run_in_background
         self._mailer = mailer if mailer and mailer.enabled else None
-        self._throttle = Throttle(self._db, self._settings, clock)
+        self._limiter = RateLimiter(self._db.rate_limits, self._settings, clock)
 
     def close(self) -> None:
-        """Let go of the store. No thread may be using it then or later."""
+        """Close the database. No thread may use it then or later."""
         self._db.close()
-
-    @property
-    def engine(self) -> str:
-        """What keeps the rows, and in which version."""
-        return self._db.engine
 
     # Accounts
 
-    def register_user(self, email: str, password: str, *, address: str = "") -> User:
-        """Make an account.
+    def create_account(self, email: str, password: str, *, address: str | None) -> User:
+        """Create an account.
 
         Raises:
-            RegistrationClosed: the operator wants it so.
-            EmailRejected: blank, too long, or with control characters; in production no mailbox either.
-            PasswordRejected: empty or too long; in production too short or too common.
-            EmailTaken: there is one already, in whatever letter case.
+            RegistrationClosed: the operator does not allow it.
+            EmailRejected: blank, too long, or with control characters; in production also if it is no mailbox.
+            PasswordRejected: empty or too long; in production also if it is too short or too common.
+            EmailTaken: an account has this email, in any letter case.
         """
         if self._settings.registration != "open":
             closed = self._settings.registration == "closed"
             raise RegistrationClosed("registration is closed" if closed else "registration is by invitation only")
         self.check_email(email)
         self._check_password(password, email)
-        self._count(self._throttle.registration, address)
+        self._check_rate_limit(self._limiter.registration, address=address)
         return self._add_user(email, _hash_password(password, self._settings.bcrypt_cost))
 
     def check_email(self, email: str) -> None:
-        """Raise EmailRejected where this cannot become an account's."""
+        """Raise EmailRejected if no account can have this email."""
         _check_email(email, production=self._settings.production)
-
-    def valid_login(self, email: str, password: str) -> bool:
-        """Say whether this is the password of this email, in the same time whether or not the email is known."""
-        return self._verified_user(email, password) is not None
 
     # Sessions
 
@@ -212,50 +203,39 @@ class Auth:
         password: str,
         otp: str = "",
         *,
+        address: str | None,
         replaced: str | None = None,
-        address: str = "",
         user_agent: str = "",
     ) -> tuple[User, str]:
-        """Check the password, and the one-time or recovery code of who has a second factor.
+        """Check the password, and the one-time or recovery code if the account has a second factor.
 
-        Return the user and a new session's id. The ``replaced`` session, which this client held, ends.
+        Return the user and the id of a new session. ``replaced`` is the session that this client held; it ends.
 
         Raises:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
-            CodeRequired: the password is right, and the code missing.
+            CodeRequired: the password is right, but the code is missing.
         """
-        buckets = self._count(self._throttle.login, email, address)
-        shown = None  # which second factor was
-        while user := self._verified_user(email, password):
-            if user.totp_since != shown:
+        buckets = self._check_rate_limit(self._limiter.login, email, address=address)
+        checked = None  # the second factor whose code was checked
+        for _ in range(LOGIN_TRIES):
+            user = self._verified_user(email, password)
+            if not user:
+                break
+            if user.totp_since != checked:
                 self._check_code(user, otp, address, buckets)
-                shown = user.totp_since
+                checked = user.totp_since
             if session_id := self._start_session(user, replaced, address, user_agent):
-                self._later(self._recognise, user, address, buckets)
+                self._run_in_background(self._remember_client, user, address, buckets)
                 return user, session_id
-            # The password or the second factor changed while we compared with the old one: compare again.
+            # The password or the second factor changed after it was compared: compare again.
         raise LoginFailed(user_id=user.id if (user := self._find_user(email)) else None)
 
-    def create_session(self, email: str) -> str | None:
-        """Start a session without a password and return its id, or None when nobody who may log in has this email."""
-        while (user := self._find_user(email)) and not user.disabled_at:
-            if session_id := self._start_session(user):
-                return session_id
-        return None
-
-    def get_user_from_session_id(self, session_id: str | None) -> User | None:
-        """Return the user of a live session, or None; also None while a second factor that is required is missing."""
-        try:
-            return self.identify(session_id)
-        except AuthError:
-            return None
-
     def identify(self, session_id: str | None, *, enrolling: bool = False) -> User:
-        """Return the user of a live session; ``enrolling`` is the way to a second factor that is required.
+        """Return the user of a live session. ``enrolling`` allows a user who has yet to set up a second factor.
 
         Raises:
-            SessionRequired: it is not live.
-            SecondFactorRequired: the operator demands one, and the user has none.
+            SessionRequired: the session is not live.
+            SecondFactorRequired: a second factor is required, and the user has none.
         """
         session_hash, window = _digest(session_id), self._session_window()
         found = self._db.find_session(session_hash, **window) if session_id else None
@@ -263,85 +243,92 @@ class Auth:
             raise SessionRequired
         user, last_seen_at = found
         if last_seen_at <= window["now"] - min(SEEN_INTERVAL, self._settings.session_idle // 2):
-            self._later(self._db.touch_session, session_hash, window["now"])
+            self._run_in_background(self._db.touch_session, session_hash, window["now"])
         if self._settings.require_totp and not user.totp_since and not enrolling:
             raise SecondFactorRequired
         return user
 
     def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
-        """Return whose session this is, all live ones of that user, and what this one is called among them."""
+        """Return the user of a session, all live sessions of that user, and the public id of this one."""
         user = self.identify(session_id)
         return user, self.sessions_of(user.id), public_id(_digest(session_id))
 
     def sessions_of(self, user_id: int) -> list[Session]:
-        """Return a user's live sessions, the newest first."""
+        """Return the live sessions of a user, newest first."""
         return self._db.list_sessions(user_id, **self._session_window())
 
     def expires_at(self, session: Session) -> int:
-        """Return when a session ends if it is not used again, in unix seconds."""
+        """Return the time at which an unused session ends, in unix seconds."""
         return min(session.expires_at, session.last_seen_at + self._settings.session_idle)
 
-    def check_store(self) -> None:
-        """Ask the store for something; raise StorageUnavailable where it does not answer."""
-        self._db.check_place()
+    def describe_session(self, session: Session) -> dict[str, str]:
+        """Return a session as its user and the operator see it."""
+        return {
+            "id": session.id,
+            "created": timestamp(session.created_at),
+            "last_seen": timestamp(session.last_seen_at),
+            "expires": timestamp(self.expires_at(session)),
+            "address": session.address,
+            "user_agent": session.user_agent,
+        }
+
+    def check_storage(self) -> None:
+        """Raise StorageUnavailable if the database does not answer."""
+        self._db.check()
         self._find_user("")
 
     def log_out(self, session_id: str | None) -> User:
         """End this session and no other; return its user.
 
         Raises:
-            SessionRequired: it is not live.
+            SessionRequired: the session is not live.
         """
         user = self.identify(session_id, enrolling=True)
         if not self._db.end_session(_digest(session_id)):
             raise SessionRequired
         return user
 
-    def end_session(self, session_id: str | None, named: str) -> tuple[User, bool]:
-        """End the named session of whoever holds this one; return the user and whether it was this one.
+    def end_session(self, session_id: str | None, ended_id: str) -> tuple[User, bool]:
+        """End a session of this user by its public id; return the user, and whether it is this session.
 
         Raises:
-            SessionUnknown: the user has no such session, whoever else may.
+            SessionUnknown: the user has no such session.
         """
         user = self.identify(session_id)
         for session in self.sessions_of(user.id):
-            if session.id == named and self._db.end_session(session.session_hash):
-                return user, named == public_id(_digest(session_id))
+            if session.id == ended_id and self._db.end_session(session.session_hash):
+                return user, ended_id == public_id(_digest(session_id))
         raise SessionUnknown
 
-    def end_sessions(self, session_id: str | None, *, but_this: bool) -> User:
-        """End all sessions of whoever holds this one, or all others; return the user."""
+    def end_sessions(self, session_id: str | None, *, except_this: bool) -> User:
+        """End all sessions of this session's user, or all others; return the user."""
         user = self.identify(session_id)
-        self._db.end_sessions(user.id, kept=_digest(session_id) if but_this else None)
+        self._db.end_sessions(user.id, kept=_digest(session_id) if except_this else None)
         return user
 
-    def destroy_session(self, user_id: int) -> None:
-        """End all sessions of a user; nothing happens where there is none."""
-        self._db.end_sessions(user_id)
-
-    # Changes, by who is logged in. The password is asked again, and counted as at login.
+    # Changes by a signed-in user. The current password is checked, and counted like a login.
 
     def change_password(
-        self, session_id: str | None, password: str, new_password: str, *, address: str = ""
+        self, session_id: str | None, password: str, new_password: str, *, address: str | None
     ) -> tuple[User, str]:
-        """Set a new password; return the user and the new id under which this session goes on. All others end.
+        """Set a new password; return the user and the new id of this session. All other sessions end.
 
         Raises:
-            PasswordRejected: the new one, as when registering.
-            ReauthenticationFailed: the present one is wrong.
+            PasswordRejected: the new password is not acceptable, as in create_account().
+            ReauthenticationFailed: the current password is wrong.
         """
         user = self.identify(session_id)
         self._check_password(new_password, user.email)
         self._reauthenticate(user, password, address)
-        hashed, renewed = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
+        new_hash, new_id = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
         old, session_hash = user.hashed_password, _digest(session_id)
-        if not self._db.change_password(user.id, old, hashed, session_hash, _digest(renewed)):
-            raise SessionRequired  # it ended while we hashed
+        if not self._db.change_password(user.id, old, new_hash, session_hash, _digest(new_id)):
+            raise SessionRequired  # the session ended while we hashed
         self._notify(user, "Your password was changed")
-        return user, renewed
+        return user, new_id
 
-    def delete_account(self, session_id: str | None, password: str, *, address: str = "") -> User:
-        """Delete the account and all that is its own; return what it was.
+    def delete_account(self, session_id: str | None, password: str, *, address: str | None) -> User:
+        """Delete the account with everything that belongs to it; return the former user.
 
         Raises:
             ReauthenticationFailed: the password is wrong.
@@ -353,12 +340,14 @@ class Auth:
         self._notify(user, "Your account was deleted")
         return user
 
-    def begin_totp(self, session_id: str | None, password: str, *, address: str = "") -> tuple[str, str]:
-        """Make the seed of a second factor, which a code must confirm; return it, and as a link for an app.
+    def begin_totp(self, session_id: str | None, password: str, *, address: str | None) -> tuple[str, str, str | None]:
+        """Make a TOTP seed, which a code must confirm; return it in base32, as a link for an app, and as a QR code.
+
+        The QR code is an image URL, or None where the extra ``qr`` is not installed.
 
         Raises:
             ReauthenticationFailed: the password is wrong.
-            SecondFactorRejected: there is one in force.
+            SecondFactorRejected: a second factor is on.
         """
         user = self.identify(session_id, enrolling=True)
         if user.totp_since:
@@ -366,43 +355,38 @@ class Auth:
         self._reauthenticate(user, password, address)
         seed = totp.new_seed()
         if not self._db.set_totp(user, seed, _digest(session_id)):
-            raise SessionRequired  # it ended while we hashed, or another began
-        return seed, totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
+            raise SessionRequired  # the session ended, or another setup began, while we hashed
+        uri = totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
+        return seed, uri, totp.qr_code(uri)
 
-    def confirm_totp(self, session_id: str | None, otp: str, *, address: str = "") -> tuple[User, str, list[str]]:
-        """Put the second factor into force; return the user, this session's new id, and the recovery codes.
+    def confirm_totp(self, session_id: str | None, otp: str, *, address: str | None) -> tuple[User, str, list[str]]:
+        """Switch the second factor on; return the user, the new id of this session, and the recovery codes.
 
         Raises:
             ReauthenticationFailed: the code is wrong.
-            SecondFactorRejected: none is being set up.
+            SecondFactorRejected: no second factor is being set up.
         """
         user = self.identify(session_id, enrolling=True)
         if not user.totp_secret or user.totp_since:
             raise SecondFactorRejected("no second factor is being set up")
-        buckets = self._count(self._throttle.code, user.email, address)
+        buckets = self._check_rate_limit(self._limiter.code, user.email, address=address)
         step = totp.matching_step(user.totp_secret, otp, self._now())
         if step is None:
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
-        codes, renewed = totp.new_recovery_codes(), self._new_secret()
-        if not self._db.confirm_totp(
-            user,
-            step,
-            [totp.recovery_hash(code) for code in codes],
-            now=self._now(),
-            session_hash=_digest(session_id),
-            renewed=_digest(renewed),
-        ):
+        codes, new_id = totp.new_recovery_codes(), self._new_secret()
+        hashes, old, new = [totp.recovery_hash(code) for code in codes], _digest(session_id), _digest(new_id)
+        if not self._db.confirm_totp(user, step, hashes, now=self._now(), session_hash=old, new_session_hash=new):
             raise SessionRequired
-        self._later(self._throttle.give_back, buckets)
+        self._run_in_background(self._limiter.refund, buckets)
         self._notify(user, "A second factor was switched on")
-        return user, renewed, codes
+        return user, new_id, codes
 
-    def remove_totp(self, session_id: str | None, password: str, otp: str, *, address: str = "") -> tuple[User, str]:
-        """Switch the second factor off; return the user and the new id of this session. All others end.
+    def remove_totp(self, session_id: str | None, password: str, otp: str, *, address: str | None) -> tuple[User, str]:
+        """Switch the second factor off; return the user and the new id of this session. All other sessions end.
 
         Raises:
             ReauthenticationFailed: the password or the code is wrong.
-            SecondFactorRejected: there is none.
+            SecondFactorRejected: no second factor is on.
         """
         user = self.identify(session_id)
         if not user.totp_since:
@@ -410,103 +394,143 @@ class Auth:
         self._reauthenticate(user, password, address)
         if not self._spend_code(user, otp, address):
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
-        renewed = self._new_secret()
-        if not self._db.remove_totp(user.id, _digest(session_id), _digest(renewed)):
+        new_id = self._new_secret()
+        if not self._db.remove_totp(user.id, _digest(session_id), _digest(new_id)):
             raise SessionRequired
         self._notify(user, "The second factor was switched off")
-        return user, renewed
+        return user, new_id
 
-    # Reset
+    # Password reset
 
-    def get_reset_password_token(self, email: str, *, address: str = "") -> str:
-        """Return a new reset token, which replaces the former one.
+    def issue_reset_token(self, email: str, *, address: str | None) -> str:
+        """Return a new reset token, which replaces the previous one.
 
         Raises:
-            UnknownEmail: nobody has this email.
+            UnknownEmail: no account has this email, or it may not reset its password.
         """
-        self._count(self._throttle.reset_request, email, address)
+        self._check_rate_limit(self._limiter.reset_request, email, address=address)
         user = self._find_user(email)
         if not user or not _may_reset(user):
             raise UnknownEmail
-        return self._new_reset_token(user, self._settings.reset_lifetime) or ""
+        return self._replace_reset_token(user, self._settings.reset_lifetime)
 
     def mail_reset_token(self, email: str, address: str, log: Callable[..., None]) -> None:
-        """Mail a reset token to whom it may concern; nothing here tells whether it does, not even the time."""
+        """Queue a reset mail if the account exists. Neither the result nor the timing reveals whether it does."""
         if self._mailer:
-            self._mailer.put(functools.partial(self._reset_mail, email, address, log))
+            self._mailer.enqueue(functools.partial(self._reset_mail, email, address, log))
 
-    def update_password(self, reset_token: str, password: str, email: str | None = None, *, address: str = "") -> int:
-        """Set a new password, spend the token and end all sessions, in one step; return the user's id.
+    def reset_password(self, reset_token: str, password: str, *, email: str | None, address: str | None) -> User:
+        """Set a new password, spend the token and end all sessions, in one transaction; return the user.
 
         Raises:
-            PasswordRejected: as when registering; the token stays good.
-            TokenRejected: not a live token, or not that of ``email`` where one is given.
+            PasswordRejected: the password is not acceptable, as in create_account(). The token stays valid.
+            TokenRejected: the token is not live, or not that of ``email`` where one is given.
         """
-        buckets = self._count(self._throttle.reset_confirmation, address)
+        buckets = self._check_rate_limit(self._limiter.reset_confirmation, address=address)
         token_hash = _digest(reset_token)
         user = self._db.find_reset(token_hash, **self._reset_window())  # first: a guess costs no bcrypt
         if not user or (email is not None and user.email.casefold() != email.casefold()):
             raise TokenRejected
         self._check_password(password, user.email)
-        hashed = _hash_password(password, self._settings.bcrypt_cost)
-        if not self._db.spend_reset(token_hash, hashed, **self._reset_window()):
-            raise TokenRejected  # somebody spent it while we hashed
-        self._later(self._throttle.give_back, buckets)
+        new_hash = _hash_password(password, self._settings.bcrypt_cost)
+        if not self._db.spend_reset(token_hash, new_hash, **self._reset_window()):
+            raise TokenRejected  # another request spent it while we hashed
+        self._run_in_background(self._limiter.refund, buckets)
         self._notify(user, "Your password was changed")
-        return user.id
-
-    # The operator's
-
-    def find_user(self, email: str) -> User:
-        """Return the user of this email.
-
-        Raises:
-            UnknownEmail: there is none.
-        """
-        user = self._find_user(email)
-        if not user:
-            raise UnknownEmail
         return user
 
-    def add_account(self, email: str) -> User:
-        """Make an account that has no password yet.
+    # For the operator's commands
+
+    def find_user(self, email: str) -> User:
+        """Return the user with this email.
 
         Raises:
-            EmailRejected, EmailTaken: as when registering.
+            UnknownEmail: no account has it.
+        """
+        if user := self._find_user(email):
+            return user
+        raise UnknownEmail
+
+    def add_account(self, email: str) -> User:
+        """Create an account that has no password yet.
+
+        Raises:
+            EmailRejected, EmailTaken: as in create_account().
         """
         self.check_email(email)
         return self._add_user(email, NO_PASSWORD)
 
     def link_token(self, user: User) -> tuple[str, int]:
-        """Return a token with which the user sets a password, the first or a new one, and when it ends."""
-        first = user.hashed_password == NO_PASSWORD
-        lifetime = INVITATION_LIFETIME if first else self._settings.reset_lifetime
-        return self._new_reset_token(user, lifetime) or "", self._now() + lifetime
+        """Return a token with which the user sets the first or a new password, and the time at which it expires.
+
+        Raises:
+            UnknownEmail: the user was deleted meanwhile.
+        """
+        lifetime = INVITATION_LIFETIME if user.hashed_password == NO_PASSWORD else self._settings.reset_lifetime
+        return self._replace_reset_token(user, lifetime), self._now() + lifetime
 
     def prune(self) -> bool:
-        """Delete some sessions, counts and known addresses that are over; say whether there may be more."""
+        """Delete some expired sessions, full buckets and old addresses; return whether there may be more."""
         now = self._now()
-        return self._db.prune(now=now, known_since=now - KNOWN_FOR, most=PRUNE_STEP) >= PRUNE_STEP
+        return self._db.prune(now=now, known_since=now - KNOWN_FOR, limit=PRUNE_STEP) >= PRUNE_STEP
 
     def tag(self, email: str) -> str:
-        """Return what stands for an unknown email in the log."""
-        return self._throttle.tag(email)
+        """Return a keyed hash that stands for an unknown email in the log."""
+        return self._limiter.tag(email)
 
-    # Details
+    # The Python contract: methods with these names and signatures that nothing in the service calls
 
-    def _later(self, write: Callable[..., object], *arguments: object) -> None:
+    def register_user(self, email: str, password: str) -> User:
+        """Create an account without counting the attempt; see create_account()."""
+        return self.create_account(email, password, address=None)
+
+    def valid_login(self, email: str, password: str) -> bool:
+        """Return whether this is the password of this email, in the same time whether or not the email is known."""
+        return self._verified_user(email, password) is not None
+
+    def create_session(self, email: str) -> str | None:
+        """Start a session without a password and return its id; None if the email is unknown or the user disabled."""
+        for _ in range(LOGIN_TRIES):
+            user = self._find_user(email)
+            if not user or user.disabled_at:
+                break
+            if session_id := self._start_session(user):
+                return session_id
+        return None
+
+    def get_user_from_session_id(self, session_id: str | None) -> User | None:
+        """Return the user of a live session, or None; also None while a required second factor is missing."""
+        with contextlib.suppress(AuthError):
+            return self.identify(session_id)
+        return None
+
+    def destroy_session(self, user_id: int) -> None:
+        """End all sessions of a user; an unknown user is no error."""
+        self._db.end_sessions(user_id)
+
+    def get_reset_password_token(self, email: str) -> str:
+        """Return a new reset token without counting the attempt; see issue_reset_token()."""
+        return self.issue_reset_token(email, address=None)
+
+    def update_password(self, reset_token: str, password: str) -> None:
+        """Set a new password with a reset token, without counting the attempt; see reset_password()."""
+        self.reset_password(reset_token, password, email=None, address=None)
+
+    # Private helpers
+
+    def _run_in_background(self, write: Callable[..., object], *arguments: object) -> None:
         def attempt() -> None:
-            with contextlib.suppress(StorageUnavailable):  # what was asked for is done; it must not fail by this
+            with contextlib.suppress(StorageUnavailable):  # the request itself is done, and must not fail for this
                 write(*arguments)
 
-        self._defer(attempt)
+        self._background(attempt)
 
     def _now(self) -> int:
         return int(self._clock())
 
     def _notify(self, user: User, what: str) -> None:
         if self._mailer:
-            self._mailer.put(functools.partial(self._mailer.notice, user.email, what))
+            self._mailer.enqueue(functools.partial(self._mailer.notice, user.email, what))
 
     def _add_user(self, email: str, hashed: str | bytes) -> User:
         try:
@@ -515,10 +539,9 @@ class Auth:
             raise EmailTaken(text=f"User {email} already exists") from None
 
     def _find_user(self, email: str) -> User | None:
-        try:
+        with contextlib.suppress(NoResultFound):
             return self._db.find_user_by(email=email)
-        except NoResultFound:
-            return None
+        return None
 
     def _verified_user(self, email: str, password: str) -> User | None:
         user = self._find_user(email)
@@ -527,65 +550,57 @@ class Auth:
             return None
         return None if user.disabled_at else self._with_current_cost(user, password)
 
-    def _reauthenticate(self, user: User, password: str, address: str) -> None:
-        buckets = self._count(self._throttle.login, user.email, address)
+    def _reauthenticate(self, user: User, password: str, address: str | None) -> None:
+        buckets = self._check_rate_limit(self._limiter.login, user.email, address=address)
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
-        self._later(self._throttle.give_back, buckets)
+        self._run_in_background(self._limiter.refund, buckets)
 
-    def _check_code(self, user: User, otp: str, address: str, buckets: Sequence[Bucket]) -> None:
+    def _check_code(self, user: User, otp: str, address: str | None, buckets: Sequence[Bucket]) -> None:
         if not user.totp_since:
             return
         if not otp:
-            self._later(self._throttle.give_back, buckets)  # the password was no guess
+            self._run_in_background(self._limiter.refund, buckets)  # the password was right, so this was no guess
             raise CodeRequired
         if not self._spend_code(user, otp, address):
             raise LoginFailed("wrong one-time code", user_id=user.id)
 
-    def _spend_code(self, user: User, otp: str, address: str) -> bool:
+    def _spend_code(self, user: User, otp: str, address: str | None) -> bool:
         if not totp.is_code(otp):  # a recovery code is too long to be guessed
             return self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
-        buckets = self._count(self._throttle.code, user.email, address)
+        buckets = self._check_rate_limit(self._limiter.code, user.email, address=address)
         step = totp.matching_step(user.totp_secret or "", otp, self._now())
         if step is None or not self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP):
             return False
-        self._later(self._throttle.give_back, buckets)
+        self._run_in_background(self._limiter.refund, buckets)
         return True
 
     def _with_current_cost(self, user: User, password: str) -> User:
-        # Only now is the password at hand to be hashed anew after the operator has changed the cost.
+        # A login is the only time at which the password can be hashed again after the operator changed the cost.
         if passwords.cost_of(user.hashed_password) == self._settings.bcrypt_cost:
             return user
         hashed = _hash_password(password, self._settings.bcrypt_cost)
         self._db.replace_hash(user.id, user.hashed_password, hashed)
-        return dataclasses.replace(user, hashed_password=hashed)  # where it was not stored, no session starts from it
+        return dataclasses.replace(user, hashed_password=hashed)  # if it was not stored, no session can start from it
 
     def _check_password(self, password: str, email: str) -> None:
-        reason = passwords.objection(password)
+        reason = passwords.length_error(password)
         if self._settings.production and not reason:
-            reason = passwords.weakness(password, f"{email} {self._settings.public_url}", self._settings.password_min)
+            context = f"{email} {self._settings.public_url}"
+            reason = passwords.strength_error(password, context, self._settings.password_min)
         if reason:
             raise PasswordRejected(reason)
 
     def _start_session(
-        self, user: User, replaced: str | None = None, address: str = "", user_agent: str = ""
+        self, user: User, replaced: str | None = None, address: str | None = None, user_agent: str = ""
     ) -> str | None:
         now, session_id = self._now(), self._new_secret()
-        session = Session(
-            _digest(session_id),
-            created_at=now,
-            last_seen_at=now,
-            expires_at=now + self._settings.session_lifetime,
-            address=address,
-            user_agent=user_agent.replace("\0", "")[:LONGEST_USER_AGENT],  # no text to PostgreSQL
-        )
-        started = self._db.add_session(
-            user,
-            session,
-            replaced=_digest(replaced) if replaced else None,
-            idle_since=now - self._settings.session_idle,
-            most=self._settings.sessions_per_user,
-        )
+        expires_at = now + self._settings.session_lifetime
+        stored_agent = user_agent.replace("\0", "")[:MAX_USER_AGENT]  # PostgreSQL stores no NUL
+        session = Session(_digest(session_id), now, now, expires_at, address or "", stored_agent)
+        ended = _digest(replaced) if replaced else None
+        idle_since, limit = now - self._settings.session_idle, self._settings.sessions_per_user
+        started = self._db.add_session(user, session, replaced=ended, idle_since=idle_since, limit=limit)
         return session_id if started else None
 
     def _session_window(self) -> dict[str, int]:
@@ -596,36 +611,46 @@ class Auth:
         now = self._now()
         return {"now": now, "latest": now + CLOCK_TOLERANCE}
 
-    def _count(self, limits: Callable[..., list[Bucket]], *who: str) -> list[Bucket]:
-        buckets = limits(*who) if who[-1] else []  # without an address it is no client who asks
-        if wait := self._throttle.take(buckets):
+    def _check_rate_limit(self, limit: Callable[..., list[Bucket]], *counted: str, address: str | None) -> list[Bucket]:
+        """Count an attempt in the buckets of ``limit``, and return them for a refund.
+
+        Raises:
+            TooManyAttempts: one of them is empty.
+        """
+        buckets = [] if address is None else limit(*counted, address)
+        if wait := self._limiter.consume(buckets):
             raise TooManyAttempts(wait)
         return buckets
 
-    def _recognise(self, user: User, address: str, buckets: Sequence[Bucket]) -> None:
-        if address:
-            self._throttle.give_back(buckets)
-            self._throttle.remember(user.id, user.email, address)
+    def _remember_client(self, user: User, address: str | None, buckets: Sequence[Bucket]) -> None:
+        if address is not None:
+            self._limiter.refund(buckets)
+            self._limiter.remember(user.id, user.email, address)
 
     def _new_secret(self) -> str:
         # OWASP ASVS 7.2.3 asks for 128 random bits; a version-4 UUID has 122.
         return secrets.token_urlsafe(32) if self._settings.production else _generate_uuid()
 
-    def _new_reset_token(self, user: User, lifetime: int, *, keep_for: int = 0) -> str | None:
+    def _replace_reset_token(self, user: User, lifetime: int) -> str:
+        token = self._new_reset_token(user, lifetime, keep_for=0)
+        if token is None:  # the user was deleted meanwhile
+            raise UnknownEmail
+        return token
+
+    def _new_reset_token(self, user: User, lifetime: int, *, keep_for: int) -> str | None:
+        """Store a new reset token and return it; None if a live one is younger than ``keep_for`` seconds."""
         token, now = self._new_secret(), self._now()
-        stored = self._db.set_reset_token(
-            user.id, _digest(token), now=now, expires_at=now + lifetime, unless_since=now - keep_for
-        )
-        return token if stored else None
+        times = {"now": now, "expires_at": now + lifetime, "keep_since": now - keep_for}
+        return token if self._db.set_reset_token(user.id, _digest(token), **times) else None
 
     def _reset_mail(self, email: str, address: str, log: Callable[..., None]) -> EmailMessage | None:
-        if self._throttle.take(self._throttle.reset_request(email, address)):
+        if self._limiter.consume(self._limiter.reset_request(email, address)):
             log("excess_rate_limit_exceeded")
             return None
         user = self._find_user(email)
         if not user or not _may_reset(user) or not self._mailer:
             return None
-        # One that is younger than five minutes is not replaced: a stranger's clicks must not void the owner's link.
+        # A token younger than five minutes is not replaced: requests of strangers must not invalidate the owner's link.
         token = self._new_reset_token(user, self._settings.reset_lifetime, keep_for=RESET_INTERVAL)
         if not token:
             return None
@@ -634,20 +659,20 @@ class Auth:
 
 
 def _may_reset(user: User) -> bool:
-    # Not who was only invited: anybody's request would void the invitation.
+    # An invited user may not: anybody's request would invalidate the invitation.
     return user.disabled_at is None and user.hashed_password != NO_PASSWORD
 
 
 def _check_email(email: str, *, production: bool) -> None:
-    # In development nothing more is asked: spaces, quotes and letters of any script register.
+    # In development spaces, quotes and letters of any script are accepted.
     try:
         size = len(email.encode())
     except UnicodeEncodeError:
         raise EmailRejected("email is not valid text") from None
     if not email.strip():
         raise EmailRejected("email must not be blank")
-    if size > LONGEST_EMAIL:
-        raise EmailRejected(f"email must be at most {LONGEST_EMAIL} bytes")
+    if size > MAX_EMAIL_BYTES:
+        raise EmailRejected(f"email must be at most {MAX_EMAIL_BYTES} bytes")
     if re.search(r"[\x00-\x1f\x7f-\x9f]", email):  # Unicode's category Cc
         raise EmailRejected("email must not contain control characters")
     if production and not MAILBOX.fullmatch(email):
@@ -655,5 +680,5 @@ def _check_email(email: str, *, production: bool) -> None:
 
 
 def _digest(secret: str | None) -> str:
-    # Plain SHA-256 is enough for what has 122 random bits: there is nothing to guess.
+    # Plain SHA-256 is enough for a secret with 122 random bits: there is nothing to guess.
     return hashlib.sha256((secret or "").encode("utf-8", "surrogatepass")).hexdigest()

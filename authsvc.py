@@ -1,7 +1,7 @@
-"""The desk: routes, forms in, JSON and cookies out; and the program that serves them.
+"""The HTTP layer: routes, cookies, and the program that serves them.
 
-``python authsvc.py`` serves with waitress on two lanes; ``authsvc:app`` is the WSGI callable for another server.
-Importing this opens nothing. Knows HTTP and the rules' names, no SQL and no hash.
+``python authsvc.py`` serves with waitress; ``authsvc:app`` is the WSGI callable for another server. Importing this
+module opens nothing and starts nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import re
 import signal
@@ -18,311 +17,247 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import parse_qsl, quote
+from typing import Any
+from urllib.parse import quote
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
 
-import admin
 import auth as rules
-import guard
-import lanes
-import passwords
-import totp
-from database import DatabaseRefused, StorageUnavailable
-from mailer import Mailer
+from engines.errors import DatabaseRefused, StorageUnavailable
+from log import log_crash, log_event
+from mail import Mailer
 from settings import Settings, SettingsError
-from storage import open_store
+from web import responses
+from web.forms import read_form
+from web.middleware import SecurityMiddleware, is_direct
+from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
-if TYPE_CHECKING:
-    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+DESCRIPTION = "A user authentication service. Without a command it serves until SIGTERM or Ctrl-C."
+EPILOG = """
+Settings are environment variables, AUTHSVC_…; the README lists them. The most important ones are AUTHSVC_LISTEN and
+AUTHSVC_DATABASE. Exit codes: 0 success; 1 the command failed and says why; 2 wrong usage, settings or database."""
 
-MOST_FIELDS = 8
-PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting what is over
-PRUNE_REST = 10  # times as long as a step took is rested after it, so that nobody notices
+PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting expired rows
+PRUNE_REST = 10  # the pause after a step is so many times as long as the step, so that no request notices it
 
-# The one map from what the rules refuse to what the client is told.
-STATUS: dict[type[rules.AuthError], int] = {
-    rules.EmailRejected: 400,
-    rules.EmailTaken: 400,
-    rules.PasswordRejected: 400,
-    rules.SecondFactorRejected: 400,
-    rules.CodeRequired: 401,
-    rules.LoginFailed: 401,
-    rules.ReauthenticationFailed: 403,
-    rules.RegistrationClosed: 403,
-    rules.SecondFactorRequired: 403,
-    rules.SessionRequired: 403,
-    rules.SessionUnknown: 404,
-    rules.TokenRejected: 403,
-    rules.TooManyAttempts: 429,
-    rules.UnknownEmail: 403,
-}
-
-# What is logged of a refusal; a failed login says more and is logged where it fails.
-EVENTS: dict[type[rules.AuthError], str] = {
-    rules.EmailRejected: "input_validation_fail",
-    rules.PasswordRejected: "input_validation_fail",
-    rules.ReauthenticationFailed: "authn_login_fail",
-    rules.RegistrationClosed: "authz_fail",
-    rules.SecondFactorRejected: "input_validation_fail",
-    rules.SecondFactorRequired: "authz_fail",
-    rules.SessionRequired: "authz_fail",
-    rules.SessionUnknown: "authz_fail",
-    rules.TokenRejected: "authn_token_fail",
-    rules.TooManyAttempts: "excess_rate_limit_exceeded",
-    rules.UnknownEmail: "authz_fail",
-}
-
-# What a browser is shown. It may load and ask its own host, and nothing in it runs but its one script.
-PAGES = Path(__file__).with_name("pages")
+PAGES = Path(__file__).with_name("web") / "pages"
 PAGE_NAMES = "login", "register", "forgot", "reset", "account"
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
+PAGE_FILES = {"style.css": "text/css", "script.js": "text/javascript"}
+# A page may load files from its own host and send requests to it. Only its one script runs.
+PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
-MESSAGES = {404: "not found", 405: "method not allowed"}  # Bottle's own quote the path
-TOKEN = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)  # what may be a session id
-PLAIN = re.compile("[!-$&-~]+")  # what a header can hold as it is, but for "%"
+SESSION_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
+HEADER_TEXT = re.compile("[!-$&-~]+")  # an email that a header can hold unencoded; "%" begins an encoded character
 
-
-class Answer(Exception):
-    """What a handler returns, or raises to refuse. Bottle's own takes as long to make as a session to look up."""
-
-    def __init__(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
-        self.status = status
-        self.body = body
-        self.headers = list(headers)
-
-
-Handler = Callable[..., Answer]
-ROUTES: list[tuple[str, str, Handler, bool]] = []  # every one there is: method, path, handler, whether it may hash
+Handler = Callable[..., Response]
+ROUTES: list[tuple[str, str, Handler, bool]] = []  # all routes: method, path, handler, whether it may hash a password
 
 
 def _route(method: str, *paths: str, hashes: bool = False) -> Callable[[Handler], Handler]:
-    """List the handler in ROUTES; one that ``hashes`` runs apart from the others: see lanes.py."""
+    """Add the handler to ROUTES. One that ``hashes`` runs on a thread pool of its own: see web/server.py."""
 
-    def listed(handler: Handler) -> Handler:
+    def add(handler: Handler) -> Handler:
         ROUTES.extend((method, path, handler, hashes) for path in paths)
         return handler
 
-    return listed
+    return add
 
 
-class Desk:
-    """The handlers. Each takes a form or a cookie from the request and gives plain strings to the rules."""
+class Handlers:
+    """The handlers of the routes. Each reads a form or a cookie, calls the rules, and returns a response."""
 
     def __init__(self, auth: rules.Auth, settings: Settings) -> None:
         self._auth = auth
         self._settings = settings
-        # No Secure in development: over plain http the cookie would not come back. The prefixes (RFC 6265bis 4.1.3)
-        # keep a sibling host from planting one; __Host- forbids a Domain.
+        # Not Secure in development: clients send no Secure cookie back over plain http. The prefixes (RFC 6265bis
+        # 4.1.3) keep a sibling host from setting the cookie; __Host- forbids a Domain.
         domain = settings.cookie_domain
         prefix = ("__Secure-" if domain else "__Host-") if settings.production else ""
         self._cookie_name = prefix + "session_id"
-        self._cookie_attributes = (
-            "HttpOnly; Path=/; SameSite=Lax"
-            + ("; Secure" if settings.production else "")
-            + (f"; Domain={domain}" if domain else "")
-        )
-        template = (PAGES / "index.html").read_text()
-        self._pages = {
-            f"/{name}": template.replace("{page}", name).replace("{domain}", domain).encode() for name in PAGE_NAMES
-        }
-        self._files = {
-            "style.css": ("text/css", (PAGES / "style.css").read_bytes()),
-            "script.js": ("text/javascript", (PAGES / "script.js").read_bytes()),
-        }
+        secure = "; Secure" if settings.production else ""
+        self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
+        template = (PAGES / "index.html").read_text().replace("{domain}", domain)
+        self._pages = {f"/{name}": template.replace("{page}", name).encode() for name in PAGE_NAMES}
+        self._files = {name: (kind, (PAGES / name).read_bytes()) for name, kind in PAGE_FILES.items()}
 
     @_route("GET", "/")
-    def welcome(self) -> Answer:
-        return _answer(200, message="Bienvenue")
+    def welcome(self) -> Response:
+        return json_response(200, message="Bienvenue")
 
     @_route("POST", "/users", hashes=True)
-    def register(self) -> Answer:
-        email, password = _form("email", "password")
-        user = self._auth.register_user(email, password, address=_client())
+    def register(self) -> Response:
+        email, password = _read_form("email", "password")
+        user = self._auth.create_account(email, password, address=_client())
         _log("user_created", user_id=user.id)
-        return _answer(200, email=email, message="user created")
+        return json_response(200, email=email, message="user created")
 
     @_route("POST", "/sessions", hashes=True)
-    def log_in(self) -> Answer:
-        email, password, otp = _form("email", "password", optional=("otp",))
+    def log_in(self) -> Response:
+        email, password, otp = _read_form("email", "password", optional=("otp",))
+        client, own, agent = _client(), self._cookie(), request.environ.get("HTTP_USER_AGENT", "")
         try:
-            user, session_id = self._auth.log_in(
-                email,
-                password,
-                otp,
-                replaced=self._cookie(),
-                address=_client(),
-                user_agent=request.environ.get("HTTP_USER_AGENT", ""),
-            )
+            user, session_id = self._auth.log_in(email, password, otp, address=client, replaced=own, user_agent=agent)
         except rules.LoginFailed as failure:
-            _log(
-                "authn_login_fail",
-                **({"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}),
-            )
+            account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
+            _log("authn_login_fail", **account)
             raise
         _log("authn_login_success", user_id=user.id)
-        return self._with_cookie(_answer(200, email=email, message="logged in"), session_id)
+        return self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
 
     @_route("DELETE", "/sessions")
-    def log_out(self) -> Answer:
+    def log_out(self) -> Response:
         user = self._auth.log_out(self._cookie())
         _log("session_ended", user_id=user.id)
-        # Not redirect(): it says 303 and repeats the Host header.
-        return self._without_cookie(_answer(302, ("Location", "/"), message="logged out"))
+        # Not Bottle's redirect(): it answers 303 and copies the Host header into Location.
+        return self._without_cookie(json_response(302, ("Location", "/"), message="logged out"))
 
     @_route("GET", "/sessions")
-    def sessions(self) -> Answer:
+    def sessions(self) -> Response:
         user, found, own = self._auth.list_sessions(self._cookie())
-        listed = [admin.session_record(self._auth, session) | {"current": session.id == own} for session in found]
-        return _answer(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
+        listed = [self._auth.describe_session(session) | {"current": session.id == own} for session in found]
+        return json_response(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
 
     @_route("DELETE", "/sessions/others")
-    def end_other_sessions(self) -> Answer:
-        user = self._auth.end_sessions(self._cookie(), but_this=True)
+    def end_other_sessions(self) -> Response:
+        user = self._auth.end_sessions(self._cookie(), except_this=True)
         _log("session_ended", user_id=user.id, which="others")
-        return _answer(200, message="all other sessions ended")
+        return json_response(200, message="all other sessions ended")
 
     @_route("DELETE", "/sessions/all")
-    def end_all_sessions(self) -> Answer:
-        user = self._auth.end_sessions(self._cookie(), but_this=False)
+    def end_all_sessions(self) -> Response:
+        user = self._auth.end_sessions(self._cookie(), except_this=False)
         _log("session_ended", user_id=user.id, which="all")
-        return self._without_cookie(_answer(200, message="all sessions ended"))
+        return self._without_cookie(json_response(200, message="all sessions ended"))
 
     @_route("DELETE", "/sessions/<public_id>")
-    def end_session(self, public_id: str) -> Answer:
+    def end_session(self, public_id: str) -> Response:
         user, own = self._auth.end_session(self._cookie(), public_id)
         _log("session_ended", user_id=user.id)
-        answer = _answer(200, message="session ended")
+        answer = json_response(200, message="session ended")
         return self._without_cookie(answer) if own else answer
 
     @_route("GET", "/profile")
-    def profile(self) -> Answer:
-        return _answer(200, email=self._auth.identify(self._cookie()).email)
+    def profile(self) -> Response:
+        return json_response(200, email=self._auth.identify(self._cookie()).email)
 
     @_route("GET", "/verify")
-    def verify(self) -> Answer:
-        """Tell a proxy, which asks before each request to an application, who it comes from."""
+    def verify(self) -> Response:
+        """Tell a proxy, which asks before each request to an application, which user sent it."""
         try:
             user = self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
             if request.query_string != "login=1":
-                return _answer(401, message=refusal.message)
-            return _answer(302, ("Location", self._way_in(refusal)), message=refusal.message)
-        # What a header can hold stands as it is; else percent-encoded, "%" too, so that no two users have one name.
-        name = user.email if PLAIN.fullmatch(user.email) else quote(user.email, safe="@")
-        # Both, always: Caddy before 2.11.2 lets the client's own header through where ours is missing.
-        return _answer(200, ("Remote-User", name), ("Remote-Email", name), email=user.email)
+                return json_response(401, message=refusal.message)
+            return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)
+        # Percent-encoded where a header cannot hold it. "%" is encoded, too, so that no two users get the same name.
+        name = user.email if HEADER_TEXT.fullmatch(user.email) else quote(user.email, safe="@")
+        # Always both: where one is missing, Caddy before 2.11.2 passes on the header that the client sent.
+        return json_response(200, ("Remote-User", name), ("Remote-Email", name), email=user.email)
 
-    def _way_in(self, refusal: rules.AuthError) -> str:
-        # What is said of the address that was wanted is checked by the page, when it is used.
-        asked = {part: request.environ.get(f"HTTP_X_FORWARDED_{part}", "") for part in ("PROTO", "HOST", "URI")}
-        wanted = quote(f"{asked['PROTO']}://{asked['HOST']}{asked['URI']}", safe="")
+    def _sign_in_url(self, refusal: rules.AuthError) -> str:
+        # The page checks the return address when it uses it.
+        forwarded = {part: request.environ.get(f"HTTP_X_FORWARDED_{part}", "") for part in ("PROTO", "HOST", "URI")}
+        return_to = quote(f"{forwarded['PROTO']}://{forwarded['HOST']}{forwarded['URI']}", safe="")
         page = "account" if isinstance(refusal, rules.SecondFactorRequired) else "login"
-        return f"{self._settings.public_url}/{page}" + (f"?return={wanted}" if all(asked.values()) else "")
+        return f"{self._settings.public_url}/{page}" + (f"?return={return_to}" if all(forwarded.values()) else "")
 
     @_route("GET", "/health")
-    def health(self) -> Answer:
-        self._auth.check_store()
-        return _answer(200, message="ok")
+    def health(self) -> Response:
+        self._auth.check_storage()
+        return json_response(200, message="ok")
 
     @_route("DELETE", "/profile", hashes=True)
-    def delete_account(self) -> Answer:
-        (password,) = _form("password")
+    def delete_account(self) -> Response:
+        (password,) = _read_form("password")
         user = self._auth.delete_account(self._cookie(), password, address=_client())
         _log("user_deleted", user_id=user.id)
-        return self._without_cookie(_answer(200, email=user.email, message="account deleted"))
+        return self._without_cookie(json_response(200, email=user.email, message="account deleted"))
 
     @_route("PUT", "/password", hashes=True)
-    def change_password(self) -> Answer:
-        password, new_password = _form("password", "new_password")
+    def change_password(self) -> Response:
+        password, new_password = _read_form("password", "new_password")
         user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
         _log("authn_password_change", user_id=user.id)
-        return self._with_cookie(_answer(200, email=user.email, message="password changed"), session_id)
+        return self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
 
     @_route("POST", "/totp", hashes=True)
-    def begin_totp(self) -> Answer:
-        (password,) = _form("password")
-        secret, uri = self._auth.begin_totp(self._cookie(), password, address=_client())
-        picture = totp.picture(uri)
-        return _answer(200, secret=secret, uri=uri, **({"qr": picture} if picture else {}))
+    def begin_totp(self) -> Response:
+        (password,) = _read_form("password")
+        secret, uri, qr_code = self._auth.begin_totp(self._cookie(), password, address=_client())
+        return json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
 
     @_route("PUT", "/totp")
-    def confirm_totp(self) -> Answer:
-        (otp,) = _form("otp")
+    def confirm_totp(self) -> Response:
+        (otp,) = _read_form("otp")
         user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client())
         _log("authn_factor_added", user_id=user.id)
-        return self._with_cookie(_answer(200, message="second factor on", recovery_codes=codes), session_id)
+        return self._with_cookie(json_response(200, message="second factor on", recovery_codes=codes), session_id)
 
     @_route("DELETE", "/totp", hashes=True)
-    def remove_totp(self) -> Answer:
-        password, otp = _form("password", "otp")
+    def remove_totp(self) -> Response:
+        password, otp = _read_form("password", "otp")
         user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=_client())
         _log("authn_factor_removed", user_id=user.id)
-        return self._with_cookie(_answer(200, message="second factor off"), session_id)
+        return self._with_cookie(json_response(200, message="second factor off"), session_id)
 
     @_route("POST", "/reset_password")
-    def request_reset(self) -> Answer:
-        (email,) = _form("email")
+    def request_reset(self) -> Response:
+        (email,) = _read_form("email")
         if self._settings.production:
-            self._auth.mail_reset_token(email, _client(), functools.partial(guard.log, **_context()))
-            return _answer(200, message="if the email has an account, a mail is on its way")
-        # Who holds the token holds the account.
-        if not guard.is_direct(request.environ):
-            _refuse(403, "reset tokens are given only to this machine, and through no proxy")
-        return _answer(200, email=email, reset_token=self._auth.get_reset_password_token(email, address=_client()))
+            self._auth.mail_reset_token(email, _client(), functools.partial(log_event, **_context()))
+            return json_response(200, message="if the email has an account, a mail is on its way")
+        # Whoever has the token can take over the account.
+        if not is_direct(request.environ):
+            raise Refusal(403, "reset tokens are given only to this machine, and through no proxy")
+        return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, address=_client()))
 
     @_route("PUT", "/reset_password", hashes=True)
-    def reset(self) -> Answer:
-        email, reset_token, new_password = _form("email", "reset_token", "new_password")
-        user_id = self._auth.update_password(reset_token, new_password, email, address=_client())
-        _log("authn_password_change", user_id=user_id)
-        return _answer(200, email=email, message="Password updated")
+    def reset(self) -> Response:
+        email, reset_token, new_password = _read_form("email", "reset_token", "new_password")
+        user = self._auth.reset_password(reset_token, new_password, email=email, address=_client())
+        _log("authn_password_change", user_id=user.id)
+        return json_response(200, email=email, message="Password updated")
 
     @_route("GET", "/login", "/register", "/forgot", "/reset")
-    def page(self) -> Answer:
+    def page(self) -> Response:
         return _file("text/html; charset=utf-8", self._pages[request.path])
 
     @_route("GET", "/account")
-    def account(self) -> Answer:
+    def account(self) -> Response:
         try:
             self._auth.identify(self._cookie(), enrolling=True)
         except rules.SessionRequired as refusal:
-            way_in = f"{self._settings.public_url}/login"  # whence one comes back here
-            return _answer(302, ("Location", way_in), message=refusal.message)
+            # The login page leads back here.
+            return json_response(302, ("Location", f"{self._settings.public_url}/login"), message=refusal.message)
         return self.page()
 
     @_route("GET", "/pages/<name>")
-    def file(self, name: str) -> Answer:
+    def file(self, name: str) -> Response:
         if name not in self._files:
             raise HTTPError(404)
         return _file(*self._files[name])
 
     def _cookie(self) -> str | None:
-        """Return the session id that the client holds; None when there is none, or two of them."""
-        # Not Bottle's reader: it fails on a malformed neighbour of ours.
+        """Return the session id in the cookie; None where there is none, or more than one."""
+        # Not Bottle's reader: it fails on a malformed cookie beside ours.
         pairs = [pair.strip(" ").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
         found = [value for name, _, value in pairs if name == self._cookie_name]
-        # Two are ambiguous: a neighbour under the same name may have planted one.
-        return found[0] if len(found) == 1 and TOKEN.fullmatch(found[0]) else None
+        # Two are ambiguous: a sibling host may have set one.
+        return found[0] if len(found) == 1 and SESSION_ID.fullmatch(found[0]) else None
 
-    def _without_cookie(self, answer: Answer) -> Answer:
+    def _without_cookie(self, answer: Response) -> Response:
         return self._with_cookie(answer, "", "; Max-Age=0")
 
-    def _with_cookie(self, answer: Answer, value: str, expiry: str = "") -> Answer:
-        # Not Bottle's writer: it spells SameSite in its own way.
+    def _with_cookie(self, answer: Response, value: str, expiry: str = "") -> Response:
+        # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
         return answer
 
 
-# Asked before each request to an application, so answered without Bottle's router, which takes as long as the look-up.
-SHORTCUTS: dict[str, Handler] = {"/profile": Desk.profile, "/verify": Desk.verify}
-HASHING = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
+HASHING_ROUTES = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
 
 def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplication:
@@ -331,45 +266,49 @@ def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplic
     Raises:
         DatabaseRefused: the database of the settings cannot be opened.
     """
-    desk = Desk(auth or _open(settings), settings)
+    handlers = Handlers(auth or _open_auth(settings), settings)
     bottle = Bottle()
-    bottle.config["catchall"] = False  # guard.py answers what nobody foresaw
-    bottle.uninstall(True)  # Bottle's own plugins: handlers return neither dicts nor templates
-    bottle.install(_for_bottle)
-    bottle.default_error_handler = _error
-    for method, path, handler, _ in ROUTES:
-        bottle.route(path, method, _refusals(functools.partial(handler, desk)))
-    shortcuts = {path: _refusals(functools.partial(handler, desk)) for path, handler in SHORTCUTS.items()}
+    bottle.config["catchall"] = False  # the middleware answers unexpected errors
+    bottle.uninstall(True)  # Bottle's own plugins: our handlers return neither dicts nor templates
+    bottle.default_error_handler = _bottle_error
+    direct: dict[tuple[str, str], Handler] = {}  # paths without a variable, found faster than by Bottle's router
+    for method, path, function, _ in ROUTES:
+        handler = functools.partial(function, handlers)
+        bottle.route(path, method, functools.partial(_answer_bottle, handler))
+        if "<" not in path:
+            direct[method, path] = functools.partial(_answer, handler)
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Any:
-        handler = shortcuts.get(environ["PATH_INFO"]) if environ["REQUEST_METHOD"] == "GET" else None
-        if handler is None:
+        handler = direct.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
+        if handler is None:  # a path with a variable, HEAD, 404 or 405
             return bottle(environ, start_response)
         request.bind(environ)
         answer = handler()
-        start_response(_status_line(answer.status), answer.headers)
+        start_response(responses.status_line(answer.status), answer.headers)
         return [answer.body]
 
-    return guard.Guard(application, settings)
+    return SecurityMiddleware(application, settings)
 
 
-def _open(settings: Settings, defer: Callable[[Callable[[], object]], object] = lambda write: write()) -> rules.Auth:
-    mailer = Mailer(settings, guard.log)  # before the database: a start that fails must leave no file behind
-    return rules.Auth(open_store(settings.database, private=settings.production), settings, defer=defer, mailer=mailer)
+def _open_auth(
+    settings: Settings, run_in_background: Callable[[Callable[[], object]], object] = lambda write: write()
+) -> rules.Auth:
+    mailer = Mailer(settings, log_event)  # before the database: a start that fails must not leave a file behind
+    return rules.Auth(settings=settings, run_in_background=run_in_background, mailer=mailer)
 
 
 def _start_pruning(auth: rules.Auth, stopping: threading.Event) -> threading.Thread:
     def prune() -> None:
-        rest = 0.0
-        while not stopping.wait(rest):
+        pause = 0.0
+        while not stopping.wait(pause):
             began, more = time.monotonic(), False
             try:
                 more = auth.prune()
             except StorageUnavailable:
-                pass  # another process writes; the next round will do
+                pass  # another process is writing; the next round deletes the rows
             except Exception as error:
-                guard.log_crash(error)
-            rest = (time.monotonic() - began) * PRUNE_REST if more else PRUNE_INTERVAL
+                log_crash(error)
+            pause = (time.monotonic() - began) * PRUNE_REST if more else PRUNE_INTERVAL
 
     thread = threading.Thread(target=prune, daemon=True)
     thread.start()
@@ -377,45 +316,40 @@ def _start_pruning(auth: rules.Auth, stopping: threading.Event) -> threading.Thr
 
 
 def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """The WSGI callable for another server; made from the environment with the first request."""
+    """Answer one request: the WSGI callable for other servers. The first request reads the environment."""
     try:
         with _opening:
             application = _shared_app()
     except (SettingsError, DatabaseRefused) as error:
-        request_id, body = guard.new_request_id(), guard.json_body({"message": "service not configured"})
-        guard.log("sys_startup_failed", request_id=request_id, reason=str(error))
-        start_response("503 Service Unavailable", guard.json_headers(body) + guard.common_headers(request_id))
+        request_id = responses.new_request_id()
+        log_event("sys_startup_failed", request_id=request_id, reason=str(error))
+        headers, body = responses.complete_error("service not configured", request_id, production=False)
+        start_response(responses.status_line(503), headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
     return application(environ, start_response)
 
 
-_opening = threading.Lock()  # two first requests must not open two
+_opening = threading.Lock()  # two first requests at once must open one database
 
 
 @functools.cache
 def _shared_app() -> WSGIApplication:
     settings = Settings.from_environ()
-    auth = _open(settings)
+    auth = _open_auth(settings)
     _start_pruning(auth, threading.Event())
     return create_app(settings, auth)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C, or run one command of the operator's; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="authsvc.py",
-        description="The user authentication service. Without a command it serves until SIGTERM or Ctrl-C.",
-        epilog="It is set up with environment variables, AUTHSVC_…; the README lists them. AUTHSVC_LISTEN and "
-        "AUTHSVC_DATABASE say where. Exit code: 0 done; 1 the command could not do it, and says why; 2 wrong usage, "
-        "settings or database.",
-    )
-    admin.add_commands(parser)
+    """Serve until SIGTERM or Ctrl-C, or run one of the operator's commands; return the exit code."""
+    from cli import commands
+
+    parser = argparse.ArgumentParser(prog="authsvc.py", description=DESCRIPTION, epilog=EPILOG)
+    commands.add_commands(parser)
     parsed = parser.parse_args(arguments)
     try:
         settings = Settings.from_environ()
-        if parsed.command:
-            return admin.run(parsed, settings)
-        return serve(settings)
+        return commands.run(parsed, settings) if parsed.command else serve(settings)
     except (SettingsError, DatabaseRefused) as error:
         print(f"authsvc: {error}", file=sys.stderr)
         return 2
@@ -427,93 +361,78 @@ def serve(settings: Settings) -> int:
     Raises:
         SettingsError, DatabaseRefused: it cannot start.
     """
-    # The port first: a start that fails must leave no file behind.
+    from credentials.passwords import CORES
+    from web.server import Dispatcher, Server
+
+    # The port first: a start that fails must not leave a file behind.
     listener = _bind(settings)
-    serving = lanes.Lanes(HASHING, passwords.CORES, settings)
-    auth = _open(settings, serving.defer)
-    server = lanes.Server(create_app(settings, auth), listener, serving)
+    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings)
+    auth = _open_auth(settings, dispatcher.run_in_background)
+    server = Server(create_app(settings, auth), listener, dispatcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
-    guard.log("sys_startup", database=auth.engine, production=settings.production)
+    log_event("sys_startup", database=auth.engine_version, production=settings.production)
     for warning in settings.warnings():
-        guard.log("sys_warning", reason=warning)
+        log_event("sys_warning", reason=warning)
     stopping = threading.Event()
     pruning = _start_pruning(auth, stopping)
-    answered = server.run()
+    finished = server.run()
     stopping.set()
     pruning.join(timeout=1.0)
-    if answered and not pruning.is_alive():
-        with contextlib.suppress(StorageUnavailable):  # then the next start tidies up
+    if finished and not pruning.is_alive():
+        with contextlib.suppress(StorageUnavailable):  # the next start merges the write-ahead log
             auth.close()
-    guard.log("sys_shutdown")
+    log_event("sys_shutdown")
     return 0
 
 
 def _bind(settings: Settings) -> socket.socket:
     host, port = settings.address
     try:
-        # It listens from here on: a second service must fail before it touches the database.
+        # It listens from now on, so that a second service on this port fails before it opens the database.
         return socket.create_server((str(host), port), family=socket.AF_INET if host.version == 4 else socket.AF_INET6)
     except OSError as error:
         raise SettingsError(f"AUTHSVC_LISTEN={settings.listen}: {os.strerror(error.errno or 0).lower()}") from None
 
 
-# Answers
+def _read_form(*names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return read_form(request.environ, *names, optional=optional)
 
 
-def _answer(status: int, *headers: tuple[str, str], **content: object) -> Answer:
-    body = guard.json_body(content)
-    return Answer(status, body, *guard.json_headers(body), *headers)
+def _file(content_type: str, content: bytes) -> Response:
+    headers = [("Content-Type", content_type), ("Content-Length", str(len(content)))]
+    return Response(200, content, [*headers, ("Content-Security-Policy", PAGE_POLICY)])
 
 
-def _file(kind: str, content: bytes) -> Answer:
-    return Answer(200, content, ("Content-Type", kind), ("Content-Security-Policy", PAGE_POLICY))
+def _answer(handler: Handler, **parts: str) -> Response:
+    """Return the response of a handler. Every refusal of it and of the layers below becomes a response, too."""
+    try:
+        return handler(**parts)
+    except Refusal as refusal:
+        event = "authz_fail" if refusal.status == 403 else "input_validation_fail"
+        _log(event, reason=refusal.message)
+        return json_response(refusal.status, message=refusal.message)
+    except rules.AuthError as error:
+        if error.event:
+            _log(error.event, **({"user_id": error.user_id} if error.user_id else {}))
+        retry = [("Retry-After", str(error.wait))] if isinstance(error, rules.TooManyAttempts) else []
+        return json_response(error.status, *retry, message=error.message)
+    except StorageUnavailable as error:
+        _log("sys_storage_unavailable", reason=str(error))
+        return json_response(503, ("Retry-After", str(RETRY_AFTER)), message="storage unavailable, try again later")
 
 
-def _refuse(status: int, message: str) -> NoReturn:
-    _log("authz_fail" if status == 403 else "input_validation_fail", reason=message)
-    raise _answer(status, message=message)
+def _answer_bottle(handler: Handler, **parts: str) -> HTTPResponse:
+    answer = _answer(handler, **parts)
+    return HTTPResponse(answer.body, answer.status, answer.headers)
 
 
-def _refusals(handler: Handler) -> Handler:
-    """Return the handler so that what it and the layers below refuse becomes an answer."""
-
-    def answered(**parts: str) -> Answer:
-        try:
-            return handler(**parts)
-        except Answer as refusal:
-            return refusal
-        except rules.AuthError as error:
-            if event := EVENTS.get(type(error)):
-                _log(event, **({"user_id": error.user_id} if error.user_id else {}))
-            later = [("Retry-After", str(error.wait))] if isinstance(error, rules.TooManyAttempts) else []
-            return _answer(STATUS[type(error)], *later, message=error.message)
-        except StorageUnavailable as error:
-            _log("sys_storage_unavailable", reason=str(error))
-            return _answer(503, ("Retry-After", str(guard.RETRY_AFTER)), message="storage unavailable, try again later")
-
-    return answered
-
-
-def _for_bottle(handler: Handler) -> Callable[..., HTTPResponse]:
-    def answered(**parts: str) -> HTTPResponse:
-        answer = handler(**parts)
-        return HTTPResponse(answer.body, answer.status, answer.headers)
-
-    return answered
-
-
-@functools.cache
-def _status_line(status: int) -> str:
-    return f"{status} {HTTPStatus(status).phrase}"
-
-
-def _error(error: HTTPError) -> bytes:
-    """Return what Bottle says itself, 404 and 405, as JSON; it keeps its Allow header."""
+def _bottle_error(error: HTTPError) -> bytes:
+    """Return Bottle's own answers, 404 and 405, as JSON. They keep their Allow header."""
     response.content_type = "application/json"
-    return guard.json_body({"message": MESSAGES.get(error.status_code, "refused")})
+    return responses.json_body({"message": responses.MESSAGES.get(error.status_code, "refused")})
 
 
 def _client() -> str:
@@ -525,85 +444,7 @@ def _context() -> dict[str, str]:
 
 
 def _log(event: str, **details: object) -> None:
-    guard.log(event, **_context(), **details)
-
-
-# Forms: only the body counts, each field once. Bottle's own reader takes any content type and repairs what is broken.
-
-
-def _form(*names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the named fields of the body, each given once and not empty; or refuse the request.
-
-    An optional one is "" where it is absent or empty.
-    """
-    try:
-        # -1: no length was said, and only a server that ends the stream itself can be asked for all of it.
-        length = request.content_length
-        if length < 0:
-            length = sys.maxsize if request.environ.get("wsgi.input_terminated") else 0
-        body = request.environ["wsgi.input"].read(min(length, lanes.LARGEST_BODY + 1))
-        if len(body) > lanes.LARGEST_BODY:
-            _refuse(413, lanes.MESSAGES[413])
-        pairs = _fields(body, request.environ.get("CONTENT_TYPE", ""))
-    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        _refuse(400, "malformed body")
-    if len(pairs) > MOST_FIELDS:
-        _refuse(400, f"at most {MOST_FIELDS} fields")
-    absent = {name for name in optional if [value for key, value in pairs if key == name] in ([], [""])}
-    return tuple("" if name in absent else _field(pairs, name) for name in names + optional)
-
-
-def _fields(body: bytes, content_type: str) -> list[tuple[str, Any]]:
-    kind, _, parameters = content_type.partition(";")
-    kind = kind.strip().lower()
-    if kind == "application/x-www-form-urlencoded" or not (body or kind):
-        text = body.decode()
-        return parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=2 * MOST_FIELDS)
-    if kind == "application/json":
-        pairs = json.loads(body.decode(), object_pairs_hook=tuple)  # a dict would hide what is given twice
-        if not isinstance(pairs, tuple):
-            raise ValueError
-        return list(pairs)
-    if kind == "multipart/form-data":
-        return _multipart(body, parameters)
-    _refuse(415, "send a form (application/x-www-form-urlencoded, multipart/form-data) or a JSON object")
-
-
-def _multipart(body: bytes, parameters: str) -> list[tuple[str, str | None]]:
-    # RFC 7578, of which a form of plain fields needs little: no encodings, no nesting; a file is no text.
-    boundary = re.search(r"""boundary=(?:"([^"]{1,70})"|([^\s";]{1,70}))""", parameters, re.ASCII | re.IGNORECASE)
-    if not boundary:
-        raise ValueError
-    preamble, *parts, end = (b"\r\n" + body).split(b"\r\n--" + (boundary[1] or boundary[2]).encode())
-    if preamble or end.rstrip(b"\r\n") != b"--":
-        raise ValueError
-    pairs = []
-    for part in parts:
-        head, blank, value = part.partition(b"\r\n\r\n")
-        name = re.search(
-            rb"""\r\nContent-Disposition: *form-data; *name=("?)([^"\r\n;]*)\1(;|\r\n|$)""", head, re.IGNORECASE
-        )
-        if not (blank and name):
-            raise ValueError
-        pairs.append((name[2].decode(), None if name[3] == b";" else value.decode()))
-    return pairs
-
-
-def _field(pairs: list[tuple[str, Any]], name: str) -> str:
-    values = [value for key, value in pairs if key == name]
-    if not values:
-        _refuse(400, f"{name} is missing")
-    if len(values) > 1:
-        _refuse(400, f"{name} is given more than once")
-    value = values[0]
-    if not isinstance(value, str):
-        _refuse(400, f"{name} must be text")
-    if not value:
-        _refuse(400, f"{name} is empty")
-    # A lone surrogate, from JSON, is no text. NUL is good in a password, where every byte counts, and nowhere else.
-    if any("\ud800" <= character <= "\udfff" for character in value) or ("\0" in value and "password" not in name):
-        _refuse(400, f"{name} is not valid text")
-    return value
+    log_event(event, **_context(), **details)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Settings: every AUTHSVC_… variable, read and checked once, before anything is opened.
+"""Settings: the AUTHSVC_… environment variables, read and checked once at the start.
 
-The only reader of the environment in the service. Knows no HTTP, no SQL and no password.
+No other module of the service reads the environment.
 """
 
 from __future__ import annotations
@@ -9,48 +9,47 @@ import ipaddress
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, urlsplit
+
+from addresses import Address, is_loopback, parse_address
 
 PREFIX = "AUTHSVC_"
 
-# Names that stand in the environment of the service but are read by another program.
+# Variables with our prefix that other programs read.
 FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
 
 RANGES = {
-    "bcrypt_cost": (4, 15),  # 4: 1 ms, for tests; 15: 2 s of a core for each login
-    "sessions_per_user": (1, 100),  # listing them is quick work, on the thread that serves everybody
+    "bcrypt_cost": (4, 15),  # 4 takes 1 ms, for tests; 15 takes 2 s of a core for each login
+    "sessions_per_user": (1, 100),  # a user's sessions are listed on the I/O thread, which must not be held up
     "session_idle": (1, 31_536_000),
     "session_lifetime": (1, 31_536_000),
-    "reset_lifetime": (1, 3600),  # OWASP ASVS 6.5.5 asks for 10 minutes; an hour is the most we offer
-    "password_min": (8, 64),  # NIST SP 800-63B-4 3.1.1.2: 15 where a password is all there is, never below 8
+    "reset_lifetime": (1, 3600),  # OWASP ASVS 6.5.5 asks for 10 minutes; we allow up to an hour
+    "password_min": (8, 64),  # NIST SP 800-63B-4 3.1.1.2: 15 if the password is the only factor, never below 8
 }
 
-# What can be a mail recipient and stand in a header without being read as two, as a group (RFC 5322 3.4) or as an
-# encoded word (RFC 2047 2).
+# An email address that is safe as a mail recipient and in a header. It cannot be read as two addresses, as a group
+# (RFC 5322 3.4) or as an encoded word (RFC 2047 2).
 _ATOM = r"""[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]+"""
 MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!\.)")
 
-# What libpq takes for one (PostgreSQL 34.1.1.2), and nothing that it would read in another way than a person: an "@" or
-# "/" of a password must be percent-encoded, else a part of the password would be taken for the name of a host.
-_HOST = r"(?:(?:[A-Za-z0-9._-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?"
-_VALUE = r"(?:[^\s@?#&=%]|%(?!00)[0-9A-Fa-f]{2})*"  # what it cannot decode it repeats, a password too
-_OPTION = r"[a-z_]+=" + _VALUE
-_PARTS = r"(?:/(?P<name>[^\s/@?#]*))?(?:\?(?P<options>" + _OPTION + "(?:&" + _OPTION + ")*))?"
-_USER = r"(?:(?:[^\s/@?#%]|%(?!00)[0-9A-Fa-f]{2})*@)?"
-DATABASE_URL = re.compile(r"postgres(?:ql)?://" + _USER + "(?P<hosts>" + _HOST + "(?:," + _HOST + ")*)" + _PARTS)
-SEALED = "require", "verify-ca", "verify-full"  # of sslmode: those that never go on in plain
+# psycopg parses PostgreSQL URLs. These patterns refuse the URLs that it would misread: after an unencoded "/", "@", "?"
+# or "#" in a password, it takes the rest of the password for the host or the database name, which are shown.
+_URL = re.compile(r"postgres(?:ql)?://(?:[^\s/@?#]*@)?[^\s/@?#]*(?:/[^\s/@?#]*)?(?:\?[^\s@?#]*)?")
+_HOST = re.compile(r"[\w.-]*|[0-9A-Fa-f:.]+|/[\w./ -]+")  # a name, an IP address, or the folder of a Unix socket
+_PORT = re.compile(r"[0-9]{0,5}")
+ENCRYPTED_MODES = "require", "verify-ca", "verify-full"  # values of sslmode that never fall back to plain text
 
 REGISTRATION = "open", "invitation", "closed"
 
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 
 class SettingsError(Exception):
-    """A setting that cannot be used; the message names it and says what would do."""
+    """A setting that cannot be used. The message names it and says how to correct it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,129 +57,121 @@ class Settings:
     """One checked set of settings.
 
     Raises:
-        SettingsError: a value is out of its range, or would expose a development service.
+        SettingsError: a value is out of range, or would expose a development service to a network.
     """
 
-    listen: str = "127.0.0.1:5000"  # host:port; port 0 takes a free one
-    database: str = field(default="authsvc.db", repr=False)  # path of the SQLite file, or postgresql://user@host/name
-    public_url: str = ""  # https://…, the address people use; set, it makes this a production service
-    bcrypt_cost: int = 12  # log2 of the rounds, 0.24 s of a core; each step more doubles it; production: 10 or more
-    throttle: bool = True  # on or off; production: on
-    sessions_per_user: int = 1  # sessions at once; a login beyond it ends the oldest
-    session_idle: int = 604_800  # seconds, 7 days; a session not used for as long is over
-    session_lifetime: int = 2_592_000  # seconds, 30 days (NIST SP 800-63B-4 AAL1); over even when in use
-    reset_lifetime: int = 600  # seconds; a reset token older than this is refused
-    password_min: int = 15  # characters of a new password; production only
-    registration: str = "open"  # who may make an account: anybody (open), whom the operator invites, or nobody (closed)
-    require_totp: bool = False  # on: without a second factor a session is good for setting one up and nothing else
-    trusted_proxy: str = ""  # the one address whose X-Forwarded-For and -Proto are believed
-    cookie_domain: str = ""  # share the cookie with every host below it, who can then all read it; production only
-    smtp_url: str = ""  # smtp+starttls://user@host:587 or smtps://user@host:465; without it nothing is mailed
-    smtp_password_file: str = ""  # holds the password of smtp_url's user
+    listen: str = "127.0.0.1:5000"  # address:port; port 0 picks a free one
+    database: str = field(default="authsvc.db", repr=False)  # path of a SQLite file, or postgresql://user@host/name
+    public_url: str = ""  # https://…, the address that people use; setting it makes this a production service
+    bcrypt_cost: int = 12  # log2 of the rounds: 0.24 s of a core, doubled by each step; at least 10 in production
+    throttle: bool = True  # the rate limits; always on in production
+    sessions_per_user: int = 1  # simultaneous sessions; one more login ends the oldest
+    session_idle: int = 604_800  # seconds, 7 days; a session that is unused for this long expires
+    session_lifetime: int = 2_592_000  # seconds, 30 days (NIST SP 800-63B-4 AAL1); expires even when in use
+    reset_lifetime: int = 600  # seconds until a reset token expires
+    password_min: int = 15  # minimum characters of a new password; production only
+    registration: str = "open"  # who can create an account: anyone (open), invited people (invitation), no one (closed)
+    require_totp: bool = False  # if on, a session without two-factor authentication can only be used to set it up
+    trusted_proxy: str = ""  # the only IP address that may send X-Forwarded-For and X-Forwarded-Proto
+    cookie_domain: str = ""  # shares the session cookie with all hosts under this domain, which can read it; production
+    smtp_url: str = ""  # smtp+starttls://user@host:587 or smtps://user@host:465; without it no mail is sent
+    smtp_password_file: str = ""  # path of a file with the password of the user in smtp_url
     mail_from: str = ""  # the sender's address
-    unsafe_listen: bool = False  # 1: development beyond loopback although nothing in it is fit for a network
+    unsafe_listen: bool = False  # lets a development service listen beyond loopback, although it is not safe there
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
         """Read the AUTHSVC_… variables.
 
         Raises:
-            SettingsError: an unknown name, or a value that cannot be read.
+            SettingsError: a variable is unknown, or its value is invalid.
         """
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
-        for name in sorted(environ):
-            if not name.startswith(PREFIX) or name in FOREIGN:
-                continue
+        for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):
             if name not in readers:
-                raise SettingsError(f"{name} is not a setting; the README lists them all")
+                raise SettingsError(f"{name} is not a setting; the README lists all settings")
             known = readers[name]
             values[known.name] = _read(name, environ[name], type(known.default))
         return cls(**values)
 
     def __post_init__(self) -> None:
         for name, (least, most) in RANGES.items():
-            self._demand(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
-        self._demand(self.database != "", "database", "must name a file")
-        self._demand(
-            not is_url(self.database) or bool(DATABASE_URL.fullmatch(self.database)),
-            "database",
-            "must be a file or postgresql://user:password@host:port/name, with what is special percent-encoded",
-        )
-        self._demand(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
-        self._demand(
-            not self.trusted_proxy or bool(parsed_address(self.trusted_proxy)),
-            "trusted_proxy",
-            "must be one IP address",
-        )
-        self._demand(bool(self.smtp_url) == bool(self.mail_from), "mail_from", "and AUTHSVC_SMTP_URL go together")
-        self._demand(not self.mail_from or bool(MAILBOX.fullmatch(self.mail_from)), "mail_from", "must be name@host")
-        self._demand(not self.smtp_url or bool(self.smtp_server), "smtp_url", "must be smtp+starttls://… or smtps://…")
+            self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
+        self._check_database()
+        self._require(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
+        proxy = not self.trusted_proxy or parse_address(self.trusted_proxy)
+        self._require(proxy, "trusted_proxy", "must be one IP address")
+        paired = bool(self.smtp_url) == bool(self.mail_from)
+        self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL go together: set both or neither")
+        self._require(not self.mail_from or MAILBOX.fullmatch(self.mail_from), "mail_from", "must be name@host")
+        smtp = not self.smtp_url or self.smtp_server
+        self._require(smtp, "smtp_url", "must be smtp+starttls://user@host:port or smtps://…, without a password")
         listens_locally = self.address[0].is_loopback
-        if self.public_url:
+        if self.production:
             self._check_production()
         else:
-            self._demand(not self.cookie_domain, "cookie_domain", "needs AUTHSVC_PUBLIC_URL")
-            self._demand(
-                listens_locally or self.unsafe_listen,
-                "listen",
-                "is reachable from other machines, and a development service hands out reset tokens: set "
-                "AUTHSVC_PUBLIC_URL, or AUTHSVC_UNSAFE_LISTEN=1 if you know better",
-            )
+            self._require(not self.cookie_domain, "cookie_domain", "needs AUTHSVC_PUBLIC_URL")
+            risk = "is reachable from other machines, and a development service answers with reset tokens"
+            remedy = "set AUTHSVC_PUBLIC_URL for production, or AUTHSVC_UNSAFE_LISTEN=1 to accept the risk"
+            self._require(listens_locally or self.unsafe_listen, "listen", f"{risk}: {remedy}")
+
+    def _check_database(self) -> None:
+        self._require(self.database, "database", "must name a file")
+        if is_url(self.database):
+            with suppress(ImportError):  # without psycopg it cannot be checked; engines/postgres.py refuses to open it
+                options = _connection_options(self.database)
+                form = "postgresql://user:password@host:port/name, percent-encoded where needed"
+                self._require(options is not None, "database", f"must be a file or {form}")
+                safe = not self.production or _is_encrypted(options or {})
+                self._require(safe, "database", "would connect without TLS: add ?sslmode=verify-full")
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::[0-9]{1,5})?", self.public_url, re.ASCII)
-        self._demand(host is not None, "public_url", "must be https://host, in lower case, without a path")
-        self._demand(self.bcrypt_cost >= 10, "bcrypt_cost", "must be at least 10 in production")
-        self._demand(self.throttle, "throttle", "cannot be off in production")
-        self._demand(
-            not self.unsafe_listen, "unsafe_listen", "is for development; production listens where it is told to"
-        )
-        self._demand(
-            not is_url(self.database) or _is_sealed(self.database),
-            "database",
-            "would be asked in plain over a network: add ?sslmode=verify-full",
-        )
-        inside = host is not None and f".{host[1]}".endswith(f".{self.cookie_domain}") and "." in self.cookie_domain
-        self._demand(
-            not self.cookie_domain or inside, "cookie_domain", "must be the host of AUTHSVC_PUBLIC_URL or a parent"
-        )
+        self._require(host, "public_url", "must be https://host, in lower case and without a path")
+        self._require(self.bcrypt_cost >= 10, "bcrypt_cost", "must be at least 10 in production")
+        self._require(self.throttle, "throttle", "cannot be off in production")
+        self._require(not self.unsafe_listen, "unsafe_listen", "is for development only: unset it")
+        domain = self.cookie_domain
+        shareable = not domain or (host and f".{host[1]}".endswith(f".{domain}") and "." in domain)
+        self._require(shareable, "cookie_domain", "must be the host of AUTHSVC_PUBLIC_URL or a parent domain")
 
-    def _demand(self, fulfilled: bool, name: str, demand: str) -> None:
+    def _require(self, fulfilled: object, name: str, requirement: str) -> None:
         if not fulfilled:
             value = str(getattr(self, name))
-            shown = "" if name in ("smtp_url", "database") else f"={value if value.isprintable() else repr(value)}"
-            raise SettingsError(f"{PREFIX}{name.upper()}{shown} {demand}")  # a URL may hold a password
+            secret = name in ("smtp_url", "database")  # a URL may contain a password
+            text = "" if secret else f"={value if value.isprintable() else repr(value)}"
+            raise SettingsError(f"{PREFIX}{name.upper()}{text} {requirement}")
 
     @property
     def production(self) -> bool:
-        """Whether strangers are expected."""
+        """Whether this is a production service: one that faces the internet."""
         return self.public_url != ""
 
     def warnings(self) -> list[str]:
-        """Return what may not be meant as it is set."""
+        """Return warnings about settings that are allowed but probably not intended."""
         found = []
         if self.production and not self.trusted_proxy:
-            found.append("no AUTHSVC_TRUSTED_PROXY: behind a proxy all clients share one address")
+            found.append("AUTHSVC_TRUSTED_PROXY is not set: behind a proxy all clients would share one address")
         if self.production and not self.smtp_url:
-            found.append("no AUTHSVC_SMTP_URL: nobody can be mailed a reset link")
+            found.append("AUTHSVC_SMTP_URL is not set: password reset links cannot be mailed")
         return found
 
     @property
     def smtp_server(self) -> SplitResult | None:
-        """Where to hand in mail: scheme, username, hostname and port; None when nothing is mailed."""
-        # No plain smtp://: a reset link read on its way is an account lost.
+        """The mail server: scheme, username, hostname and port. None if no mail is sent."""
+        # There is no unencrypted smtp:// scheme. Anyone who reads a reset link in transit can take over the account.
         try:
             url = urlsplit(self.smtp_url)
             usable = url.scheme in ("smtp+starttls", "smtps") and url.hostname and url.port != 0 and not url.password
-        except ValueError:  # a port that is none
+        except ValueError:  # the port is not a number, or out of range
             return None
         return url if usable else None
 
     @property
     def address(self) -> tuple[Address, int]:
-        """Where to listen: an address and a port."""
-        # Addresses and no names: a name that later resolves elsewhere would open the service to a network.
+        """The IP address and port to listen on."""
+        # Host names are refused: one that later resolves to another address could expose the service to a network.
         found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):([0-9]{1,5})", self.listen, re.ASCII)
         try:
             if not found or int(found[3]) > 65535:
@@ -188,64 +179,65 @@ class Settings:
             host = found[1] or found[2]
             return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host), int(found[3])
         except ValueError:
-            raise SettingsError(
-                f"AUTHSVC_LISTEN={self.listen!r} must be ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
-            ) from None
+            form = "ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
+            raise SettingsError(f"AUTHSVC_LISTEN={self.listen!r} must be {form}") from None
 
 
 def is_url(database: str) -> bool:
-    """Say whether a database is named by a URL, and is no file."""
+    """Return whether a database is given as a PostgreSQL URL. Otherwise it is the path of a SQLite file."""
     return database.startswith(("postgres:", "postgresql:"))
 
 
-def shown(database: str) -> str:
-    """Return what names a database and is fit to be shown: a URL without user, password and options."""
-    found = DATABASE_URL.fullmatch(database)
-    if not found:
-        return "PostgreSQL" if is_url(database) else database
-    hosts = ",".join(_hosts(found)) or "this machine"
-    return f"{unquote(found['name'] or '') or 'PostgreSQL'} on {hosts}"
+def redacted(database: str) -> str:
+    """Return the name of a database for messages: a path, or "name on host" for a URL, which may contain a password."""
+    if not is_url(database):
+        return database
+    options = None
+    with suppress(ImportError):
+        options = _connection_options(database)
+    if options is None:
+        return "PostgreSQL"
+    named = [(f"[{host}]" if ":" in host else host, port) for host, port in _servers(options) if host]
+    servers = ",".join(f"{host}:{port}" if port else host for host, port in named)
+    return f"{options.get('dbname') or 'PostgreSQL'} on {servers or 'this machine'}"
 
 
-def parsed_address(text: str) -> Address | None:
-    """Return the IP address that this is, or None; an IPv4 one that is written as IPv6 (::ffff:…) is IPv4."""
+def _connection_options(url: str) -> dict[str, str] | None:
+    """Return the connection options in a PostgreSQL URL, or None if it is malformed or ambiguous.
+
+    Raises:
+        ImportError: psycopg is not installed.
+    """
+    from psycopg import Error
+    from psycopg.conninfo import conninfo_to_dict
+
     try:
-        parsed = ipaddress.ip_address(text)
-    except ValueError:
+        options = {name: str(value) for name, value in conninfo_to_dict(url).items()}
+    except (Error, ValueError):  # ValueError: not valid UTF-8. Both messages may repeat the password and are dropped.
         return None
-    return getattr(parsed, "ipv4_mapped", None) or parsed
+    plausible = all(_HOST.fullmatch(host) and _PORT.fullmatch(port) for host, port in _servers(options))
+    return options if plausible and _URL.fullmatch(url) else None
 
 
-def _hosts(url: re.Match[str]) -> list[str]:
-    # As libpq does: what the options name goes before what stands in the authority.
-    options = parse_qs(url["options"] or "")
-    named = (options.get("hostaddr") or options.get("host") or [unquote(url["hosts"])])[-1]
-    return [host for host in named.split(",") if host]
+def _servers(options: dict[str, str]) -> list[tuple[str, str]]:
+    """Return hosts and ports. As in libpq, hostaddr takes precedence, and "" is the Unix socket of this machine."""
+    hosts = options.get("hostaddr") or options.get("host") or ""
+    return list(zip_longest(hosts.split(","), options.get("port", "").split(","), fillvalue=""))
 
 
-def _is_sealed(database: str) -> bool:
-    url = DATABASE_URL.fullmatch(database)
-    if not url:
+def _is_encrypted(options: dict[str, str]) -> bool:
+    """Return whether a connection is local or always uses TLS."""
+    if options.get("sslmode") in ENCRYPTED_MODES:
+        return True
+    # A service file can name any host, and libpq uses the host instead of an empty entry in hostaddr.
+    if {"service", "hostaddr"} & options.keys():
         return False
-    options = parse_qs(url["options"] or "")
-    if options.get("sslmode", [""])[-1] in SEALED:
-        return True
-    # Where one of several has no hostaddr, its host counts: too fine a difference to be relied upon.
-    return not {"service", "hostaddr"} & options.keys() and all(_is_here(host) for host in _hosts(url))
-
-
-def _is_here(host: str) -> bool:
-    bracketed = re.match(r"\[([^\]]*)\]", host)
-    name = bracketed[1] if bracketed else host.partition(":")[0] if host.count(":") == 1 else host
-    if name.startswith("/") or name in ("", "localhost"):  # a socket in a folder
-        return True
-    address = parsed_address(name)
-    return address is not None and address.is_loopback
+    return all(not host or host.startswith("/") or is_loopback(host) for host, _ in _servers(options))
 
 
 def _read(name: str, text: str, kind: type) -> str | int | bool:
-    if not text:  # what a broken environment file leaves; a service must not turn into a development one by it
-        raise SettingsError(f"{name} is set to nothing; give it a value or unset it")
+    if not text:  # a broken environment file must not silently turn production into development
+        raise SettingsError(f"{name} is set but empty: give it a value or unset it")
     if kind is bool:
         if text not in SWITCH:
             raise SettingsError(f"{name}={text!r} must be on or off (or 1 or 0)")

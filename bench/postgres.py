@@ -1,7 +1,7 @@
-"""What several copies over one PostgreSQL bring, and what a session check costs there: ``python bench/postgres.py``.
+"""Logins and session checks of several copies of the service over one PostgreSQL: ``python bench/postgres.py``.
 
-All on this machine: a server of its own with Debian's settings, nginx in front of the copies, SQLite and bare bcrypt
-beside them in the same run, in turns. Needs PostgreSQL, nginx and wrk.
+Everything runs on this machine: a PostgreSQL server with Debian's settings, and nginx in front of the copies. SQLite
+and bare bcrypt are measured in the same run, in turns, for comparison. Needs PostgreSQL, nginx and wrk.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bench.run import CONNECTIONS, Running, Subject, progress
 from tests import postgres
 
 USERS = 100_000
-CLIENTS = 16  # that log in at once
+CLIENTS = 16  # clients that sign in at the same time
 
-# What must hold, at least.
+# The least values that count as a success.
 BARS = {"logins, 2 copies ÷ raw bcrypt": 0.95} | {f"profile, {n} connections ÷ SQLite": 0.35 for n in CONNECTIONS}
 
 NGINX = """
@@ -51,27 +51,28 @@ http {
 
 
 class Server(postgres.Server):
-    """One that keeps what it says it keeps."""
+    """A server that writes each commit to the disk, unlike the one of the tests."""
 
     haste: ClassVar[dict[str, str]] = {}
 
 
 @contextmanager
-def copies(number: int, place: str, folder: Path) -> Iterator[Running]:
-    """Start so many copies over one database, and nginx in front of them."""
+def copies(number: int, database: str, folder: Path) -> Iterator[Running]:
+    """Start a number of copies over one database, and nginx in front of them."""
     with ExitStack() as stack:
         ports = []
         for name in range(number):
-            ports.append(started(stack, over(place), folder / f"copy{name}").port)
+            ports.append(started(stack, over(database), folder / f"copy{name}").port)
         template = folder / "nginx.conf"
         template.write_text(NGINX.replace("COPIES", "".join(f"server 127.0.0.1:{port};" for port in ports)))
         script = f'sed s/PORT/{{port}}/ "{template}" >nginx.conf && exec nginx -p "$PWD" -c nginx.conf -e stderr'
         yield started(stack, replace(run.authsvc(), start=["sh", "-c", script]), folder / "nginx")
 
 
-def over(place: str) -> Subject:
+def over(database: str) -> Subject:
+    """Return this service with a database, a path or a URL."""
     ours = run.authsvc()
-    return replace(ours, environ=ours.environ | {"AUTHSVC_DATABASE": place})
+    return replace(ours, environ=ours.environ | {"AUTHSVC_DATABASE": database})
 
 
 def started(stack: ExitStack, subject: Subject, folder: Path) -> Running:
@@ -89,7 +90,7 @@ def logins(one: Running, seconds: float) -> float:
 
 
 class Measuring:
-    """One run: what was measured, by name."""
+    """One run: the measured values by name."""
 
     def __init__(self, folder: Path, file: str, url: str, rounds: int, seconds: float) -> None:
         self.folder, self.file, self.url, self.rounds, self.seconds = folder, file, url, rounds, seconds
@@ -100,11 +101,15 @@ class Measuring:
         self.samples.setdefault(what, []).append(value)
 
     def logins(self) -> None:
-        """Log in on one copy with a file, and on one and two with PostgreSQL, each between two of bare bcrypt."""
+        """Measure logins on a copy with SQLite, and on one and two with PostgreSQL, each between two runs of bcrypt."""
         for _ in range(self.rounds):
             before = run.raw_bcrypt(self.seconds)
-            for what, number, place in (("SQLite", 1, self.file), ("1 copy", 1, self.url), ("2 copies", 2, self.url)):
-                with copies(number, place, self.folder) as proxy:
+            for what, number, database in (
+                ("SQLite", 1, self.file),
+                ("1 copy", 1, self.url),
+                ("2 copies", 2, self.url),
+            ):
+                with copies(number, database, self.folder) as proxy:
                     rate = logins(proxy, 2 * self.seconds)
                 after = run.raw_bcrypt(self.seconds)
                 self.note(f"logins, {what}", rate)
@@ -113,7 +118,7 @@ class Measuring:
                 self.note("raw bcrypt", after)
 
     def profile(self) -> None:
-        """Ask one copy of each whose session this is, in turns."""
+        """Measure session checks on one copy with SQLite and on one with PostgreSQL, in turns."""
         with ExitStack() as stack:
             file = started(stack, over(self.file), self.folder / "file")
             server = started(stack, over(self.url), self.folder / "server")
@@ -158,13 +163,13 @@ def write(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bench/postgres.py", description=(__doc__ or "").partition("\n\n")[2],
-        epilog="Exit code: 0 all that must hold holds; 1 something does not; 2 wrong usage, or a program is missing.",
+        epilog="Exit code: 0 every bar is reached; 1 a bar is missed; 2 wrong usage, or a program is missing.",
     )  # fmt: skip
     parser.add_argument("--parts", default="logins,profile", help="logins,profile (both unless given)")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are taken (3)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="that one measurement takes (5)")
-    parser.add_argument("--users", type=int, default=USERS, help=f"in the database ({USERS:,})")
-    parser.add_argument("--write", action="store_true", help="put the tables into bench/README.md")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which the medians are taken (3)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of one measurement (5)")
+    parser.add_argument("--users", type=int, default=USERS, help=f"users in the database ({USERS:,})")
+    parser.add_argument("--write", action="store_true", help="write the tables into bench/README.md")
     given = parser.parse_args()
     if unknown := set(given.parts.split(",")) - {"logins", "profile"}:
         parser.error(f"no such part: {', '.join(unknown)}")
@@ -179,17 +184,17 @@ def main() -> int:
         progress(f"{given.users:,} users, {server.url}")
         run.fill_authsvc(folder, given.users)
         file = str(folder / "authsvc.db")
-        moving = [sys.executable, str(HERE.parent / "authsvc.py"), "copy-to", server.url]
-        subprocess.run(moving, env=os.environ | {"AUTHSVC_DATABASE": file}, check=True, stdout=sys.stderr)
+        command = [sys.executable, str(HERE.parent / "authsvc.py"), "copy-to", server.url]
+        subprocess.run(command, env=os.environ | {"AUTHSVC_DATABASE": file}, check=True, stdout=sys.stderr)
         with psycopg.connect(server.url, autocommit=True) as connection:
-            connection.execute("VACUUM ANALYZE")  # as the server does by itself within a minute
+            connection.execute("VACUUM ANALYZE")  # else the server starts it within a minute, during a measurement
             (version,) = connection.execute("SHOW server_version").fetchone() or ("",)
         measuring = Measuring(folder, file, server.url, given.rounds, given.seconds)
         for part in given.parts.split(","):
             getattr(measuring, part)()
     found = measuring.figures()
-    command = " ".join(["bench/postgres.py", *sys.argv[1:]])
-    text = f"{datetime.date.today()}, {run.machine()}, PostgreSQL {version}; `{command}`.\n\n{table(found)}"
+    call = " ".join(["bench/postgres.py", *sys.argv[1:]])
+    text = f"{datetime.date.today()}, {run.machine()}, PostgreSQL {version}; `{call}`.\n\n{table(found)}"
     print(text)
     if given.write:
         write(text)

@@ -1,8 +1,8 @@
-"""Does deleting what has expired get in anybody's way? Latency of GET /profile while a million sessions are pruned.
+"""Latency of GET /profile while the service deletes expired sessions.
 
-``python bench/pruning.py`` makes a database of a million sessions of which 99 % have expired, asks for a profile over
-one connection first of a quiet service (the same database, nothing expired), then of one that prunes, in turns, and
-prints the ratios. Takes about two minutes, and needs 800 MB in the folder for temporary files.
+``python bench/pruning.py`` makes two databases of a million sessions: in one nothing has expired, in the other 99 % of
+the sessions have. It requests a profile over one connection from a service on each database in turn, and prints the
+ratios. It takes about two minutes, and needs 800 MB in the folder for temporary files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROUNDS = 3
 
 
 def fill(path: Path, expired: float) -> str:
-    """Make the database; return the id of one live session."""
+    """Fill a database, of which this part of the sessions has expired; return the id of a live session."""
     auth = Auth(settings=Settings(database=str(path), bcrypt_cost=4))
     auth.register_user("bob@example.com", "b4l0u")
     session_id = auth.create_session("bob@example.com") or ""
@@ -65,7 +65,7 @@ def fill(path: Path, expired: float) -> str:
 
 @contextmanager
 def serving(path: Path) -> Iterator[tuple[str, int]]:
-    """Run the service on this database; yield where it listens."""
+    """Run the service on this database; yield its host and port."""
     environ = os.environ | {"AUTHSVC_DATABASE": str(path), "AUTHSVC_LISTEN": "127.0.0.1:0"}
     with subprocess.Popen(
         [sys.executable, str(HERE / "authsvc.py")],
@@ -82,7 +82,7 @@ def serving(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def latencies(address: tuple[str, int], session_id: str) -> list[float]:
-    """Return the seconds that each of many requests took, sorted."""
+    """Return the durations of many requests in seconds, sorted."""
     request = f"GET /profile HTTP/1.1\r\nHost: localhost\r\nCookie: session_id={session_id}\r\n\r\n".encode()
     taken = []
     with socket.create_connection(address) as connection:
@@ -99,14 +99,14 @@ def latencies(address: tuple[str, int], session_id: str) -> list[float]:
     return sorted(taken)
 
 
-def left(path: Path) -> int:
-    """Return how many sessions there are."""
+def count_sessions(path: Path) -> int:
+    """Return the number of sessions in a database."""
     with closing(sqlite3.connect(path)) as db:
         return int(db.execute("SELECT count(*) FROM sessions").fetchone()[0])
 
 
 def main() -> None:
-    """Measure in turns, and print each and the ratio of the medians."""
+    """Measure both services in turn; print each result and the ratios of the medians."""
     with tempfile.TemporaryDirectory() as folder:
         paths = {"quiet": Path(folder) / "quiet.db", "pruning": Path(folder) / "pruning.db"}
         print("filling two databases …", flush=True)
@@ -114,13 +114,13 @@ def main() -> None:
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in paths}
         for _ in range(ROUNDS):
             for name, path in paths.items():
-                before = left(path)
+                before = count_sessions(path)
                 with serving(path) as address:
                     taken = latencies(address, ids[name])
-                half, most = taken[len(taken) // 2], taken[len(taken) * 99 // 100]
-                found[name].append((half, most))
-                pruned = f"{before - left(path):7} pruned"
-                print(f"{name:8} p50 {half * 1000:.3f} ms  p99 {most * 1000:.3f} ms  {pruned}", flush=True)
+                median, tail = taken[len(taken) // 2], taken[len(taken) * 99 // 100]
+                found[name].append((median, tail))
+                pruned = f"{before - count_sessions(path):7} pruned"
+                print(f"{name:8} p50 {median * 1000:.3f} ms  p99 {tail * 1000:.3f} ms  {pruned}", flush=True)
         for index, label in enumerate(("p50", "p99")):
             quiet, pruning = (sorted(row[index] for row in found[name])[ROUNDS // 2] for name in paths)
             print(f"{label}: pruning is {pruning / quiet:.2f} × quiet")

@@ -1,7 +1,7 @@
-"""How many logins may wait? What a bound of the hashing queue does to who logs in, and to who is logged in.
+"""Effect of the length of the hashing queue on logins, and on requests of users who are signed in.
 
-``python bench/queue_bound.py`` lets 160 clients log in over and over, each from an address of its own; who is told
-"busy" asks again at once, as a script would, or after the five seconds that the answer names, as it should. Takes five
+``python bench/queue_bound.py`` lets 160 clients sign in repeatedly, each from an address of its own. After a 503 a
+client retries at once, like a careless script, or after the five seconds of the Retry-After header. It takes five
 minutes.
 """
 
@@ -21,18 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import run
 
-CLIENTS = 160  # more than may wait with the largest bound
+CLIENTS = 160  # more than the longest queue holds
 BOUNDS = 8, 32, 128
-FILLING = 16.0  # seconds until the longest queue is as long as it gets
+FILLING = 16.0  # seconds until the longest queue is full
 SECONDS = 24.0
-START = "import lanes, authsvc; lanes.HASHING_QUEUE = {bound}; authsvc.main([])"
+START = "import authsvc, web.server; web.server.HASHING_QUEUE = {bound}; authsvc.main([])"
 
-Said = tuple[float, int, float]  # when, the status, seconds since this login was first asked for
+Answer = tuple[float, int, float]  # time of the answer, its status, seconds since the first try of this login
 
 
-def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, stop: Any, said: Any) -> None:
-    """Be all clients, in a process of its own; tell what was answered when."""
-    answers: list[Said] = []
+def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, stop: Any, answered: Any) -> None:
+    """Run all clients, in a process of its own; put the answers into the queue ``answered``."""
+    answers: list[Answer] = []
 
     def one(number: int) -> None:
         client = run.Client(port)
@@ -40,7 +40,7 @@ def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, sto
         while not stop.is_set():
             try:
                 status = client.ask("POST", *run.login(described, number))[0]
-            except OSError:  # it was stopped
+            except OSError:  # the service was stopped
                 return
             now = time.perf_counter()
             answers.append((now, status, now - began))
@@ -54,16 +54,16 @@ def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, sto
         thread.start()
     time.sleep(FILLING)
     since = time.perf_counter()
-    said.put(None)
+    answered.put(None)
     stop.wait()
     until = time.perf_counter()
     for thread in threads:
         thread.join()
-    said.put([answer for answer in answers if since < answer[0] <= until])
+    answered.put([answer for answer in answers if since < answer[0] <= until])
 
 
 def measure(folder: Path, bound: int, pause: float) -> str:
-    """Return a line of the table."""
+    """Measure with one length of the queue and one pause before a retry; return a line of the table."""
     ours = run.authsvc()
     subject = replace(
         ours,
@@ -73,18 +73,18 @@ def measure(folder: Path, bound: int, pause: float) -> str:
     run.fill_authsvc(folder, 1000)
     running = run.Running(subject, folder)
     context = multiprocessing.get_context("spawn")
-    stop, said = context.Event(), context.Queue()
+    stop, answered = context.Event(), context.Queue()
     clients = context.Process(
-        target=log_in_over_and_over, args=(running.port, subject.login, pause, stop, said), daemon=True
+        target=log_in_over_and_over, args=(running.port, subject.login, pause, stop, answered), daemon=True
     )
     try:
         clients.start()
-        said.get(timeout=60)
+        answered.get(timeout=60)
         tail = run.p99(running.latency(SECONDS))
         stop.set()
     finally:
         running.stop()
-    answers: list[Said] = said.get(timeout=60)
+    answers: list[Answer] = answered.get(timeout=60)
     clients.join()
     waits = [wait for _, status, wait in answers if status == 200]
     refusals = sum(status == 503 for _, status, _ in answers)
@@ -95,9 +95,7 @@ def measure(folder: Path, bound: int, pause: float) -> str:
 
 
 def main() -> None:
-    print(
-        "| bound | who is refused asks again | logins/s | median wait, s | longest, s | refusals | p99 of profile, ms |"
-    )
+    print("| queue | retry after a refusal | logins/s | median wait, s | longest, s | refusals | p99 of profile, ms |")
     print("|---|---|---|---|---|---|---|")
     for bound in BOUNDS:
         for pause in (0.0, 5.0):

@@ -1,7 +1,8 @@
-"""How fast it is, beside what people pick instead: ``make bench``, or ``python bench/run.py --help``.
+"""Speed of this service compared with other services: ``make bench``, or ``python bench/run.py --help``.
 
-Every subject is started on this machine with a database of the same size, and all are measured in one run, in turns:
-medians of some rounds, so that a noisy machine disturbs all alike. Needs wrk, and for the peers PyPI, npm and Node.
+Every subject is started on this machine with a database of the same size. All are measured in one run, in turns, and
+the medians of several rounds count, so that a noisy machine affects all of them alike. Needs wrk; the other services
+also need PyPI, npm and Node.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ CONNECTIONS = 1, 16, 64
 STORMS = 16, 64
 SIZES = 1_000, 100_000, 1_000_000
 USERS = 100_000
-SESSIONS = 100_000  # at most; else one for each user
+SESSIONS = 100_000  # at most; a smaller database has one for each user
 COST = 12
-TURNS = 4  # of each subject in a round of throughput, half as long: a machine that is shared changes every few seconds
+TURNS = (
+    4  # short turns of each subject in a round of throughput: the speed of a shared machine changes every few seconds
+)
 
-# What must hold: (what, least or most, bar, aim). The figures are those of bars().
+# (figure, comparison, bar, aim). A bar must be reached, an aim is a wish. bars() computes the figures.
 BARS = [
     *((f"profile ÷ bare waitress, {n} connections", ">=", bar, aim) for n, bar, aim in
       ((1, 0.75, 1.0), (16, 1.1, 1.5), (64, 1.3, 1.8))),
@@ -65,7 +68,7 @@ BARS = [
 
 @dataclass
 class Subject:
-    """Something that serves: how it is filled and started, and what is asked of it."""
+    """A service to measure: how it is filled and started, and the requests that it gets."""
 
     name: str
     what: str
@@ -82,7 +85,7 @@ class Subject:
 
 
 class Running:
-    """A subject that serves in a folder of its own."""
+    """A running subject, in a folder of its own."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.subject = subject
@@ -95,7 +98,9 @@ class Running:
 
     def _start(self) -> float:
         environ = {**os.environ, **self.environ}
-        environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles what pip has not compiled: only us
+        environ.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # with it each start would compile our modules, but not those that pip has compiled
         began = time.perf_counter()
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -122,7 +127,7 @@ class Running:
             token = json.loads(body)[self.subject.credential.partition(":")[2]]
             credential = {"Authorization": f"Bearer {token}"}
         status, _, body = Client(self.port).ask("GET", self.subject.check, credential)
-        if status != 200 or b"user0@example.com" not in body:  # some say 200 to nobody
+        if status != 200 or b"user0@example.com" not in body:  # some services answer 200 without a session
             raise SystemExit(f"{self.subject.name}: the session does not count: {status} {body[:200]!r}")
         return credential
 
@@ -135,7 +140,7 @@ class Running:
             self.process.wait()
 
     def throughput(self, connections: int, seconds: float, path: str = "") -> float:
-        """Return answers a second, by wrk."""
+        """Return the answers per second that wrk counts."""
         headers = [part for name, value in self.headers.items() for part in ("-H", f"{name}: {value}")]
         url = f"http://127.0.0.1:{self.port}{path or self.subject.check}"
         said = subprocess.run(
@@ -147,10 +152,10 @@ class Running:
         asked = int(re.findall(r"(\d+) requests in", said)[0])
         if refused and self.subject.name == "authsvc":
             raise SystemExit(f"{self.subject.name}: {said}")
-        return rate * (1 - int(refused[1]) / asked) if refused else rate  # a 500 is no answer
+        return rate * (1 - int(refused[1]) / asked) if refused else rate  # an error does not count as an answer
 
     def latency(self, seconds: float, path: str = "") -> list[float]:
-        """Return how long each of many requests took, in seconds, one after the other with a pause of 2 ms."""
+        """Send requests one after the other with a pause of 2 ms; return their durations in seconds."""
         client, took, end = Client(self.port), [], time.perf_counter() + seconds
         while time.perf_counter() < end:
             began = time.perf_counter()
@@ -163,14 +168,14 @@ class Running:
 
     @contextmanager
     def storm(self, clients: int) -> Iterator[list[tuple[int, int, float]]]:
-        """Let so many log in, one after the other each; what they counted is there in the end."""
+        """Let clients sign in repeatedly. At the end the yielded list holds their counts and the seconds."""
         context = multiprocessing.get_context("spawn")
         stop, counts = context.Event(), context.Queue()
         process = context.Process(target=storm, args=(self.port, self.subject.login, clients, stop, counts))
         process.start()
         counted: list[tuple[int, int, float]] = []
         try:
-            counts.get(timeout=60)  # they are at it
+            counts.get(timeout=60)  # all clients have started
             yield counted
         finally:
             stop.set()
@@ -178,7 +183,7 @@ class Running:
             process.join()
 
     def memory(self) -> tuple[float, float]:
-        """Return resident MB of all its processes: the sum of their own, and with shared pages counted once."""
+        """Return the memory of all its processes in MB: RSS, and PSS, which counts shared pages once."""
         group = os.getpgid(self.process.pid)
         resident = shared = 0
         for status in Path("/proc").glob("[0-9]*/stat"):
@@ -193,7 +198,7 @@ class Running:
 
 
 class Client:
-    """One connection, kept while the other side keeps it."""
+    """An HTTP client with one connection, which it keeps as long as the server does."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -249,7 +254,7 @@ class Client:
 
 
 def login(described: dict[str, Any], number: int) -> tuple[str, dict[str, str], str]:
-    """Return path, headers and body of one user's login, as it comes from an address of its own."""
+    """Return path, headers and body of the login of one user, from an address of its own."""
     email, password = f"user{number % 1000}@example.com", PASSWORD
     if "json" not in described["headers"].get("Content-Type", ""):
         email, password = quote(email), quote(password)
@@ -259,7 +264,7 @@ def login(described: dict[str, Any], number: int) -> tuple[str, dict[str, str], 
 
 
 def storm(port: int, described: dict[str, Any], clients: int, stop: Any, counts: Any) -> None:
-    """Log in over and over from so many threads, in a process of its own; count what was answered."""
+    """Sign in repeatedly from a number of threads, in a process of its own, and count the answers."""
     import itertools
     import threading
 
@@ -363,7 +368,7 @@ def hello(threads: int) -> Subject:
 
 
 def peers(names: list[str], folder: Path) -> Iterator[Subject]:
-    """Install the peers, each as its own files say."""
+    """Install the other services, each from its own files."""
     for described in sorted(HERE.glob("peers/*/peer.json")):
         peer = json.loads(described.read_text())
         if names and peer["name"] not in names:
@@ -381,7 +386,7 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
             run(pip, own)
             words["{python}"] = str(own / "venv/bin/python")
             modules = next(own.glob("venv/lib/python*/site-packages"))
-            run([*pip[:1], "uninstall", "-q", "-y", "setuptools", "pip"], own)  # which venv put there itself
+            run([*pip[:1], "uninstall", "-q", "-y", "setuptools", "pip"], own)  # installed by venv, not needed to serve
             packages = len(list(modules.glob("*.dist-info")))
 
         def command(parts: list[str], words: dict[str, str] = words) -> list[str]:
@@ -391,8 +396,8 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
 
         filling = command(peer["fill"])
 
-        def fill(place: Path, users: int, parts: list[str] = filling) -> None:
-            run([part.replace("{users}", str(users)) for part in parts], place)
+        def fill(target: Path, users: int, parts: list[str] = filling) -> None:
+            run([part.replace("{users}", str(users)) for part in parts], target)
 
         yield Subject(
             name=peer["name"],
@@ -419,7 +424,7 @@ def megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
-# What is measured
+# Measurements
 
 
 def hash_for(seconds: float) -> float:
@@ -431,7 +436,7 @@ def hash_for(seconds: float) -> float:
 
 
 def raw_bcrypt(seconds: float) -> float:
-    """Return hashes a second on all cores, with nothing beside them."""
+    """Return hashes per second on all cores, while nothing else runs."""
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         return sum(pool.map(hash_for, [seconds] * cores, chunksize=1))
@@ -447,7 +452,7 @@ T = TypeVar("T")
 
 
 def in_turn(things: list[T], number: int) -> list[T]:
-    """Return them in the order of this round: there and back, as a machine that has been busy is slower."""
+    """Return the things in the order of this round; every second round is reversed, as a busy machine slows down."""
     return things[::-1] if number % 2 else things
 
 
@@ -456,7 +461,7 @@ Samples = dict[str, dict[str, list[float]]]
 
 
 class Run:
-    """One run: what was measured of each subject, under names like ``rate 16``."""
+    """One run: the values of each subject, under names such as ``rate 16``."""
 
     def __init__(self, subjects: list[Subject], folder: Path, rounds: int, seconds: float) -> None:
         self.subjects, self.folder, self.rounds, self.seconds = subjects, folder, rounds, seconds
@@ -474,17 +479,17 @@ class Run:
 
     @contextmanager
     def started(self, subjects: list[Subject], users: int) -> Iterator[list[Running]]:
-        """Start subjects, each on a database of so many users."""
+        """Start subjects, each on a database of this many users."""
         with ExitStack() as stack:
             running = []
             for subject in subjects:
-                place = self.folder / subject.name / str(users)
-                if not place.exists():
-                    place.mkdir(parents=True)
+                folder = self.folder / subject.name / str(users)
+                if not folder.exists():
+                    folder.mkdir(parents=True)
                     if subject.fill:
                         progress(f"{users:,} users for {subject.name}")
-                        subject.fill(place, users)
-                running.append(Running(subject, place))
+                        subject.fill(folder, users)
+                running.append(Running(subject, folder))
                 stack.callback(running[-1].stop)
             yield running
 
@@ -499,14 +504,14 @@ class Run:
                         for what, path in in_turn(paths, number):
                             rates[what] = one.throughput(connections, self.seconds / 2, path)
                             self.note(one.subject, f"{what} {connections}", rates[what])
-                        if "verify" in rates:  # of two turns, one right after the other, as they are so close
+                        if "verify" in rates:  # from two measurements in a row, because the difference is small
                             self.note(one.subject, "cost of verify", rates["rate"] / rates["verify"])
 
     def latency(self) -> None:
         for number in range(self.rounds):
             for subject in self.served:
                 ours = subject.name == "authsvc"
-                if number and not ours:  # theirs take minutes, and seconds are enough to tell
+                if number and not ours:  # the others take minutes, and one round shows enough
                     continue
                 with self.started([subject], USERS) as (one,):
                     for path, what in (("", "p99"), *([("/verify", "p99 of verify")] if ours else [])):
@@ -526,7 +531,7 @@ class Run:
         for number in range(self.rounds * 2):
             progress(f"logins against raw bcrypt, turn {number + 1}")
             with self.started([ours], USERS) as (one,), one.storm(8) as counted:
-                time.sleep(self.seconds * 4)  # a hundred logins: those at either end count for little
+                time.sleep(self.seconds * 4)  # about a hundred logins, so that those at either end matter little
             good, _, seconds = counted[0]
             after = raw_bcrypt(self.seconds * 2)
             raw, before = statistics.mean([before, after]), after
@@ -563,7 +568,7 @@ class Run:
 
 
 def bars(results: Measured) -> dict[str, float]:
-    """Return the figures that BARS speaks of, as far as they were measured."""
+    """Return the figures of BARS that this run has measured."""
     ours = results["authsvc"]
     bare = [found for name, found in results.items() if name.startswith("waitress")]
     others = {
@@ -605,7 +610,7 @@ def bars(results: Measured) -> dict[str, float]:
     return found
 
 
-# What is said
+# Output
 
 
 def progress(what: str) -> None:
@@ -657,7 +662,7 @@ def holds(figure: float, sign: str, bar: float) -> bool:
 
 
 def picture(subjects: list[Subject], results: Measured) -> str:
-    """Return the throughput at 16 connections as bars, an SVG."""
+    """Return a bar chart of the throughput at 16 connections, as SVG."""
     shown = [subject for subject in subjects if "rate 16" in results[subject.name]]
     most = max(results[subject.name]["rate 16"] for subject in shown)
     rows = []
@@ -690,16 +695,18 @@ def machine() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="bench/run.py", description=(__doc__ or "").partition("\n\n")[0],
-        epilog="Exit code: 0 all that must hold holds; 1 something does not; 2 wrong usage, or a program is missing.",
+        epilog="Exit code: 0 every bar is reached; 1 a bar is missed; 2 wrong usage, or a program is missing.",
     )  # fmt: skip
-    parser.add_argument("--only", default="", help="peers to measure, with commas; - for none (all unless given)")
-    parser.add_argument("--parts", default="", help="throughput,latency,logins,sizes,memory,cold (all unless given)")
-    parser.add_argument("--rounds", type=int, default=2, help="of which the medians are taken (2)")
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="that one measurement takes (4), of throughput half of it"
+        "--only", default="", help="other services to measure, separated by commas; - for none (default: all)"
+    )
+    parser.add_argument("--parts", default="", help="throughput,latency,logins,sizes,memory,cold (default: all)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds, of which the medians are taken (2)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="duration of one measurement (4); of throughput half as long"
     )
     parser.add_argument(
-        "--write", action="store_true", help="put the table into bench/README.md, with JSON and picture"
+        "--write", action="store_true", help="write the table into bench/README.md, and results.json and results.svg"
     )
     given = parser.parse_args()
     parts = given.parts.split(",") if given.parts else ["throughput", "latency", "logins", "sizes", "memory", "cold"]

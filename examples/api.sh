@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Walks the whole API with curl and two cookie jars, and stops at the first answer that is not as expected:
+# Sends a request to every route of the API with curl and two cookie jars; stops at the first unexpected response:
 #   AUTHSVC_SESSIONS_PER_USER=2 make run &  examples/api.sh [URL]
-# It makes an account of its own and deletes it in the end. Its passwords are public; yours belong into a file or a pipe
-# (curl --data-urlencode password@file), as every user of a machine can read a command line.
+# It creates an account and deletes it at the end. Its passwords are public. Put yours into a file or a pipe
+# (curl --data-urlencode password@file), because every user of a machine can read command lines.
 set -euo pipefail
 
 url=${1:-http://127.0.0.1:5000}
@@ -11,7 +11,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 jar=$folder/here other=$folder/there
 
-ask() { # status method path [field=value …]: the body of the answer is left in $body
+ask() { # status method path [field=value …]: sends a request and stores the response in $body
     local expected=$1 method=$2 path=$3 status fields=()
     shift 3
     for field in "$@"; do fields+=(--data-urlencode "$field"); done
@@ -27,11 +27,11 @@ ask() { # status method path [field=value …]: the body of the answer is left i
     echo "$status $method $path"
 }
 
-value() { # name: the text that stands under this name in $body
+value() { # name: prints the field of this name in $body
     python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1" <<<"$body"
 }
 
-code() { # the one-time code of a seed (RFC 6238), as an app on a phone makes it
+code() { # seed [offset]: prints the one-time code (RFC 6238) of the current time step, or of a later one
     python3 - "$1" "$(($(date +%s) / 30 + ${2:-0}))" <<'PYTHON'
 import base64, hmac, sys
 digest = hmac.digest(base64.b32decode(sys.argv[1]), int(sys.argv[2]).to_bytes(8, "big"), "sha1")
@@ -51,12 +51,12 @@ ask 200 POST /sessions "email=$email" password="tarte flambée"
 ask 200 GET /profile
 ask 200 GET /verify
 
-# A second session, ended from the first
+# A second session, which the first one ends
 here=$jar jar=$other
 ask 200 POST /sessions "email=$email" password="tarte flambée"
 jar=$here
 curl -s -f -o "$folder/body" -b "$jar" "$url/profile" || {
-    echo "api.sh: one session ended the other; start the service with AUTHSVC_SESSIONS_PER_USER=2 or more" >&2
+    echo "api.sh: the first session has ended: start the service with AUTHSVC_SESSIONS_PER_USER=2 or more" >&2
     exit 1
 }
 ask 200 GET /sessions
@@ -70,17 +70,17 @@ ask 401 GET /verify
 ask 302 GET "/verify?login=1"
 jar=$here
 
-# A second factor
+# Two-factor authentication
 ask 200 POST /totp password="tarte flambée"
 seed=$(value secret)
 ask 200 PUT /totp "otp=$(code "$seed")"
 recovery=$(python3 -c 'import json, sys; print(json.load(sys.stdin)["recovery_codes"][0])' <<<"$body")
 ask 302 DELETE /sessions
 ask 401 POST /sessions "email=$email" password="tarte flambée"
-ask 200 POST /sessions "email=$email" password="tarte flambée" "otp=$(code "$seed" 1)" # a code works once: the next one
+ask 200 POST /sessions "email=$email" password="tarte flambée" "otp=$(code "$seed" 1)" # the next code: each works once
 ask 200 DELETE /totp password="tarte flambée" "otp=$recovery"
 
-# Another password; then a forgotten one, whose token only a development service hands out
+# Change the password, then reset it; only a development service returns the token
 ask 403 PUT /password password=wrong new_password=choucroute
 ask 200 PUT /password password="tarte flambée" new_password=choucroute
 ask 200 POST /reset_password "email=$email"
@@ -89,7 +89,7 @@ ask 200 PUT /reset_password "email=$email" "reset_token=$token" new_password=bre
 ask 403 PUT /reset_password "email=$email" "reset_token=$token" new_password=bretzel
 ask 403 GET /profile
 
-# The end
+# Sign out everywhere and delete the account
 ask 200 POST /sessions "email=$email" password=bretzel
 ask 200 DELETE /sessions/all
 ask 200 POST /sessions "email=$email" password=bretzel

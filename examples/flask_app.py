@@ -1,6 +1,6 @@
-"""A Flask application behind authsvc and nginx, which lets nobody through who is not signed in, and says who it is.
+"""A Flask application behind authsvc and nginx. It serves only users who are signed in, and greets them by email.
 
-pip install flask && python flask_app.py        # on http://127.0.0.1:8000, where deploy/nginx.conf looks for it
+pip install flask && python flask_app.py        # on http://127.0.0.1:8000, the address in deploy/nginx.conf
 """
 
 import os
@@ -13,7 +13,7 @@ app = Flask(__name__)
 
 @app.before_request
 def identify() -> None:
-    # nginx replaces what a client sends under this name; without it, the request did not come through nginx.
+    # nginx always replaces this header. A request without it did not come through nginx.
     g.user = request.headers.get("Remote-User") or abort(403)
 
 
@@ -23,5 +23,5 @@ def home() -> str:
 
 
 if __name__ == "__main__":
-    # This machine only: who reaches the application past nginx can claim to be anybody.
+    # Listen on this machine only: a client that bypasses nginx could send any user's name.
     app.run("127.0.0.1", int(os.environ.get("PORT", "8000")))

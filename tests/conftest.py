@@ -1,16 +1,18 @@
-"""What the tests share: a hand-turned clock, a store on a real file, the application in-process, a real process."""
+"""What the tests share: a clock set by hand, a database, the application in this process, and a real process."""
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,21 @@ from urllib.parse import urlencode
 
 import pytest
 
-import guard
-from auth import Auth
+import log
+from auth import Auth, _default_cost
 from authsvc import create_app
+from engines.schema import TABLES
 from settings import Settings, is_url
-from storage import TABLES, Store, open_store
-from tests import evidence, postgres
+from storage import DB
+from tests import postgres
+from tests.results import Recorder
 
 HERE = Path(__file__).resolve().parent.parent
 COST = 4  # log2 of the bcrypt rounds, 1 ms
 
 
 class Clock:
-    """Unix seconds that pass when told to."""
+    """A clock that stands still until a test advances it; in unix seconds."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
@@ -43,7 +47,7 @@ class Clock:
 
 
 class Answer:
-    """What a WSGI application said."""
+    """The answer of a WSGI application."""
 
     def __init__(self, status: str, headers: list[tuple[str, str]], body: bytes) -> None:
         self.status = int(status.split()[0])
@@ -56,7 +60,7 @@ class Answer:
 
     @property
     def session_id(self) -> str:
-        """The id in the cookie that was set."""
+        """The session id in the cookie that was set."""
         return self.headers["Set-Cookie"].partition(";")[0].partition("=")[2]
 
 
@@ -118,7 +122,7 @@ class Service:
         self.start()
 
     def start(self) -> None:
-        """Start it and wait for the line that says it accepts requests."""
+        """Start it and wait for the line that says that it accepts requests."""
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 self.program,
@@ -130,7 +134,9 @@ class Service:
             )
         assert self.process.stdout
         self.url = self.process.stdout.readline().strip()
-        assert self.url.startswith("http://"), self.log
+        if not self.url.startswith("http://"):
+            self.end()
+            pytest.fail(f"the service did not start: {self.log}")
 
     @property
     def address(self) -> tuple[str, int]:
@@ -162,11 +168,34 @@ def clean_environ() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("AUTHSVC_")}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", help="write the outcome of each test to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > 2**30:  # flushing to a disk takes a third of the time
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
+    config.pluginmanager.register(Recorder(config, config.getoption("--record")))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay until the end: the garbage collector need not look at them again
+
+
 @pytest.fixture(autouse=True)
-def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    guard._log_floods.clear()
+def _fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "qr_codes" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "segno", None)
+    log._floods.clear()
+    _default_cost.cache_clear()
     for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def qr_codes() -> None:
+    """Use the optional package that draws QR codes. Without this fixture it is absent, as drawing takes 10 ms."""
 
 
 @pytest.fixture
@@ -174,91 +203,104 @@ def clock() -> Clock:
     return Clock()
 
 
-# Whatever asks for ``engine``, most often by way of ``settings``, ``start`` or ``service``, runs on each; but for what
-# is marked ``sqlite`` or ``once``.
+# A test runs on SQLite. One that is marked ``both_engines`` and uses ``engine``, most often through ``settings``,
+# ``start`` or ``service``, runs on PostgreSQL too.
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    alone = any(map(metafunc.definition.get_closest_marker, ("sqlite", "once")))
-    if "engine" in metafunc.fixturenames and not alone:
+    if "engine" in metafunc.fixturenames and metafunc.definition.get_closest_marker("both_engines"):
         missing = pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
-        metafunc.parametrize("engine", ["sqlite", pytest.param("postgres", marks=missing)], indirect=True)
+        on_postgres = pytest.param("postgres", marks=[pytest.mark.postgres, missing])
+        metafunc.parametrize("engine", ["sqlite", on_postgres], indirect=True)
+
+
+# Fixtures that start a process. A test that uses one is no quick test.
+PROCESS_FIXTURES = frozenset({"start", "service", "postgresql"})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        fixtures: list[str] = getattr(item, "fixturenames", [])
+        if PROCESS_FIXTURES & set(fixtures):
+            item.add_marker(pytest.mark.process)
+        if "postgresql" in fixtures:
+            item.add_marker(pytest.mark.postgres)
 
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> str:
-    """What keeps the rows in this test: "sqlite" or "postgres"."""
+    """The database engine of this test: "sqlite" or "postgres"."""
     name: str = getattr(request, "param", "sqlite")
     return name
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[postgres.Server]:
-    """One PostgreSQL for all tests."""
+    """One PostgreSQL server for all tests of this worker."""
     server = postgres.Server()
     yield server
     server.remove()
 
 
 @pytest.fixture
-def new_place(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[], str]:
-    """Name a place at which there is no database yet, each time another."""
+def new_database(engine: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[], str]:
+    """Return a function that names a new database at each call. It does not exist yet."""
     if engine == "postgres":
         server: postgres.Server = request.getfixturevalue("postgresql")
-        return server.new_place
+        return server.new_database
     names = (f"authsvc{number or ''}.db" for number in itertools.count())
     return lambda: str(tmp_path / next(names))
 
 
 @pytest.fixture
-def place(engine: str, new_place: Callable[[], str], request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name a place: with the tables in it already where the test has them made anyway, which saves it 50 ms."""
+def database(engine: str, new_database: Callable[[], str], request: pytest.FixtureRequest) -> Iterator[str]:
+    """Return the name of a new database. On PostgreSQL its tables may exist already, which saves 50 ms."""
     if engine == "postgres" and "db" in request.fixturenames:
         server: postgres.Server = request.getfixturevalue("postgresql")
-        used = server.emptied.pop() if server.emptied else server.new_place()
+        used = server.emptied.pop() if server.emptied else server.new_database()
         yield used
         server.empty(used)
     else:
-        yield new_place()
+        yield new_database()
 
 
 @pytest.fixture
-def settings(place: str) -> Settings:
-    return Settings(database=place, bcrypt_cost=COST)
+def settings(database: str) -> Settings:
+    return Settings(database=database, bcrypt_cost=COST)
 
 
 @pytest.fixture
-def db(settings: Settings) -> Iterator[Store]:
-    with closing(open_store(settings.database)) as store:
-        yield store
+def db(settings: Settings) -> Iterator[DB]:
+    with closing(DB(settings.database)) as db:
+        yield db
 
 
 @contextmanager
-def ledger_of(place: str, timeout: float = 0) -> Iterator[Any]:
-    """A connection that is not the store's; to a file it waits no longer than this for others."""
-    if is_url(place):
-        with closing(postgres.Ledger(place)) as ledger:
-            yield ledger
+def raw_connection(database: str, timeout: float = 0) -> Iterator[Any]:
+    """Open a connection of the test's own; on a file it waits up to ``timeout`` seconds for a lock."""
+    if is_url(database):
+        with closing(postgres.RawConnection(database)) as connection:
+            yield connection
     else:
-        with closing(sqlite3.connect(place, timeout, isolation_level=None, check_same_thread=False)) as connection:
+        with closing(sqlite3.connect(database, timeout, isolation_level=None, check_same_thread=False)) as connection:
             yield connection
 
 
-def rows_in(place: str) -> bytes:
-    """All that is in the tables."""
-    with ledger_of(place) as ledger:
-        return repr([ledger.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES]).encode()
+def rows_in(database: str) -> bytes:
+    """Return the contents of all tables."""
+    with raw_connection(database) as connection:
+        return repr([connection.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES]).encode()
 
 
 @pytest.fixture
-def other(db: Store, settings: Settings) -> Iterator[Any]:
-    """A connection that is not the store's, and does not wait."""
-    with ledger_of(settings.database) as ledger:
-        yield ledger
+def other(db: DB, settings: Settings) -> Iterator[Any]:
+    """A connection of the test's own, which does not wait for locks."""
+    with raw_connection(settings.database) as connection:
+        yield connection
 
 
 @pytest.fixture
-def auth(db: Store, settings: Settings, clock: Clock) -> Auth:
+def auth(db: DB, settings: Settings, clock: Clock) -> Auth:
     return Auth(db, settings, clock)
 
 
@@ -269,12 +311,12 @@ def call(auth: Auth, settings: Settings) -> Client:
 
 
 @pytest.fixture
-def start(tmp_path: Path, place: str) -> Iterator[Callable[..., Service]]:
-    """Start a real process with these settings (AUTHSVC_… names); it is ended after the test."""
+def start(tmp_path: Path, database: str) -> Iterator[Callable[..., Service]]:
+    """Return a function that starts a real process with these AUTHSVC_… settings; it is ended after the test."""
     started: list[Service] = []
 
     def start_one(**environ: str) -> Service:
-        started.append(Service(tmp_path, **{"AUTHSVC_DATABASE": place, **environ}))
+        started.append(Service(tmp_path, **{"AUTHSVC_DATABASE": database, **environ}))
         return started[-1]
 
     yield start_one
@@ -291,59 +333,13 @@ def service_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 @pytest.fixture(scope="session")
 def service_on_postgres(tmp_path_factory: pytest.TempPathFactory, postgresql: postgres.Server) -> Iterator[Service]:
-    one = Service(tmp_path_factory.mktemp("service"), AUTHSVC_DATABASE=postgresql.new_place())
+    one = Service(tmp_path_factory.mktemp("service"), AUTHSVC_DATABASE=postgresql.new_database())
     yield one
     one.end()
 
 
 @pytest.fixture
 def service(engine: str, request: pytest.FixtureRequest) -> Service:
-    """One real process on this engine for all tests that only talk to it; use an email of your own."""
+    """One real process on this engine, shared by tests that only send requests; use an email of your own."""
     one: Service = request.getfixturevalue(f"service_on_{engine}")
     return one
-
-
-# The evidence: when all tests were run, each one that asvs.toml names must have been among them, and passed.
-
-_PASSED = pytest.StashKey[set[str]]()
-_SKIPPED = pytest.StashKey[set[str]]()
-_LEFT_OUT = pytest.StashKey[set[str]]()
-_UNSHOWN = pytest.StashKey[set[str]]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for key in (_PASSED, _SKIPPED, _LEFT_OUT, _UNSHOWN):
-        config.stash[key] = set()
-
-
-def pytest_deselected(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.config.stash[_LEFT_OUT].add(item.nodeid)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.skipped or report.when == "call":
-        if report.skipped and "[postgres" in item.nodeid and not postgres.programs():
-            return report  # the other engine shows it
-        key = _PASSED if report.passed else _SKIPPED
-        item.config.stash[key].add(item.nodeid.partition("[")[0])
-    return report
-
-
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    config = session.config
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.stash[_LEFT_OUT]
-    if whole and exitstatus == pytest.ExitCode.OK and not config.option.collectonly:
-        passed, skipped = config.stash[_PASSED], config.stash[_SKIPPED]
-        named = {test for entry in evidence.load() for test in evidence.tests_of(entry)}
-        config.stash[_UNSHOWN] = {test for test in named if test not in passed or test in skipped}
-        if config.stash[_UNSHOWN]:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    unshown = config.stash[_UNSHOWN]
-    for test in sorted(unshown):
-        terminalreporter.write_line(f"asvs.toml names {test}, which did not run and pass", red=True)

@@ -1,7 +1,7 @@
-"""Clients who use a running service at random, and know in which states all that is theirs may be.
+"""Simulated users of a running service. They act at random and know every state that their accounts may be in.
 
-What was answered 200 must be there; what was refused must be as before; what broke off may be either, but wholly.
-FAULT_SEED repeats a run.
+A change that was answered with 200 must be there. A refused change must not be. A change that got no answer may be
+there or not, but never in part. FAULT_SEED repeats a run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import random
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,21 +21,21 @@ from typing import Any
 import requests
 
 from settings import is_url
-from tests.conftest import Service
+from tests.conftest import HERE, Service
 
 SEED = int(os.environ.get("FAULT_SEED", "0")) or random.randrange(1, 2**32)
-CLIENTS = 4  # that ask at the same time
-PLENTY = 4  # accounts that each of them has
-REST = 0.05  # seconds that a client waits after a 503
+USERS = 4  # simulated users, each of which has one request under way at a time
+MAX_ACCOUNTS = 4  # usable accounts of each of them
+RETRY_PAUSE = 0.05  # seconds that a user waits after a 503
 UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}  # coverage writes files, opens descriptors and takes memory of its own
-ROOMY = {**UNMEASURED, "AUTHSVC_SESSIONS_PER_USER": "100", "AUTHSVC_THROTTLE": "off"}
+UNLIMITED = {**UNMEASURED, "AUTHSVC_SESSIONS_PER_USER": "100", "AUTHSVC_THROTTLE": "off"}
 
-# The password, None where there is no account; of the known sessions the live.
+# The password, None where there is no account; and those of the known sessions that are live.
 State = tuple[str | None, frozenset[str]]
 
 
-def clean(answer: requests.Response) -> requests.Response:
-    """Return an answer that is JSON and no failure of ours; a 503 says when to come again."""
+def checked(answer: requests.Response) -> requests.Response:
+    """Return an answer if it is JSON and no internal error. A 503 must say when to try again."""
     assert answer.status_code < 500 or answer.status_code == 503, (SEED, answer.status_code, answer.text)
     assert answer.headers["Content-Type"] == "application/json"
     assert answer.json()
@@ -45,18 +46,26 @@ def clean(answer: requests.Response) -> requests.Response:
 def ask(
     service: Service, method: str, path: str, form: dict[str, str] | None = None, session: str = "", timeout: float = 12
 ) -> int:
-    """Ask on a new connection; return the status."""
+    """Send a request on a new connection; return the status."""
     headers = {"Cookie": f"session_id={session}"} if session else {}
     url = service.url + path
     answer = requests.request(method, url, data=form, headers=headers, timeout=timeout, allow_redirects=False)
-    return clean(answer).status_code
+    return checked(answer).status_code
 
 
-def fields(name: object) -> dict[str, str]:
+def signed_in(service: Service, form: dict[str, str]) -> str:
+    """Sign in; return the session id."""
+    answer = requests.post(f"{service.url}/sessions", data=form, timeout=12)
+    return str(checked(answer).cookies["session_id"])
+
+
+def account_form(name: object) -> dict[str, str]:
+    """Return the form that creates an account or signs in to it."""
     return {"email": f"{name}@x.io", "password": "b4l0u"}
 
 
 def awaited(condition: Callable[[], object], seconds: float = 5) -> bool:
+    """Wait until the condition holds; return False if it does not within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -65,33 +74,45 @@ def awaited(condition: Callable[[], object], seconds: float = 5) -> bool:
     return True
 
 
+def program_with(module: str, **constants: float) -> tuple[str, ...]:
+    """Return the command of a service in which some constants of one module have other values."""
+    lines = [f"import sys; sys.path.insert(0, {str(HERE)!r})", f"import {module} as changed, authsvc"]
+    lines += [f"assert changed.{name}; changed.{name} = {value}" for name, value in constants.items()]
+    return sys.executable, "-c", "\n".join([*lines, "sys.exit(authsvc.main())"])
+
+
 def events(service: Service) -> list[dict[str, Any]]:
+    """Return the lines of the log."""
     return [json.loads(line) for line in service.log.splitlines() if line.startswith("{")]
 
 
-def assert_whole(service: Service) -> None:
-    """No page of the file is out of order, no row without its user; PostgreSQL sees to that itself."""
-    place = service.environ["AUTHSVC_DATABASE"]
-    if not is_url(place):
-        with closing(sqlite3.connect(f"file:{place}?mode=ro", uri=True)) as connection:
+def assert_intact(service: Service) -> None:
+    """Check the database file for damage and for broken references. PostgreSQL does that itself."""
+    database = service.environ["AUTHSVC_DATABASE"]
+    if not is_url(database):
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)], SEED
             assert connection.execute("PRAGMA foreign_key_check").fetchall() == [], SEED
 
 
 class Account:
-    """What one client knows of one account: the states in which it may be, all passwords, all sessions."""
+    """The states that an account may be in, all passwords it had, and all its sessions, as its user knows them."""
 
     def __init__(self, email: str) -> None:
         self.email = email
-        self.states: list[State] = [(None, frozenset())]  # two while a request is on its way, or was when it broke off
+        self.states: list[State] = [(None, frozenset())]  # two during a request, and after one without an answer
         self.passwords: list[str] = []
         self.sessions: set[str] = set()
 
 
-class Person:
-    """A client with accounts that nobody else touches."""
+class User:
+    """A simulated user. Nobody else changes this user's accounts.
 
-    def __init__(self, name: str, doubtful: bool) -> None:
+    ``doubtful``: a change that was answered with 503 may have happened, as where the connection to the database breaks
+    during a commit.
+    """
+
+    def __init__(self, name: str, *, doubtful: bool) -> None:
         self._name = name
         self._doubtful = doubtful
         self._random = random.Random(f"{SEED}/{name}")
@@ -100,138 +121,140 @@ class Person:
         self.accounts: list[Account] = []
         self.answered = 0
         self.refused = 0
-        self.longest = 0.0  # seconds to an answer
-        self.urls: tuple[str, ...] = ()  # of the copies of one service, any of which may be asked
+        self.longest = 0.0  # seconds until an answer
+        self.urls: tuple[str, ...] = ()  # one service, or copies of it that share a database
 
-    def live(self, stopping: threading.Event) -> None:
-        """Use the service at random until told to stop.
+    def act_until(self, stopping: threading.Event) -> None:
+        """Use the service at random until the event is set.
 
         Raises:
-            ConnectionError, ChunkedEncodingError: it is gone, or somebody got no answer.
+            ConnectionError, ChunkedEncodingError: a request got no answer.
         """
         try:
             while not stopping.is_set():
                 refused = self.refused
                 self._act()
                 if self.refused > refused:
-                    stopping.wait(REST)
+                    stopping.wait(RETRY_PAUSE)
         finally:
             self._client.close()
 
     def _act(self) -> None:
         usable = [account for account in self.accounts[-20:] if len(account.states) == 1 and account.states[0][0]]
-        if not usable or (len(usable) <= PLENTY and self._random.random() < 0.25):
+        if not usable or (len(usable) <= MAX_ACCOUNTS and self._random.random() < 0.25):
             account = Account(f"{len(self.accounts)}@{self._name}")
             self.accounts.append(account)
             first = self._new_password(account)
-            self._step(account, (first, frozenset()), "POST", "/users", password=first)
+            self._change(account, (first, frozenset()), "POST", "/users", password=first)
             return
         account = self._random.choice(usable)
         password, live = account.states[0]
         session = self._random.choice(sorted(live)) if live else ""
-        kind = self._random.choice(["log in", "log in", "log out", "change", "reset", "delete"])
-        if kind == "delete" and session and len(usable) > PLENTY:  # so that the file stays as large as it is
-            self._step(account, (None, frozenset()), "DELETE", "/profile", session, password=password or "")
-        elif kind == "log out" and session:
-            self._step(account, (password, live - {session}), "DELETE", "/sessions", session)
+        kind = self._random.choice(["sign in", "sign in", "sign out", "change", "reset", "delete"])
+        if kind == "delete" and session and len(usable) > MAX_ACCOUNTS:  # so that the database does not grow
+            self._change(account, (None, frozenset()), "DELETE", "/profile", session, password=password or "")
+        elif kind == "sign out" and session:
+            self._change(account, (password, live - {session}), "DELETE", "/sessions", session)
         elif kind == "change" and session:
             new = self._new_password(account)
-            self._step(
-                account, (new, frozenset()), "PUT", "/password", session, password=password or "", new_password=new
-            )
+            form = {"password": password or "", "new_password": new}
+            self._change(account, (new, frozenset()), "PUT", "/password", session, **form)
         elif kind == "reset":
-            token = self._step(account, (password, live), "POST", "/reset_password").json().get("reset_token")
+            token = self._change(account, (password, live), "POST", "/reset_password").json().get("reset_token")
             if token:
                 new = self._new_password(account)
-                self._step(account, (new, frozenset()), "PUT", "/reset_password", reset_token=token, new_password=new)
+                form = {"reset_token": token, "new_password": new}
+                self._change(account, (new, frozenset()), "PUT", "/reset_password", **form)
         else:
-            self._step(account, (password, live), "POST", "/sessions", password=password or "")
+            self._change(account, (password, live), "POST", "/sessions", password=password or "")
 
     def _new_password(self, account: Account) -> str:
         account.passwords.append(f"{account.email} {len(account.passwords)}")
         return account.passwords[-1]
 
-    def _step(
+    def _change(
         self, account: Account, after: State, method: str, path: str, session: str = "", **form: str
     ) -> requests.Response:
         before = account.states[0]
         account.states = [before, after]
         self._changed.add(account)
-        answer = self._ask(method, path, session, email=account.email, **form)
+        answer = self._send(method, path, session, email=account.email, **form)
         assert answer.status_code in (200, 302, 503), (SEED, method, path, answer.text)
         refused = answer.status_code == 503
         if not (refused and self._doubtful and before != after):
             account.states = [before if refused else after]
-        self._note(account, answer)
+        self._record_session(account, answer)
         self.answered += not refused
         self.refused += refused
         return answer
 
-    def _note(self, account: Account, answer: requests.Response) -> None:
+    def _record_session(self, account: Account, answer: requests.Response) -> None:
         if session := answer.cookies.get("session_id"):
             account.sessions.add(session)
             (password, live), *_ = account.states
             account.states = [(password, live | {session})]
 
-    def _ask(self, method: str, path: str, session: str = "", **form: str) -> requests.Response:
+    def _send(self, method: str, path: str, session: str = "", **form: str) -> requests.Response:
         headers = {"Cookie": f"session_id={session}"} if session else {}
         url = self._random.choice(self.urls) + path
         answer = self._client.request(method, url, data=form, headers=headers, timeout=20, allow_redirects=False)
         self._client.cookies.clear()
         self.longest = max(self.longest, answer.elapsed.total_seconds())
-        return clean(answer)
+        return checked(answer)
 
-    def check(self, most: int = 0) -> None:
-        """Each account that may have changed is in a state in which it may be, wholly; or so many of all."""
-        sample = self._random.sample(self.accounts, min(most, len(self.accounts)))
-        for account in sample or sorted(self._changed, key=lambda account: account.email):
-            who = {"email": account.email}
-            answers = {session: self._ask("GET", "/profile", session) for session in account.sessions}
-            assert all(answer.status_code in (200, 403) for answer in answers.values()), (SEED, who)
-            assert all(answer.json() == who for answer in answers.values() if answer.status_code == 200), (SEED, who)
+    def check(self, sample: int = 0) -> None:
+        """Check that each account that may have changed is in one of its states; or a sample of so many of all."""
+        accounts = self._random.sample(self.accounts, min(sample, len(self.accounts)))
+        for account in accounts or sorted(self._changed, key=lambda account: account.email):
+            owner = {"email": account.email}
+            answers = {session: self._send("GET", "/profile", session) for session in account.sessions}
+            assert all(answer.status_code in (200, 403) for answer in answers.values()), (SEED, owner)
+            assert all(answer.json() == owner for answer in answers.values() if answer.status_code == 200), SEED
             live = frozenset(session for session, answer in answers.items() if answer.status_code == 200)
-            logins = {word: self._ask("POST", "/sessions", **who, password=word) for word in account.passwords}
-            assert {answer.status_code for answer in logins.values()} <= {200, 401}, (SEED, who)
-            good = [password for password, answer in logins.items() if answer.status_code == 200]
-            assert len(good) <= 1, (SEED, account.email, good)
-            found = good[0] if good else None, live
+            logins = {word: self._send("POST", "/sessions", **owner, password=word) for word in account.passwords}
+            assert {answer.status_code for answer in logins.values()} <= {200, 401}, (SEED, owner)
+            accepted = [password for password, answer in logins.items() if answer.status_code == 200]
+            assert len(accepted) <= 1, (SEED, account.email, accepted)
+            found = accepted[0] if accepted else None, live
             assert found in account.states, f"seed {SEED}: {account.email} is {found}, not one of {account.states}"
             account.states = [found]
-            for password in good:
-                self._note(account, logins[password])
+            for password in accepted:
+                self._record_session(account, logins[password])
         self._changed.clear()
         self._client.close()
 
 
 class Crowd:
-    """Some persons who use one service at the same time.
+    """Some users of one service who act at the same time."""
 
-    ``doubtful``: a 503 may have been done, as where the connection to a database breaks while it commits.
-    """
-
-    def __init__(self, name: str = "x", size: int = CLIENTS, *, doubtful: bool = False) -> None:
-        self.people = [Person(f"{name}{index}.io", doubtful) for index in range(size)]
+    def __init__(self, name: str = "x", size: int = USERS, *, doubtful: bool = False) -> None:
+        self.users = [User(f"{name}{index}.io", doubtful=doubtful) for index in range(size)]
 
     @property
     def answered(self) -> int:
-        return sum(person.answered for person in self.people)
+        return sum(user.answered for user in self.users)
 
     @property
     def refused(self) -> int:
-        return sum(person.refused for person in self.people)
+        return sum(user.refused for user in self.users)
 
     @property
     def longest(self) -> float:
-        return max(person.longest for person in self.people)
+        return max(user.longest for user in self.users)
+
+    def goes_on(self, count: int = 20) -> bool:
+        """Return whether so many more requests are answered within 20 s."""
+        wanted = self.answered + count
+        return awaited(lambda: self.answered >= wanted, 20)
 
     @contextmanager
     def using(self, *urls: str, ending: bool = False) -> Iterator[None]:
-        """Use it, or its copies, until the block ends. Everybody gets an answer, unless the service is ``ending``."""
+        """Use a service, or its copies, until the block ends. Every request is answered, unless it is ``ending``."""
         stopping = threading.Event()
-        with ThreadPoolExecutor(len(self.people)) as pool:
-            for person in self.people:
-                person.urls = urls
-            running = [pool.submit(person.live, stopping) for person in self.people]
+        with ThreadPoolExecutor(len(self.users)) as pool:
+            for user in self.users:
+                user.urls = urls
+            running = [pool.submit(user.act_until, stopping) for user in self.users]
             try:
                 yield
             finally:
@@ -240,9 +263,10 @@ class Crowd:
             with suppress(*((requests.ConnectionError, requests.exceptions.ChunkedEncodingError) if ending else ())):
                 one.result()
 
-    def check(self, *urls: str, most: int = 0) -> None:
-        with ThreadPoolExecutor(len(self.people)) as pool:
-            for person in self.people:
-                person.urls = urls
-            for one in [pool.submit(person.check, most) for person in self.people]:
+    def check(self, *urls: str, sample: int = 0) -> None:
+        """Check the accounts of all users; see User.check()."""
+        with ThreadPoolExecutor(len(self.users)) as pool:
+            for user in self.users:
+                user.urls = urls
+            for one in [pool.submit(user.check, sample) for user in self.users]:
                 one.result()

@@ -1,7 +1,6 @@
-"""The evidence: renders asvs.toml into SECURITY.md and counts it.
+"""Renders docs/asvs.toml, the evidence for OWASP ASVS, into docs/security/asvs.md and counts it.
 
-``python -m tests.evidence`` prints the counts and fails when SECURITY.md is not up to date; ``--write``
-brings it up to date.
+``python -m tests.evidence`` prints the counts, and fails when the page is not up to date. ``--write`` updates the page.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
-DATA = HERE / "asvs.toml"
-PAGE = HERE / "SECURITY.md"
+DATA = HERE / "docs" / "asvs.toml"
+PAGE = HERE / "docs" / "security" / "asvs.md"
 BEGIN, END = "<!-- evidence: written by python -m tests.evidence --write -->\n", "<!-- evidence ends -->\n"
 STATUSES = "met", "operator", "gap", "deviation"
 
@@ -28,13 +27,13 @@ def load() -> list[Requirement]:
 
 
 def tests_of(entry: Requirement) -> list[str]:
-    """Return the tests that show it, as pytest names them."""
+    """Return the tests that show a requirement, as pytest names them."""
     named = entry.get("test", [])
     return [named] if isinstance(named, str) else list(named)
 
 
 def counts(entries: list[Requirement]) -> list[tuple[str, ...]]:
-    """Return how many have which status: a heading, a line for each level, and the sum."""
+    """Return a table of how many requirements have each status: a heading, one line for each level, and the total."""
     lines: list[tuple[str, ...]] = [("", *STATUSES, "all")]
     for label, levels in (("level 1", (1,)), ("level 2", (2,)), ("level 3", (3,)), ("all", (1, 2, 3))):
         found = [entry["status"] for entry in entries if entry["level"] in levels]
@@ -43,23 +42,23 @@ def counts(entries: list[Requirement]) -> list[tuple[str, ...]]:
 
 
 def render(entries: list[Requirement]) -> str:
-    """Return what stands between the markers."""
+    """Return the text between the two markers."""
     heading, *lines = counts(entries)
     parts = [_table(heading, lines)]
     for chapter, group in groupby(entries, lambda entry: str(entry["id"]).partition(".")[0]):
         rows = [_row(entry) for entry in group]
-        parts.append(f"### {chapter}\n\n" + _table(("id", "level", "requirement", "status", "how", "shown by"), rows))
+        parts.append(f"## {chapter}\n\n" + _table(("id", "level", "requirement", "status", "how", "shown by"), rows))
     return "\n" + "\n".join(parts) + "\n"
 
 
 def rendered(page: str, entries: list[Requirement]) -> str:
-    """Return the page as it should be."""
+    """Return the page with the text between the markers replaced."""
     before, _, rest = page.partition(BEGIN)
     return before + BEGIN + render(entries) + END + rest.partition(END)[2]
 
 
 def main(arguments: list[str]) -> int:
-    """Print the counts; return 1 when the page is not up to date."""
+    """Print the counts; return 1 if the page is not up to date."""
     entries, page = load(), PAGE.read_text()
     for line in counts(entries):
         print("".join(f"{cell:>10}" for cell in line))
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> int:
     if "--write" in arguments:
         PAGE.write_text(wanted)
     elif page != wanted:
-        print("SECURITY.md is not up to date: python -m tests.evidence --write", file=sys.stderr)
+        print(f"{PAGE.name} is not up to date; run: python -m tests.evidence --write", file=sys.stderr)
         return 1
     return 0
 

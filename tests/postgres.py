@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own: a server on a free port of this machine, and a schema for each test."""
+"""A PostgreSQL server for the tests, with a schema for each test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import glob
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -19,25 +18,32 @@ from typing import Any, ClassVar
 
 import psycopg
 
-MISSING = "PostgreSQL is not here: apt-get install postgresql"
+from tests.ports import fixed_port
+
+MISSING = "PostgreSQL is missing: apt-get install postgresql"
 USER = "postgres"
 
 
 @functools.cache
 def programs() -> Path | None:
-    """The folder of initdb and postgres, the newest where there are several."""
-    beside = shutil.which("initdb")
-    found = [os.path.dirname(os.path.realpath(beside))] if beside else sorted(glob.glob("/usr/lib/postgresql/*/bin"))
+    """Return the folder of initdb and postgres, the newest one if there are several; None if there is none."""
+    on_path = shutil.which("initdb")
+    found = [os.path.dirname(os.path.realpath(on_path))] if on_path else sorted(glob.glob("/usr/lib/postgresql/*/bin"))
     return next((Path(folder) for folder in reversed(found) if (Path(folder) / "initdb").exists()), None)
 
 
 class Server:
-    """A server without the patience of a disk; made, started and stopped by its process id.
+    """A new server on this machine, which does not wait for the disk. Its process belongs to the test.
 
-    ``settings`` go before those with which it is started otherwise.
+    ``settings`` take precedence over those with which it is started otherwise.
     """
 
-    haste: ClassVar = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "autovacuum": "off"}
+    haste: ClassVar[dict[str, str]] = {
+        "fsync": "off",
+        "synchronous_commit": "off",
+        "full_page_writes": "off",
+        "autovacuum": "off",
+    }
 
     def __init__(self, **settings: str) -> None:
         self._settings = settings
@@ -46,17 +52,16 @@ class Server:
         self._binaries = binaries
         self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # short: a socket's name has 107 bytes
         self._options: dict[str, Any] = {}
-        if os.geteuid() == 0:  # which PostgreSQL refuses
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             shutil.chown(self.folder, USER, USER)
             self._options = {"user": USER, "group": USER, "extra_groups": []}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self._make()
+        self.port = fixed_port()
+        self._create()
         self.start()
         self._count = 0
         self.emptied: list[str] = []
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         self._run("initdb", "--no-sync", "-A", "trust", "-U", USER, "-E", "UTF8", "--locale=C")
 
     def _run(self, program: str, *options: object) -> None:
@@ -64,7 +69,7 @@ class Server:
         subprocess.run(command, cwd="/", check=True, capture_output=True, **self._options)
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start it and wait until it accepts connections."""
         settings = {
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": str(self.folder),
@@ -77,30 +82,34 @@ class Server:
         command += [f"--{name}={value}" for name, value in settings.items()]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(command, cwd="/", stdout=log, stderr=log, **self._options)
-        for _ in range(200):
-            try:
+        deadline = time.monotonic() + 20
+        while self.running and time.monotonic() < deadline:
+            with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self.url).close()
                 return
-            except psycopg.OperationalError:
-                time.sleep(0.05)
+            time.sleep(0.02)
         raise AssertionError((self.folder / "log").read_text())
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self, number: int = signal.SIGINT) -> None:
-        """End it and all connections; SIGINT is PostgreSQL's "fast"."""
+        """Stop it and end all connections. SIGINT is PostgreSQL's "fast" shutdown."""
         self._process.send_signal(number)
         self._process.wait(timeout=20)
 
     def kill(self) -> None:
-        """End all its processes in the midst of what they do, as a machine that loses its power would."""
+        """Kill all its processes at the same moment, as a power failure does."""
         segment = (self.folder / "data/postmaster.pid").read_text().split()[-2]
-        for number in signal.SIGSTOP, signal.SIGKILL:  # first of all, so that it notices nothing
+        for number in signal.SIGSTOP, signal.SIGKILL:  # all are stopped first, so that none notices the end of another
             self._signal(number)
         self._process.wait(timeout=20)
-        subprocess.run(["ipcrm", "-m", segment], capture_output=True)  # else it stays until the machine is restarted
+        subprocess.run(["ipcrm", "-m", segment], capture_output=True)  # nothing else removes it
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """It accepts connections and does nothing, as when its disk hangs; for 30 s, as a test may hang with it."""
+        """Freeze it for 30 s at most: connections are accepted, but nothing is done, as when its disk hangs."""
         thaw = threading.Timer(30, self._signal, [signal.SIGCONT])
         thaw.start()
         self._signal(signal.SIGSTOP)
@@ -113,54 +122,60 @@ class Server:
     def _signal(self, number: int) -> None:
         server = self._process.pid
         if number != signal.SIGCONT:
-            os.kill(server, signal.SIGSTOP)  # it starts no more
+            os.kill(server, signal.SIGSTOP)  # so that it starts no further process
         for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
             os.kill(int(child), number)
         os.kill(server, number)
 
     def execute(self, statement: str) -> list[Any]:
-        """Run a statement of the operator's; return what it brings."""
+        """Run a statement as the operator; return its rows."""
         with psycopg.connect(self.url, autocommit=True) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
-    def wait_for(self, replicas: str) -> None:
-        """From now on answer a commit when one of these has it, too: "*" is whichever there is, "" none."""
-        self.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{replicas}'")
+    def set_synchronous_standby(self, names: str) -> None:
+        """From now on wait with each commit until one of these standbys has it: "*" is any one, "" is none."""
+        self.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
         self.execute("SELECT pg_reload_conf()")
-        while self.execute("SHOW synchronous_standby_names") != [(replicas,)]:
-            time.sleep(0.05)
-        while replicas == "*" and self.execute("SELECT sync_state FROM pg_stat_replication") != [("sync",)]:
-            time.sleep(0.05)
+        self._await("SHOW synchronous_standby_names", [(names,)])
+        if names == "*":
+            self._await("SELECT sync_state FROM pg_stat_replication", [("sync",)])
+
+    def _await(self, statement: str, rows: list[Any]) -> None:
+        deadline = time.monotonic() + 20
+        while (found := self.execute(statement)) != rows:
+            assert time.monotonic() < deadline, (statement, found)
+            time.sleep(0.02)
 
     def remove(self) -> None:
-        """End it for good."""
-        self.stop()
+        """Stop it and delete its files."""
+        if self.running:
+            self.stop()
         shutil.rmtree(self.folder)
 
     @property
     def url(self) -> str:
-        """By the port of this machine."""
+        """The URL with the port."""
         return f"postgresql://{USER}@127.0.0.1:{self.port}/postgres"
 
     @property
     def socket_url(self) -> str:
-        """By the socket in its folder."""
+        """The URL with the Unix socket in its folder."""
         return f"postgresql://{USER}@{str(self.folder).replace('/', '%2F')}:{self.port}/postgres"
 
-    def new_place(self) -> str:
-        """The URL of a schema in which there is nothing."""
+    def new_database(self) -> str:
+        """Create an empty schema; return its URL."""
         self._count += 1
         schema = f"test{self._count}"
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(f"CREATE SCHEMA {schema}".encode())
         return f"{self.socket_url}?options=-csearch_path%3D{schema}"
 
-    def empty(self, place: str) -> None:
-        """Make a place as if its tables were new, to be taken from ``emptied``; not one where they were changed."""
+    def empty(self, database: str) -> None:
+        """Empty the tables and add the database to ``emptied``, unless a test has changed its tables."""
         with (
             contextlib.suppress(psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn),
-            psycopg.connect(f"{place}%20-c%20lock_timeout%3D1000", autocommit=True) as connection,
+            psycopg.connect(f"{database}%20-c%20lock_timeout%3D1000", autocommit=True) as connection,
         ):
             connection.execute(
                 """
@@ -172,47 +187,47 @@ class Server:
                 SELECT setval('users_id_seq', 1, false), setval('sessions_id_seq', 1, false)
                 """
             )
-            self.emptied.append(place)
+            self.emptied.append(database)
 
 
 class Replica(Server):
-    """A server that follows another, which it can replace."""
+    """A standby: it follows a primary, and can take its place."""
 
     def __init__(self, primary: Server, **settings: str) -> None:
         self._primary = primary
         super().__init__(**settings)
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         options = "--no-sync", "--write-recovery-conf", "--checkpoint=fast", "-h", "127.0.0.1", "-U", USER
         self._run("pg_basebackup", *options, "-p", self._primary.port)
 
     def promote(self) -> None:
-        """Make it take writes."""
+        """Make it the primary."""
         self._run("pg_ctl", "promote", "--wait")
 
 
-class Ledger:
-    """A connection that is not the service's, read and written like one of sqlite3's."""
+class RawConnection:
+    """A connection beside those of the service, with the methods of a connection of sqlite3."""
 
-    def __init__(self, place: str) -> None:
-        self.connection = psycopg.connect(place, autocommit=True)
+    def __init__(self, database: str) -> None:
+        self.connection = psycopg.connect(database, autocommit=True)
 
     def execute(self, statement: str, values: Iterable[object] = ()) -> Any:
-        """Run a statement with ? as parameters; bytes of a hash are read as such."""
+        """Run a statement with ``?`` as parameters. A hash that is stored as hexadecimal text is returned as bytes."""
         converted = statement.replace("%", "%%").replace("?", "%s")
         cursor = self.connection.cursor(row_factory=_row)
         return cursor.execute(converted.encode(), [*values])
 
     def executemany(self, statement: str, rows: Iterable[Iterable[object]]) -> None:
-        """The same for many."""
+        """Run a statement once for each row of values."""
         for values in rows:
             self.execute(statement, values)
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> RawConnection:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing: each statement was committed, as with sqlite3 in this mode."""
+        """Do nothing: each statement is committed at once, as with sqlite3 in autocommit mode."""
 
     def close(self) -> None:
         self.connection.close()

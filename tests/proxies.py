@@ -1,8 +1,9 @@
-"""The real thing around the service: nginx or Caddy with the files of deploy/, an application that they guard, TLS."""
+"""A site for the tests: nginx or Caddy with the files of deploy/, the service, and an application, over TLS."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import http.client
 import json
@@ -14,12 +15,12 @@ import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 import trustme
@@ -30,30 +31,42 @@ AUTH, APP = "auth.example.com", "app.example.com"
 PROXIES = {"nginx": "nginx-light", "caddy": "caddy"}  # program: Debian's package
 SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 PASSWORD = "correct horse battery"
+START_TIMEOUT = 30.0  # seconds; only a machine with too much to do needs more than one
+
+_reserved: list[socket.socket] = []  # kept open until the process ends, because a closed port is given to others
 
 
 def program(name: str, package: str) -> str:
-    """Return where a program is, or skip the test."""
+    """Return the path of a program, or skip the test."""
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin")
     if not path:
         pytest.skip(f"{name} is missing: apt-get install {package}")
     return path
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
+def reserve_port() -> int:
+    """Reserve a port of 127.0.0.1 for a program that must be told its port, and return it.
+
+    A socket stays bound to the port but does not listen. Linux then gives the port neither to port 0 nor to an outgoing
+    connection, and refuses connections to it. A program that asks for exactly this port, with SO_REUSEADDR as servers
+    do, may listen on it.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _reserved.append(holder)
+    return int(holder.getsockname()[1])
 
 
 class Application(ThreadingHTTPServer):
-    """What is guarded: it says what it was asked, and counts; asked for a websocket, it sends back what comes."""
+    """The protected application. It answers with the request it got, and counts requests; a WebSocket echoes."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.request_count = 0
         super().__init__(("127.0.0.1", 0), _Echo)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self.shutdown()
@@ -63,9 +76,11 @@ class Application(ThreadingHTTPServer):
 class _Echo(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Application
+    # Headers and body leave in one packet. As two, the second one waits 40 ms for the delayed ACK of the first.
+    wbufsize = -1
 
     def do_GET(self) -> None:
-        self.server.asked += 1
+        self.server.request_count += 1
         if self.headers.get("Upgrade") == "websocket":
             self.close_connection = True
             self.connection.sendall(SWITCHED)
@@ -76,8 +91,8 @@ class _Echo(BaseHTTPRequestHandler):
         headers: dict[str, list[str]] = {}
         for name, value in self.headers.items():
             headers.setdefault(name.lower(), []).append(value)
-        said = {"path": self.path, "method": self.command, "headers": headers, "body": body.decode("latin-1")}
-        content = json.dumps(said).encode()
+        seen = {"path": self.path, "method": self.command, "headers": headers, "body": body.decode("latin-1")}
+        content = json.dumps(seen).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -92,7 +107,7 @@ class _Echo(BaseHTTPRequestHandler):
 
 @dataclass
 class Reply:
-    """What a proxy said."""
+    """The response of a proxy."""
 
     status: int
     headers: http.client.HTTPMessage
@@ -104,84 +119,130 @@ class Reply:
 
 
 class Site:
-    """One proxy, the service behind it and the application beside it, all on this machine and over TLS."""
+    """A proxy, the service behind it, and the application beside the service. Close it at the end.
 
-    deploy = HERE / "deploy"
-    guarded = 0  # the port of what is guarded in place of the Application
+    Args:
+        kind: "nginx" or "caddy".
+        folder: an empty folder for the configuration, the certificates and the database.
+        settings: settings of the service, by their names in the environment.
+        start: starts the service with its settings; by default from this repository.
+        configuration: the folder that has nginx.conf and Caddyfile.
+        application_port: the port of another application, on 127.0.0.1, instead of an ``Application``.
+    """
 
-    def __init__(self, kind: str, folder: Path, start: Callable[..., Service], **environ: str) -> None:
-        self.kind, self.folder = kind, folder
+    process: subprocess.Popen[bytes] | None = None
+    service: Service | None = None
+
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        settings: Mapping[str, str] = {},
+        *,
+        start: Callable[..., Service] | None = None,
+        configuration: Path = HERE / "deploy",
+        application_port: int = 0,
+    ) -> None:
+        self.kind, self.folder, self.configuration = kind, folder, configuration
         self.program = program(kind, PROXIES[kind])
-        self.port = free_port()
+        self.port = reserve_port()
         self.application = Application()
-        self.service = start(
-            **{
-                "AUTHSVC_PUBLIC_URL": f"https://{AUTH}:{self.port}",
-                "AUTHSVC_COOKIE_DOMAIN": "example.com",
-                "AUTHSVC_TRUSTED_PROXY": "127.0.0.1",
-                "AUTHSVC_BCRYPT_COST": "10",
-                **environ,
-            }
-        )
-        authority = trustme.CA()
-        certificate = authority.issue_cert(AUTH, APP)
-        authority.cert_pem.write_to_path(str(folder / "authority.pem"))
-        certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
-        certificate.cert_chain_pems[0].write_to_path(str(folder / "certificate.pem"))
-        self.trust = ssl.create_default_context()
-        authority.configure_trust(self.trust)
-        self._start_proxy()
+        self.application_port = application_port or self.application.server_port
+        try:
+            self._issue_certificate()
+            self.service = (start or functools.partial(Service, folder))(
+                **{
+                    "AUTHSVC_PUBLIC_URL": self.auth,
+                    "AUTHSVC_COOKIE_DOMAIN": "example.com",
+                    "AUTHSVC_TRUSTED_PROXY": "127.0.0.1",
+                    "AUTHSVC_BCRYPT_COST": "10",  # the lowest in production
+                    **settings,
+                }
+            )
+            self._start_proxy()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=20)
+        if self.process:
+            self.process.terminate()
+            self.process.wait(timeout=20)
         self.application.close()
+        self.end_service()
+
+    def end_service(self) -> None:
+        if self.service:
+            self.service.end()
+
+    def command(self, *arguments: str) -> str:
+        """Run one of the operator's commands and return its output."""
+        assert self.service
+        return self.service.command(*arguments)
 
     @property
     def auth(self) -> str:
+        """The URL of the service."""
         return f"https://{AUTH}:{self.port}"
 
     @property
     def app(self) -> str:
+        """The URL of the application."""
         return f"https://{APP}:{self.port}"
 
     def connect(self, host: str) -> ssl.SSLSocket:
+        """Connect to the proxy and name this host in the TLS handshake."""
         plain = socket.create_connection(("127.0.0.1", self.port), timeout=20)
-        return self.trust.wrap_socket(plain, server_hostname=host)
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self.trust.wrap_socket(plain, server_hostname=host)
+        except BaseException:
+            plain.close()
+            raise
 
-    def ask(self, method: str, url: str, form: Any = None, *, cookie: str = "", **headers: str) -> Reply:
-        """Ask the proxy as a browser would that sends these headers (a "_" of theirs stands for "-")."""
-        return self.ask_exactly(
-            method, url, form, cookie=cookie, **{k.replace("_", "-"): v for k, v in headers.items()}
-        )
+    def request(
+        self, method: str, url: str, form: Any = None, *, cookie: str = "", headers: Mapping[str, str] = {}
+    ) -> Reply:
+        """Send a request to the proxy, and do not follow a redirect. A form of bytes is sent unchanged."""
+        address = urlsplit(url)
+        assert address.scheme == "https", url
+        assert address.port == self.port, url
+        path = address._replace(scheme="", netloc="").geturl() or "/"
+        body = form if isinstance(form, bytes | None) else urlencode(form)
+        content_type = {"Content-Type": "application/x-www-form-urlencoded"} if isinstance(form, dict) else {}
+        cookies = {"Cookie": cookie} if cookie else {}
+        assert address.hostname
+        with contextlib.closing(http.client.HTTPConnection(address.hostname, self.port)) as connection:
+            connection.sock = self.connect(address.hostname)
+            connection.request(method, path, body, {**content_type, **cookies, **headers})
+            response = connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
 
-    def ask_exactly(self, method: str, url: str, form: Any = None, *, cookie: str = "", **headers: str) -> Reply:
-        found = re.fullmatch(r"https://([^:/]+):\d+(/.*)?", url)
-        assert found, url
-        with contextlib.closing(http.client.HTTPConnection(found[1], self.port)) as connection:
-            connection.sock = self.connect(found[1])
-            body = form if isinstance(form, bytes | None) else urlencode(form)
-            kind = {"Content-Type": "application/x-www-form-urlencoded"} if isinstance(form, dict) else {}
-            connection.request(
-                method, found[2] or "/", body, {**kind, **({"Cookie": cookie} if cookie else {}), **headers}
-            )
-            reply = connection.getresponse()
-            return Reply(reply.status, reply.headers, reply.read())
-
-    def register(self, email: str = "bob@example.com") -> None:
-        reply = self.ask("POST", f"{self.auth}/users", {"email": email, "password": PASSWORD})
+    def create_account(self, email: str = "bob@example.com") -> None:
+        reply = self.request("POST", f"{self.auth}/users", {"email": email, "password": PASSWORD})
         assert reply.status == 200, reply.body
 
-    def log_in(self, email: str = "bob@example.com") -> str:
-        """Return the cookie as a browser sends it."""
-        reply = self.ask("POST", f"{self.auth}/sessions", {"email": email, "password": PASSWORD})
+    def sign_in(self, email: str = "bob@example.com") -> str:
+        """Sign in and return the cookie as a browser sends it."""
+        reply = self.request("POST", f"{self.auth}/sessions", {"email": email, "password": PASSWORD})
         assert reply.status == 200, reply.body
         return str(reply.headers["Set-Cookie"]).partition(";")[0]
 
+    def _issue_certificate(self) -> None:
+        authority = trustme.CA()
+        certificate = authority.issue_cert(AUTH, APP)
+        authority.cert_pem.write_to_path(str(self.folder / "authority.pem"))
+        certificate.private_key_pem.write_to_path(str(self.folder / "key.pem"))
+        certificate.cert_chain_pems[0].write_to_path(str(self.folder / "certificate.pem"))
+        self.trust = ssl.create_default_context()
+        authority.configure_trust(self.trust)
+
     def _start_proxy(self) -> None:
-        text = getattr(self, f"_{self.kind}")()
-        text = text.replace("127.0.0.1:5000", "{}:{}".format(*self.service.address))
-        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.guarded or self.application.server_port}")
+        assert self.service
+        text = {"nginx": self._nginx, "caddy": self._caddy}[self.kind]()
+        # Whole numbers only: the port of the proxy may begin with the same digits.
+        text = re.sub(r"127\.0\.0\.1:5000\b", "{}:{}".format(*self.service.address), text)
+        text = re.sub(r"127\.0\.0\.1:8000\b", f"127.0.0.1:{self.application_port}", text)
         (self.folder / "proxy.conf").write_text(text)
         command = {
             "nginx": [self.program, "-p", str(self.folder), "-c", "nginx.conf", "-e", "stderr"],
@@ -192,24 +253,23 @@ class Site:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, stderr=log, stdout=log, env={**os.environ, **homes}
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline and self.process.poll() is None:
             with contextlib.suppress(OSError), self.connect(AUTH):
                 return
-            time.sleep(0.05)
-        self.process.kill()
+            time.sleep(0.02)
         raise AssertionError((self.folder / "proxy.log").read_text())
 
     def _nginx(self) -> str:
-        text = (self.deploy / "nginx.conf").read_text()
+        text = (self.configuration / "nginx.conf").read_text()
         text = re.sub(r" *listen \[::\].*\n", "", text)
-        text = text.replace("listen 80;", f"listen 127.0.0.1:{free_port()};")
+        text = text.replace("listen 80;", f"listen 127.0.0.1:{reserve_port()};")
         text = text.replace("listen 443 ", f"listen 127.0.0.1:{self.port} ")
         text = text.replace("return=https://$host$request_uri", f"return=https://$host:{self.port}$request_uri")
         text = text.replace(f"return 302 https://{AUTH}/", f"return 302 {self.auth}/")
         text = re.sub("/etc/letsencrypt/.*/fullchain.pem", "certificate.pem", text)
         text = re.sub("/etc/letsencrypt/.*/privkey.pem", "key.pem", text)
-        paths = "".join(f"{kind}_temp_path temp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        paths = "".join(f"{name}_temp_path temp;" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
         (self.folder / "nginx.conf").write_text(
             f"{user} daemon off; pid nginx.pid; worker_processes 1; events {{}}\n"
@@ -218,17 +278,7 @@ class Site:
         return text
 
     def _caddy(self) -> str:
-        text = (self.deploy / "Caddyfile").read_text()
+        text = (self.configuration / "Caddyfile").read_text()
         for host in (AUTH, APP):
             text = text.replace(f"\n{host} {{", f"\nhttps://{host}:{self.port} {{\n\ttls certificate.pem key.pem\n")
         return "{\n\tadmin off\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n}\n" + text
-
-
-@contextlib.contextmanager
-def site(kind: str, folder: Path, start: Callable[..., Service], **environ: str) -> Iterator[Site]:
-    """A running site; it is closed in the end."""
-    one = Site(kind, folder, start, **environ)
-    try:
-        yield one
-    finally:
-        one.close()

@@ -1,16 +1,17 @@
-"""Several copies of the service behind nginx, over one PostgreSQL: to whoever asks they are one."""
+"""Several copies of the service behind nginx, with one PostgreSQL database. To a client they are one service."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,18 @@ import requests
 
 from tests import postgres
 from tests.conftest import HERE, Service
-from tests.crowd import ROOMY, UNMEASURED, Crowd, ask, awaited, clean, events, fields
+from tests.crowd import UNLIMITED, UNMEASURED, Crowd, account_form, ask, awaited, checked, events, signed_in
 from tests.postgres import Server
-from tests.proxies import free_port, program
+from tests.proxies import program
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)]
+pytestmark = [
+    pytest.mark.proxies,
+    pytest.mark.process,
+    pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING),
+]
 
-COUNTING = f"""
+# A service that adds a byte to a file for each password that it compares.
+COUNTING_PROGRAM = f"""
 import sys
 sys.path.insert(0, {str(HERE)!r})
 import bcrypt
@@ -39,61 +45,70 @@ sys.exit(authsvc.main())
 """
 
 
-PROXIED = "    location / {\n        proxy_pass http://authsvc;"
+class CountingService(Service):
+    """A service that counts the passwords that it compares."""
+
+    program = sys.executable, "-c", COUNTING_PROGRAM
 
 
 def block(beginning: str) -> str:
-    """Return what the operator's file says from here to the end of the block, less what is set out."""
+    """Return a block of deploy/nginx.conf, without the lines that are commented out, except a "server"."""
     text = (HERE / "deploy/nginx.conf").read_text()
-    begun = text[text.index(beginning) :]
+    rest = text[text.index(beginning) :]
     indent = re.match(" *", beginning)
     end = f"\n{indent[0] if indent else ''}}}\n"
-    return re.sub(r"\n +# (?!server).*", "", begun[: begun.index(end)] + end)
-
-
-class Counted(Service):
-    """A service that notes each password that reaches bcrypt."""
-
-    program = sys.executable, "-c", COUNTING
+    return re.sub(r"\n +# (?!server).*", "", rest[: rest.index(end)] + end)
 
 
 class Copies:
-    """Some processes of the service; ``url`` is nginx's, before all of them."""
+    """Copies of the service, and nginx in front of them at ``url``."""
 
     def __init__(self, folder: Path, count: int, **environ: str) -> None:
-        self.folders = [folder / str(number) for number in range(count)]
-        for each in self.folders:
-            each.mkdir()
-        with ThreadPoolExecutor(count) as pool:  # all at once
-            self.services = list(pool.map(lambda each: Counted(each, **environ), self.folders))
         self.folder = folder
+        folders = [folder / str(number) for number in range(count)]
+        for each in folders:
+            each.mkdir()
+        with ThreadPoolExecutor(count) as pool:  # all start at once, on an empty database
+            self.services = list(pool.map(lambda each: CountingService(each, **environ), folders))
 
     @property
     def compared(self) -> int:
-        """How many passwords reached bcrypt, on all of them."""
+        """The number of passwords that all copies compared."""
         return sum(len(file.read_text()) for file in self.folder.glob("*/compared"))
 
     @contextmanager
     def behind_nginx(self) -> Iterator[None]:
-        port = free_port()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            self._write_configuration(port)
+            # nginx takes over a listening socket that this variable names, as it does when it is upgraded.
+            with (self.folder / "nginx.log").open("wb") as log:
+                process = subprocess.Popen(
+                    [program("nginx", "nginx-light"), "-p", str(self.folder), "-c", "nginx.conf", "-e", "stderr"],
+                    cwd=self.folder,
+                    env={**os.environ, "NGINX": f"{listener.fileno()};"},
+                    pass_fds=[listener.fileno()],
+                    stdout=log,
+                    stderr=log,
+                )
         self.url = f"http://127.0.0.1:{port}"
-        servers = "\n".join("    server {}:{};".format(*service.address) for service in self.services)
-        upstream = re.sub(r"( *(# )?server [0-9.:]+;\n)+", f"{servers}\n", block("upstream authsvc {"), count=1)
-        paths = "".join(f"{kind}_temp_path temp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-        user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
-        (self.folder / "nginx.conf").write_text(
-            f"{user} daemon off; pid nginx.pid; worker_processes 1; events {{}}\n"
-            f"http {{ access_log off; {paths}\n{upstream}\nserver {{ listen 127.0.0.1:{port};\n{block(PROXIED)} }} }}\n"
-        )
-        command = [program("nginx", "nginx-light"), "-p", str(self.folder), "-c", "nginx.conf", "-e", "stderr"]
-        with (self.folder / "nginx.log").open("wb") as log:
-            process = subprocess.Popen(command, cwd=self.folder, stderr=log, stdout=log)
         try:
             assert awaited(self._answers, 20), (self.folder / "nginx.log").read_text()
             yield
         finally:
             process.terminate()
             process.wait(timeout=20)
+
+    def _write_configuration(self, port: int) -> None:
+        servers = "\n".join("    server {}:{};".format(*service.address) for service in self.services)
+        upstream = re.sub(r"( *(# )?server [0-9.:]+;\n)+", f"{servers}\n", block("upstream authsvc {"), count=1)
+        location = block("    location / {\n        proxy_pass http://authsvc;")
+        paths = "".join(f"{kind}_temp_path temp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+        user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
+        (self.folder / "nginx.conf").write_text(
+            f"{user} daemon off; pid nginx.pid; worker_processes 1; events {{}}\n"
+            f"http {{ access_log off; {paths}\n{upstream}\nserver {{ listen 127.0.0.1:{port};\n{location} }} }}\n"
+        )
 
     def _answers(self) -> bool:
         try:
@@ -106,88 +121,96 @@ class Copies:
             service.end()
 
 
-@pytest.fixture
-def copies(postgresql: Server, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Copies]]:
-    program("nginx", "nginx-light")
-    with ExitStack() as stack:
+@contextmanager
+def running_copies(server: Server, folder: Path, count: int, **environ: str) -> Iterator[Copies]:
+    """Start copies on a new database, and nginx in front of them."""
+    program("nginx", "nginx-light")  # skips the test if it is missing
+    copies = Copies(folder, count, AUTHSVC_DATABASE=server.new_database(), AUTHSVC_TRUSTED_PROXY="127.0.0.1", **environ)
+    try:
+        with copies.behind_nginx():
+            yield copies
+    finally:
+        copies.end()
 
-        def start(count: int, **environ: str) -> Copies:
-            place = postgresql.new_place()
-            some = Copies(tmp_path, count, AUTHSVC_DATABASE=place, AUTHSVC_TRUSTED_PROXY="127.0.0.1", **environ)
-            stack.callback(some.end)
-            stack.enter_context(some.behind_nginx())
-            return some
 
-        yield start
+@pytest.fixture(scope="module")
+def copies(postgresql: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copies]:
+    """Four copies for all tests that only send requests; use an email of your own."""
+    with running_copies(postgresql, tmp_path_factory.mktemp("copies"), 4, **UNLIMITED) as four:
+        yield four
+
+
+def created(copies: Copies, name: str) -> dict[str, str]:
+    """Create an account; return the form for signing in to it."""
+    form = account_form(name)
+    assert requests.post(f"{copies.url}/users", data=form, timeout=20).status_code == 200
+    return form
 
 
 def at_once(count: int, task: Callable[[int], requests.Response]) -> Counter[int]:
+    """Send so many requests at once; return how many answers have each status."""
     with ThreadPoolExecutor(count) as pool:
-        return Counter(clean(answer).status_code for answer in pool.map(task, range(count)))
+        return Counter(checked(answer).status_code for answer in pool.map(task, range(count)))
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_a_session_of_one_is_known_to_all_at_once_and_so_is_its_end(copies: Callable[..., Copies], count: int) -> None:
-    some = copies(count, **ROOMY)
-    assert len({service.log.count("sys_startup") for service in some.services}) == 1
-    assert requests.post(f"{some.url}/users", data=fields("bob"), timeout=20).status_code == 200
-    for one in some.services:
-        session = requests.post(f"{one.url}/sessions", data=fields("bob"), timeout=20).cookies["session_id"]
-        assert [ask(each, "GET", "/profile", session=session) for each in some.services] == [200] * count
+def test_each_copy_knows_at_once_that_a_session_began_or_ended_on_another(copies: Copies) -> None:
+    form = created(copies, "sessions")
+    for one in copies.services:
+        session = signed_in(one, form)
+        assert [ask(each, "GET", "/profile", session=session) for each in copies.services] == [200] * 4
         assert ask(one, "DELETE", "/sessions", session=session) == 302
-        assert [ask(each, "GET", "/profile", session=session) for each in some.services] == [403] * count
+        assert [ask(each, "GET", "/profile", session=session) for each in copies.services] == [403] * 4
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_what_one_answered_all_know(copies: Callable[..., Copies], count: int) -> None:
-    some, crowd = copies(count, **ROOMY), Crowd()
-    urls = [one.url for one in some.services]
+def test_each_copy_knows_every_change_that_another_answered(copies: Copies) -> None:
+    crowd = Crowd("copies")
+    urls = [one.url for one in copies.services]
     with crowd.using(*urls):
-        assert awaited(lambda: crowd.answered >= 100, 30)
+        assert crowd.goes_on(100)
     assert not crowd.refused
     crowd.check(*urls)
 
 
-def test_of_200_wrong_logins_over_four_copies_10_reach_bcrypt(copies: Callable[..., Copies]) -> None:
-    some = copies(4, **UNMEASURED)
-    assert requests.post(f"{some.url}/users", data=fields("bob"), timeout=20).status_code == 200
-    wrong = {**fields("bob"), "password": "wrong"}
-
-    def guess(_: int) -> requests.Response:
-        return requests.post(f"{some.url}/sessions", data=wrong, timeout=30)
-
-    with ThreadPoolExecutor(16) as pool:
-        statuses = Counter(clean(answer).status_code for answer in pool.map(guess, range(200)))
-    assert statuses == {401: some.compared, 429: 200 - some.compared}
-    assert 0 < some.compared <= 10
-    refused = [sum(event["event"] == "excess_rate_limit_exceeded" for event in events(each)) for each in some.services]
-    assert min(refused) > 0, refused  # nginx asks them all
-
-
-def test_of_32_registrations_of_one_email_over_four_copies_one_wins(copies: Callable[..., Copies]) -> None:
-    url = copies(4, **ROOMY).url
-    answers = at_once(32, lambda _: requests.post(f"{url}/users", data=fields("bob"), timeout=30))
+def test_one_of_32_registrations_of_one_email_over_all_copies_succeeds(copies: Copies) -> None:
+    form = account_form("race")
+    answers = at_once(32, lambda _: requests.post(f"{copies.url}/users", data=form, timeout=30))
     assert answers == {200: 1, 400: 31}
 
 
-def test_of_32_uses_of_a_token_over_four_copies_one_wins(copies: Callable[..., Copies]) -> None:
-    some = copies(4, **ROOMY)
-    assert requests.post(f"{some.url}/users", data=fields("bob"), timeout=20).status_code == 200
-    email = {"email": fields("bob")["email"]}
-    form = {**email, **requests.post(f"{some.services[0].url}/reset_password", data=email, timeout=20).json()}
+def test_one_of_32_uses_of_a_token_over_all_copies_succeeds(copies: Copies) -> None:
+    email = {"email": created(copies, "token")["email"]}
+    form = {**email, **requests.post(f"{copies.services[0].url}/reset_password", data=email, timeout=20).json()}
 
     def reset(number: int) -> requests.Response:
         new = {"new_password": f"new{number}"}
-        return requests.put(f"{some.url}/reset_password", data=form | new, timeout=30)
+        return requests.put(f"{copies.url}/reset_password", data=form | new, timeout=30)
 
     assert at_once(32, reset) == {200: 1, 403: 31}
 
 
-def test_a_copy_that_is_lost_takes_nobody_with_it(copies: Callable[..., Copies]) -> None:
-    some = copies(2, **ROOMY)
-    assert requests.post(f"{some.url}/users", data=fields("bob"), timeout=20).status_code == 200
-    session = requests.post(f"{some.url}/sessions", data=fields("bob"), timeout=20).cookies["session_id"]
-    some.services[0].end(9)
-    cookie = {"Cookie": f"session_id={session}"}
-    answers = [clean(requests.get(f"{some.url}/profile", headers=cookie, timeout=5)) for _ in range(20)]
-    assert {answer.status_code for answer in answers} == {200}
+def test_all_copies_together_compare_at_most_10_wrong_passwords(postgresql: Server, tmp_path: Path) -> None:
+    with running_copies(postgresql, tmp_path, 4, **UNMEASURED) as copies:
+        wrong = {**created(copies, "bob"), "password": "wrong"}
+
+        def guess(_: int) -> requests.Response:
+            return requests.post(f"{copies.url}/sessions", data=wrong, timeout=30)
+
+        with ThreadPoolExecutor(16) as pool:
+            answers = Counter(checked(answer).status_code for answer in pool.map(guess, range(100)))
+        assert answers == {401: copies.compared, 429: 100 - copies.compared}
+        assert 0 < copies.compared <= 10
+        refusals = [
+            sum(event["event"] == "excess_rate_limit_exceeded" for event in events(service))
+            for service in copies.services
+        ]
+        assert min(refusals) > 0, refusals  # nginx distributed the requests over all of them
+
+
+def test_the_other_copies_take_over_from_one_that_is_killed(postgresql: Server, tmp_path: Path) -> None:
+    with running_copies(postgresql, tmp_path, 2, **UNLIMITED) as copies:
+        created(copies, "bob")
+        answer = requests.post(f"{copies.url}/sessions", data=account_form("bob"), timeout=20)
+        copies.services[0].end(9)
+        cookie = {"Cookie": f"session_id={answer.cookies['session_id']}"}
+        answers = [checked(requests.get(f"{copies.url}/profile", headers=cookie, timeout=5)) for _ in range(20)]
+        assert {answer.status_code for answer in answers} == {200}

@@ -1,7 +1,12 @@
-"""The files for systemd: accepted by systemd itself, and their commands and settings by the program."""
+"""The installation: systemd accepts the units, and the program accepts their commands and settings.
+
+The last part installs the service as deploy/README.md says, as one file that the system's own Python runs.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import re
 import shlex
@@ -24,6 +29,7 @@ from settings import PREFIX, Settings
 from storage import DB
 from tests import postgres
 from tests.conftest import HERE, Service, clean_environ
+from tests.product import MODULES, PACKAGES
 from tests.proxies import PASSWORD, Site
 
 DEPLOY = HERE / "deploy"
@@ -33,10 +39,11 @@ SERVICE, DAILY, TIMER = UNITS = tuple(
 ENV = (DEPLOY / "authsvc.env").read_text()
 ENABLED = re.sub("^#(?=[A-Z])", "", ENV, flags=re.MULTILINE)
 STATE, UNPACKED, PROGRAM = "/var/lib/authsvc", "/opt/authsvc/unpacked", "/opt/authsvc/authsvc.pyz"
-MOST_EXPOSURE = 1.5
+MAX_EXPOSURE = 1.5
+COMMON_PASSWORD = "sunshine2026202"  # a word of credentials/common_passwords.txt.gz with digits appended
 
-# Where the two services differ; all else, the hardening before all, is the same.
-OWN = {
+# The entries in which the two services may differ. Everything else, above all the hardening, is the same.
+DIFFERENT = {
     "Type",
     "ExecStart",
     "ExecStartPre",
@@ -78,18 +85,18 @@ def analyze() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 class Installed:
-    """The units' commands and settings, with their folders moved to one of the test's."""
+    """The units' commands and settings, with the folder of the test in place of the system's folders."""
 
     def __init__(self, folder: Path) -> None:
         self.state = folder / "state"
         self.backups = self.state / "backup"
         self.backups.mkdir(parents=True, mode=0o700)
         self.program = folder / "authsvc.pyz"
-        with zipfile.ZipFile(self.program, "w") as archive:  # finds the rest from inside, as the real one does
+        with zipfile.ZipFile(self.program, "w") as archive:  # stands for the one file, and imports the rest from here
             text = f"import sys; sys.path.insert(0, {str(HERE)!r}); import authsvc; sys.exit(authsvc.main())"
             archive.writestr("__main__.py", text)
         self.environ = clean_environ() | {name: self.moved(value) for name, value in variables(ENV).items()}
-        self.environ["TZ"] = f"NOON{time.gmtime().tm_hour - 12:+}"  # no test runs into the next day
+        self.environ["TZ"] = f"NOON{time.gmtime().tm_hour - 12:+}"  # local time is about noon: no test sees midnight
 
     @property
     def database(self) -> Path:
@@ -101,21 +108,22 @@ class Installed:
     def commands(self, unit: Path, *names: str) -> list[list[str]]:
         found = [shlex.split(value) for name in names for value in entries(unit).get(name, [])]
         for value in [part for command in found for part in command]:
-            assert not re.search("[$%]", value.replace("$$", "").replace("%%", "")), "systemd would read it as its own"
+            specifiers = re.search("[$%]", value.replace("$$", "").replace("%%", ""))
+            assert not specifiers, "systemd would replace it"
         unescaped = [[part.replace("$$", "$").replace("%%", "%") for part in command] for command in found]
         python = {"/usr/bin/python3": sys.executable}
         return [[python.get(part, self.moved(part)) for part in command] for command in unescaped]
 
-    def day(self) -> int:
-        """Do what the daily unit does, to the first command that fails; return its code."""
+    def run_daily(self) -> int:
+        """Run the commands of the daily unit until one fails; return its exit code."""
         for command in self.commands(DAILY, "ExecStartPre", "ExecStart"):
             done = subprocess.run(command, env=self.environ, capture_output=True, text=True, umask=0o077, timeout=60)
             if done.returncode:
                 return done.returncode
         return 0
 
-    def saved(self) -> dict[str, list[str]]:
-        """The emails in each backup."""
+    def backed_up(self) -> dict[str, list[str]]:
+        """Return the emails in each backup."""
         found = {}
         for path in self.backups.iterdir():
             with closing(sqlite3.connect(path)) as db:
@@ -136,7 +144,7 @@ def add_user(database: Path, email: str) -> None:
 # systemd
 
 
-def test_systemd_accepts_the_units_and_tells_a_wrong_one(
+def test_systemd_accepts_the_units_and_detects_a_wrong_one(
     analyze: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     done = analyze("verify", *UNITS)
@@ -147,27 +155,29 @@ def test_systemd_accepts_the_units_and_tells_a_wrong_one(
 
 
 @pytest.mark.parametrize("unit", [SERVICE, DAILY], ids=lambda unit: unit.name)
-def test_a_unit_is_little_exposed(unit: Path, analyze: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_systemd_rates_the_exposure_of_each_unit_as_low(
+    unit: Path, analyze: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     done = analyze("security", "--offline=yes", unit)
     found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
     assert found, done.stderr
-    assert float(found[1]) <= MOST_EXPOSURE
+    assert float(found[1]) <= MAX_EXPOSURE
 
 
-def test_the_daily_unit_is_held_as_the_service_is() -> None:
+def test_the_daily_unit_is_hardened_like_the_service() -> None:
     service, daily = ({**entries(unit)} for unit in (SERVICE, DAILY))
     only_service = {"After", "StartLimitIntervalSec", "StartLimitBurst", "WantedBy", "Description"}
-    assert {name: value for name, value in service.items() if name not in OWN | only_service} == {
-        name: value for name, value in daily.items() if name not in OWN | {"Description"}
+    assert {name: value for name, value in service.items() if name not in DIFFERENT | only_service} == {
+        name: value for name, value in daily.items() if name not in DIFFERENT | {"Description"}
     }
 
 
-def test_of_what_is_refused_a_thread_may_only_lower_its_priority() -> None:
-    # Without it the threads that hash end, and no login is answered.
+def test_the_only_extra_system_call_lowers_the_priority_of_threads() -> None:
+    # Without it the hashing threads exit, and no login is answered.
     allowed = entries(DAILY)["SystemCallFilter"]
     assert allowed == ["@system-service", "~@privileged @resources"]
     assert entries(SERVICE)["SystemCallFilter"] == [*allowed, "setpriority"]
-    assert "os.setpriority(" in (HERE / "lanes.py").read_text()
+    assert "os.setpriority(" in (HERE / "web" / "server.py").read_text()
 
 
 def test_the_service_can_reach_a_mail_server() -> None:
@@ -177,7 +187,7 @@ def test_the_service_can_reach_a_mail_server() -> None:
 
 
 @pytest.mark.parametrize("unit", [SERVICE, DAILY], ids=lambda unit: unit.name)
-def test_user_folders_and_settings_go_together(unit: Path) -> None:
+def test_user_folders_and_settings_match(unit: Path) -> None:
     found, settings = entries(unit), variables(ENV)
     [user] = found["User"]
     assert found["Group"] == [user]
@@ -186,7 +196,7 @@ def test_user_folders_and_settings_go_together(unit: Path) -> None:
     assert found["StateDirectoryMode"] == ["0700"]
     assert found["UMask"] == ["0077"]
     assert f"/var/lib/{user}" == STATE == os.path.dirname(settings["AUTHSVC_DATABASE"])
-    assert settings["SHIV_ROOT"] == UNPACKED  # root's, where the user of the units cannot write
+    assert settings["SHIV_ROOT"] == UNPACKED  # it belongs to root, so the user of the units cannot write there
     assert found["ProtectSystem"] == ["strict"]
     assert f"SHIV_ROOT=$(DESTDIR){UNPACKED}" in (HERE / "Makefile").read_text()
     assert found["EnvironmentFile"] == ["/etc/authsvc/authsvc.env"]
@@ -195,7 +205,7 @@ def test_user_folders_and_settings_go_together(unit: Path) -> None:
 def test_the_mail_password_is_where_the_settings_say() -> None:
     name, _, source = entries(SERVICE)["LoadCredential"][0].partition(":")
     assert variables(ENABLED)["AUTHSVC_SMTP_PASSWORD_FILE"] == f"/run/credentials/{SERVICE.name}/{name}"
-    assert "/" not in source  # by a path, a missing file would fail the start
+    assert "/" not in source  # with a path, a missing file would prevent the start
     assert f"/etc/credstore/{source}" in SERVICE.read_text()
     assert f"/etc/credstore/{source}" in ENV
 
@@ -203,21 +213,23 @@ def test_the_mail_password_is_where_the_settings_say() -> None:
 # Settings
 
 
-def test_every_name_is_a_setting() -> None:
+def test_every_name_in_the_file_is_a_setting() -> None:
     names = {name for name in variables(ENABLED) if name.startswith(PREFIX)}
     assert names <= {PREFIX + field.name.upper() for field in fields(Settings)}
     assert names == set(re.findall(PREFIX + "[A-Z_]+", ENV))
 
 
-@pytest.mark.parametrize(("text", "mails"), [(ENV, False), (ENABLED, True)], ids=["as it is", "with mail"])
-def test_the_settings_are_accepted(text: str, mails: bool) -> None:
+@pytest.mark.parametrize(("text", "has_mail"), [(ENV, False), (ENABLED, True)], ids=["unchanged", "with mail"])
+def test_the_settings_are_accepted(text: str, has_mail: bool) -> None:
     settings = Settings.from_environ(variables(text))
     assert settings.production
-    assert bool(settings.smtp_server) == mails
-    assert settings.warnings() == ([] if mails else ["no AUTHSVC_SMTP_URL: nobody can be mailed a reset link"])
+    assert bool(settings.smtp_server) == has_mail
+    assert settings.warnings() == (
+        [] if has_mail else ["AUTHSVC_SMTP_URL is not set: password reset links cannot be mailed"]
+    )
 
 
-def test_a_shell_reads_what_systemd_reads(tmp_path: Path) -> None:
+def test_a_shell_reads_the_same_settings_as_systemd(tmp_path: Path) -> None:
     file = tmp_path / "env"
     file.write_text(ENABLED)
     script = f"set -a; . {shlex.quote(str(file))}; env -0"
@@ -229,6 +241,7 @@ def test_a_shell_reads_what_systemd_reads(tmp_path: Path) -> None:
 # Commands
 
 
+@pytest.mark.process
 def test_the_service_starts_by_its_command_and_ends_by_sigterm(installed: Installed) -> None:
     [command] = installed.commands(SERVICE, "ExecStart")
     environ = installed.environ | {"AUTHSVC_LISTEN": "127.0.0.1:0"}
@@ -245,76 +258,107 @@ def test_the_service_starts_by_its_command_and_ends_by_sigterm(installed: Instal
 
 
 @pytest.mark.slow  # two days of three processes each
+@pytest.mark.process
 def test_a_second_run_replaces_the_backup_of_the_day(installed: Installed) -> None:
     add_user(installed.database, "bob@example.com")
-    assert installed.day() == 0
-    [(name, emails)] = installed.saved().items()
+    assert installed.run_daily() == 0
+    [(name, emails)] = installed.backed_up().items()
     assert re.fullmatch("authsvc-[1-7][.]db", name)
     assert emails == ["bob@example.com"]
     add_user(installed.database, "eve@example.com")
     (installed.backups / "authsvc-new.db").touch()
     (installed.backups / ".authsvc-new.db.ab12cd34").touch()
-    assert installed.day() == 0
-    assert installed.saved() == {name: ["bob@example.com", "eve@example.com"]}
+    assert installed.run_daily() == 0
+    assert installed.backed_up() == {name: ["bob@example.com", "eve@example.com"]}
     assert (installed.backups / name).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
-def test_a_backup_that_fails_costs_none(installed: Installed) -> None:
+@pytest.mark.process
+def test_a_backup_that_fails_costs_no_former_backup(installed: Installed) -> None:
     add_user(installed.database, "bob@example.com")
-    assert installed.day() == 0
-    before = installed.saved()
+    assert installed.run_daily() == 0
+    before = installed.backed_up()
     installed.database.unlink()
-    assert installed.day() == 1
-    assert installed.saved() == before
+    assert installed.run_daily() == 1
+    assert installed.backed_up() == before
 
 
-# The way from a bare machine, and the service in one file
+# The installation, and the service as one file
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository. Builds in it disturb neither the repository nor another test process."""
+    folder = tmp_path_factory.mktemp("checkout") / "tree"
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns(".*", "__pycache__", "dist", "build", "*.db*"))
+    (folder / ".venv").symlink_to(sys.prefix)
+    return folder
+
+
+def build(tree: Path, *options: str) -> Path:
+    """Return the service as one file, which is built at the first call."""
+    packed = tree / ("dist/authsvc-postgres.pyz" if "POSTGRES=1" in options else "dist/authsvc.pyz")
+    with (Path(sys.prefix) / "pyvenv.cfg").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # make may install packages into the environment of these tests
+        done = subprocess.run(
+            ["make", "-s", "pyz", *options], cwd=tree, capture_output=True, text=True, timeout=300, env=clean_environ()
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return packed
 
 
 class Packed(Service):
-    """The service as it is installed: one file, run by the system's own Python."""
+    """The service as it is installed: one file that the system's own Python runs."""
 
-    def __init__(self, root: Path, folder: Path, **environ: str) -> None:
-        (unit,) = entries(root / "etc/systemd/system/authsvc.service")["ExecStart"]
-        self.program = tuple(unit.replace(PROGRAM, f"{root}{PROGRAM}").split())
-        settings = variables((root / "etc/authsvc/authsvc.env").read_text())
-        own = {
+    def __init__(self, root: Path, folder: Path, command: str, settings: str, **environ: str) -> None:
+        self.program = tuple(command.replace(PROGRAM, f"{root}{PROGRAM}").split())
+        moved = {
             "AUTHSVC_LISTEN": "127.0.0.1:0",
             "AUTHSVC_DATABASE": f"{folder}/authsvc.db",
             "SHIV_ROOT": f"{root}{UNPACKED}",
         }
-        super().__init__(folder, **{**settings, **environ, **own})
+        super().__init__(folder, **{**variables(settings), **environ, **moved})
+
+
+def move_wrapper(wrapper: str, root: Path, service: Service) -> str:
+    """Return the text of the wrapper "authsvc" for a service below another root, with the settings of that service."""
+    settings = service.folder / "authsvc.env"
+    settings.write_text("".join(f"{name}={value}\n" for name, value in service.environ.items()))
+    for before, after in {
+        "/etc/authsvc/authsvc.env": str(settings),
+        "runuser -u authsvc -- ": "",  # this machine does not have that user
+        PROGRAM: f"{root}{PROGRAM}",
+    }.items():
+        assert before in wrapper
+        wrapper = wrapper.replace(before, after)
+    return wrapper
 
 
 class Machine:
-    """A machine's root in a folder, in which the commands of deploy/README.md are typed."""
+    """A folder that stands for a machine's root, in which the commands of deploy/README.md are typed."""
 
-    def __init__(self, folder: Path) -> None:
-        self.tree, self.root, self.folder = folder / "tree", folder / "root", folder / "site"
-        shutil.copytree(HERE, self.tree, ignore=shutil.ignore_patterns(".*", "__pycache__", "dist", "build", "*.db*"))
-        (self.tree / ".venv").symlink_to(sys.prefix)
-        (self.root / "etc/nginx/conf.d").mkdir(parents=True)  # as Debian's package does
+    def __init__(self, folder: Path, tree: Path) -> None:
+        self.tree, self.root, self.folder = tree, folder / "root", folder / "site"
+        (self.root / "etc/nginx/conf.d").mkdir(parents=True)  # Debian's package makes this folder
         self.folder.mkdir()
-        self.services: list[Packed] = []
-        self.sites: list[Site] = []
+        self.site: Site | None = None
 
     def type(self, command: str) -> str:
-        """Do what a command does, as far as it can be done here; return what it prints."""
+        """Run a command as far as it can run here; return its output."""
         match command.split():
             case ["apt-get" | "certbot", *_]:
-                return ""  # would change this machine, or ask for a name on the internet
+                return ""  # would change this machine, or need a name on the internet
             case ["systemctl", "enable", "--now", *names]:
                 assert all((self.root / "etc/systemd/system" / name).exists() for name in names)
-                return ""  # with the proxy, whose port it must know
+                return ""  # started together with nginx, because its settings name the port of nginx
             case ["systemctl", "reload", "nginx"]:
                 self.start_site()
                 return ""
             case ["curl", *arguments]:
-                there = f"--cacert {self.folder}/authority.pem --connect-to ::127.0.0.1:{self.sites[0].port}"
-                return self.run(f"curl -s {there} {' '.join(arguments)}")
-            case ["authsvc", *_]:
-                self.move_wrapper()
+                assert self.site
+                options = f"--cacert {self.folder}/authority.pem --connect-to ::127.0.0.1:{self.site.port}"
+                return self.run(f"curl -s {options} {' '.join(arguments)}")
         return self.run(command)
 
     def run(self, command: str) -> str:
@@ -334,98 +378,176 @@ class Machine:
         return done.stdout
 
     def start_site(self) -> None:
-        class Installed(Site):
-            deploy = self.folder / "configuration"
-
-        def start(**environ: str) -> Service:
-            self.services.append(Packed(self.root, self.folder, **environ))
-            return self.services[-1]
-
-        text = (self.root / "etc/nginx/conf.d/authsvc.conf").read_text()
-        (self.folder / "configuration").mkdir()
-        (self.folder / "configuration/nginx.conf").write_text(text)
-        self.sites.append(Installed("nginx", self.folder, start))
-
-    def move_wrapper(self) -> None:
-        settings = "".join(f"{name}={value}\n" for name, value in self.services[0].environ.items())
-        (self.folder / "authsvc.env").write_text(settings)
+        configuration = self.folder / "configuration"
+        configuration.mkdir()
+        (configuration / "nginx.conf").write_text((self.root / "etc/nginx/conf.d/authsvc.conf").read_text())
+        [command] = entries(self.root / "etc/systemd/system/authsvc.service")["ExecStart"]
+        settings = (self.root / "etc/authsvc/authsvc.env").read_text()
+        start = functools.partial(Packed, self.root, self.folder, command, settings)
+        self.site = Site("nginx", self.folder, start=start, configuration=configuration)
+        assert self.site.service
         wrapper = self.root / "usr/local/sbin/authsvc"
-        text = wrapper.read_text()
-        for former, new in {
-            "/etc/authsvc/authsvc.env": f"{self.folder}/authsvc.env",
-            "runuser -u authsvc -- ": "",  # there is no such user here
-            PROGRAM: f"{self.root}{PROGRAM}",
-        }.items():
-            assert former in text
-            text = text.replace(former, new)
-        wrapper.write_text(text)
+        wrapper.write_text(move_wrapper(wrapper.read_text(), self.root, self.site.service))
 
     def close(self) -> None:
-        for part in self.services:
-            part.end()
-        for site in self.sites:
-            site.close()
+        if self.site:
+            self.site.close()
 
 
-@pytest.mark.slow  # packs the service, starts it and nginx
-def test_the_commands_of_the_readme_guard_an_application(tmp_path: Path) -> None:
+@pytest.mark.slow  # builds the service, starts it and nginx
+@pytest.mark.process
+@pytest.mark.proxies
+def test_the_commands_of_the_readme_protect_an_application(tmp_path: Path, tree: Path) -> None:
+    build(tree)
     text = (DEPLOY / "README.md").read_text().partition("```console\n")[2].partition("```")[0]
     commands = re.findall("^# (.*)$", text, re.MULTILINE)
     assert 5 <= len(commands) <= 10
-    with closing(Machine(tmp_path)) as machine:
-        said = [machine.type(command) for command in commands]
-        assert '{"message": "ok"}' in said
-        (site,) = machine.sites
-        token = dict(part.split("=", 1) for part in said[-1].strip().partition("#")[2].split("&"))["token"]
-        form = {"email": "you@example.com", "reset_token": token, "new_password": PASSWORD}
-        assert site.ask("PUT", f"{site.auth}/reset_password", form).status == 200
-        assert site.ask("GET", f"{site.app}/").status == 302
-        reply = site.ask("GET", f"{site.app}/", cookie=site.log_in("you@example.com"))
+    with closing(Machine(tmp_path, tree)) as machine:
+        outputs = [machine.type(command) for command in commands]
+        assert '{"message": "ok"}' in outputs
+        site = machine.site
+        assert site
+        token = dict(part.split("=", 1) for part in outputs[-1].strip().partition("#")[2].split("&"))["token"]
+        form = {"email": "you@example.com", "reset_token": token}
+        common = site.request("PUT", f"{site.auth}/reset_password", {**form, "new_password": COMMON_PASSWORD})
+        assert (common.status, "common" in common.json["message"]) == (400, True)
+        assert site.request("PUT", f"{site.auth}/reset_password", {**form, "new_password": PASSWORD}).status == 200
+        assert site.request("GET", f"{site.app}/").status == 302
+        reply = site.request("GET", f"{site.app}/", cookie=site.sign_in("you@example.com"))
         assert reply.json["headers"]["remote-user"] == ["you@example.com"]
 
 
+# An installation of the first release: what its "make install" wrote, with a setting that the operator changed. Its
+# wrapper and its daily commands are those of deploy/ at that time.
+FORMER_COMMAND = "/usr/bin/python3 -sP /opt/authsvc/authsvc.pyz"
+FORMER_DAILY = (
+    "/usr/bin/find /var/lib/authsvc/backup -maxdepth 1 -type f -name *authsvc-new.db* -delete",
+    "/usr/bin/python3 -sP /opt/authsvc/authsvc.pyz backup /var/lib/authsvc/backup/authsvc-new.db",
+    "/bin/mv -f /var/lib/authsvc/backup/authsvc-new.db /var/lib/authsvc/backup/authsvc-1.db",
+    "/usr/bin/python3 -sP /opt/authsvc/authsvc.pyz prune",
+)
+FORMER_SETTINGS = """\
+AUTHSVC_PUBLIC_URL=https://auth.example.com
+AUTHSVC_COOKIE_DOMAIN=example.com
+AUTHSVC_TRUSTED_PROXY=127.0.0.1
+AUTHSVC_LISTEN=127.0.0.1:5000
+AUTHSVC_DATABASE=/var/lib/authsvc/authsvc.db
+AUTHSVC_REGISTRATION=closed
+SHIV_ROOT=/opt/authsvc/unpacked
+"""
+FORMER_WRAPPER = """\
+#!/bin/sh
+set -ae
+. /etc/authsvc/authsvc.env
+HOME=/var/lib/authsvc
+exec runuser -u authsvc -- /usr/bin/python3 -sP /opt/authsvc/authsvc.pyz "$@"
+"""
+FORMER_PASSWORDS = {"bob@example.com": "b4l0u", "carol@example.com": "c4r0l"}  # in tests/first_release.db
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+def test_an_installation_of_the_first_release_works_with_the_new_file(tmp_path: Path, tree: Path) -> None:
+    root, state = tmp_path / "root", tmp_path / "state"
+    settings = root / "etc/authsvc/authsvc.env"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(FORMER_SETTINGS)
+    (state / "backup").mkdir(parents=True)
+    shutil.copyfile(HERE / "tests" / "first_release.db", state / "authsvc.db")
+    (state / "authsvc.db").chmod(0o600)
+    with closing(sqlite3.connect(state / "authsvc.db", isolation_level=None)) as former:
+        [[latest]] = former.execute("SELECT max(last_seen_at) FROM sessions")
+        columns = "created_at", "last_seen_at", "expires_at"
+        shifted = ", ".join(f"{column} = {column} + {int(time.time()) - latest}" for column in columns)
+        former.execute(f"UPDATE sessions SET {shifted}")  # the file was made with a clock of its own
+    build(tree)
+    subprocess.run(["make", "-s", "install", f"DESTDIR={root}"], cwd=tree, check=True, capture_output=True, timeout=300)
+    assert settings.read_text() == FORMER_SETTINGS  # the operator's settings are kept
+    assert entries(root / "etc/systemd/system/authsvc.service")["ExecStart"] == [FORMER_COMMAND]
+
+    service = Packed(root, state, FORMER_COMMAND, FORMER_SETTINGS, AUTHSVC_BCRYPT_COST="10")
+    try:
+        proxied = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https"}
+        for email, password in FORMER_PASSWORDS.items():
+            form = {"email": email, "password": password}
+            assert requests.post(f"{service.url}/sessions", form, headers=proxied, timeout=30).status_code == 200
+        new = {"email": "new@example.com", "password": PASSWORD}
+        assert requests.post(f"{service.url}/users", new, headers=proxied, timeout=30).status_code == 403
+        assert requests.get(f"{service.url}/login", headers=proxied, timeout=30).status_code == 200
+
+        wrapper = tmp_path / "authsvc"
+        wrapper.write_text(move_wrapper(FORMER_WRAPPER, root, service))
+        for arguments, code, output in (
+            (["user", "list"], 0, "bob@example.com"),
+            (["check"], 1, "database  ok"),  # 1 because no mail server is set
+            (["--help"], 0, "usage: "),
+        ):
+            done = subprocess.run(
+                ["/bin/sh", wrapper, *arguments], env=clean_environ(), capture_output=True, text=True, timeout=60
+            )
+            assert (done.returncode, done.stderr) == (code, ""), done.stdout
+            assert output in done.stdout
+
+        environ = {**clean_environ(), **service.environ}
+        for command in FORMER_DAILY:
+            moved = shlex.split(command.replace(PROGRAM, f"{root}{PROGRAM}").replace(STATE, str(state)))
+            subprocess.run(moved, env=environ, check=True, capture_output=True, timeout=60)
+        with closing(sqlite3.connect(state / "backup/authsvc-1.db")) as backup:
+            assert backup.execute("SELECT count(*) FROM users").fetchone() == (3,)
+    finally:
+        assert service.end() == 0
+
+
 class Alone(Service):
-    """The one file and nothing else of ours, run by the system's Python."""
+    """The one file and nothing else of the project, run by the system's Python."""
 
     program = "/usr/bin/python3", "-I", "authsvc.pyz"
 
-    def __init__(self, folder: Path, packed: str, *options: str, **environ: str) -> None:
-        subprocess.run(["make", "-s", "-C", HERE, "pyz", *options], check=True, capture_output=True, timeout=300)
+    def __init__(self, folder: Path, packed: Path, **environ: str) -> None:
         (folder / "alone").mkdir()
-        shutil.copy(HERE / packed, folder / "alone/authsvc.pyz")
-        super().__init__(folder / "alone", SHIV_ROOT=str(folder), **environ)
+        shutil.copy(packed, folder / "alone/authsvc.pyz")
+        super().__init__(folder / "alone", SHIV_ROOT=str(folder / "unpacked"), **environ)
 
-    def walk(self) -> None:
-        """Have main.py ask for everything."""
+    def use(self) -> None:
+        """Let main.py send a request to every route."""
         command = [sys.executable, str(HERE / "main.py")]
-        subprocess.run(command, env={**os.environ, "AUTHSVC_URL": self.url}, check=True, timeout=60)
+        subprocess.run(command, env={**os.environ, "AUTHSVC_URL": self.url}, check=True, timeout=120)
 
 
-@pytest.mark.slow  # packs the service
-def test_one_file_is_all_that_the_service_needs(tmp_path: Path) -> None:
-    service = Alone(tmp_path, "dist/authsvc.pyz")
+def product_files() -> set[str]:
+    """Return the path of every file of the service, relative to the repository."""
+    files = [path for package in PACKAGES for path in (HERE / package).rglob("*") if path.is_file()]
+    files += [*MODULES.values(), *HERE.glob("*.sql")]
+    return {str(path.relative_to(HERE)) for path in files if "__pycache__" not in path.parts}
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+def test_the_service_needs_one_file_only(tmp_path: Path, tree: Path) -> None:
+    service = Alone(tmp_path, build(tree))
     try:
-        service.walk()
+        service.use()
         for page in ("login", "pages/style.css", "pages/script.js"):
-            assert requests.get(f"{service.url}/{page}", timeout=10).ok
+            assert requests.get(f"{service.url}/{page}", timeout=30).ok
         assert "usage: authsvc.py" in service.command("--help")
     finally:
         assert service.end() == 0
-    names = zipfile.ZipFile(service.folder / "authsvc.pyz").namelist()
+    names = set(zipfile.ZipFile(service.folder / "authsvc.pyz").namelist())
+    assert {f"site-packages/{name}" for name in product_files()} <= names
     assert not [name for name in names if re.search("requests|psycopg|main.py$|tests|conftest", name)]
     environ = {**clean_environ(), **service.environ, "AUTHSVC_DATABASE": "postgresql://127.0.0.1:1/x"}
-    done = subprocess.run(service.program, cwd=service.folder, env=environ, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(service.program, cwd=service.folder, env=environ, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("authsvc: PostgreSQL needs psycopg: ")
 
 
-@pytest.mark.slow  # packs the service
+@pytest.mark.slow  # builds the service
 @pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
-def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, postgresql: postgres.Server) -> None:
-    place = postgresql.new_place()
-    service = Alone(tmp_path, "dist/authsvc-postgres.pyz", "POSTGRES=1", AUTHSVC_DATABASE=place)
+def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, tree: Path, postgresql: postgres.Server) -> None:
+    packed = build(tree, "POSTGRES=1")
+    service = Alone(tmp_path, packed, AUTHSVC_DATABASE=postgresql.new_database())
     try:
-        service.walk()
+        service.use()
         assert "PostgreSQL" in service.log
     finally:
         assert service.end() == 0

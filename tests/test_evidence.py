@@ -1,4 +1,4 @@
-"""The evidence: asvs.toml is whole and names tests that exist, and SECURITY.md says what the code does."""
+"""docs/asvs.toml is complete and names tests that exist, and the security pages match the code."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from pathlib import Path
 
 import pytest
 
-import authsvc
-import mailer
-import throttle
+import auth
+import mail
+import rate_limit
 from settings import Settings
 from storage import DB
 from tests import evidence
 from tests.conftest import HERE, Clock
+from tests.product import TREES
 
 ENTRIES = evidence.load()
-PAGE = evidence.PAGE.read_text()
-ROOMS = sorted(path.stem for path in HERE.glob("*.py") if path.stem != "main")
-TREES = {room: ast.parse((HERE / f"{room}.py").read_text()) for room in ROOMS}
+EVIDENCE = evidence.PAGE.read_text()
+SECURITY = (HERE / "SECURITY.md").read_text()
+REFERENCE = (HERE / "docs" / "security" / "reference.md").read_text()
 
-# What is missing, and what level 1 leaves to who holds the certificate.
+# Requirements of each level that are not met. Level 1 leaves TLS to the operator, who holds the certificate.
 GAPS: dict[int, set[str]] = {1: set(), 2: set()}
 OPERATORS = {"V12.1.1", "V12.2.1", "V12.2.2"}
 
-# Numbers that say nothing of a limit.
+# Numbers that limit nothing, so that the reference does not list them.
 NO_LIMITS = {
-    "admin.PROGRESS_STEP",
-    "admin.PRUNE_REST",
-    "lanes.HASHING_NICENESS",
-    "passwords.CORES",
-    "database.LOCK_INTERVAL",
-    "database.VERSION",
-    "storage_postgres.VERSION",
-    "throttle.DEVELOPMENT_FACTOR",
+    "auth.LOGIN_TRIES",
+    "cli.commands.PROGRESS_STEP",
+    "cli.commands.PRUNE_PAUSE",
+    "credentials.passwords.CORES",
+    "engines.schema.POSTGRES_VERSION",
+    "engines.schema.SQLITE_VERSION",
+    "engines.sqlite.LOCK_INTERVAL",
+    "engines.sqlite.MIN_FILE_BYTES",
+    "rate_limit.DEVELOPMENT_FACTOR",
+    "storage.LOOKUP_BATCH",
+    "web.server.HASHING_NICENESS",
 }
 
-# V6.1.2 and its like ask that something is written down: what it is, and words that only its section has.
-SAID = {
+# V6.1.2 and similar requirements ask for documentation: the subject, and words that only its section has.
+IN_REFERENCE = {
     "fields that must agree": "`reset_token`, once, with the email it belongs to",
     "browser features": "`Sec-Fetch-Site` (browsers since 2023)",
     "context words": "**context words**",
@@ -55,15 +59,21 @@ SAID = {
     "how hashes move": "moves to a new one when its user next logs in",
     "communications": "No input names a host or a file",
     "classes of data": "| secret | passwords, session ids, reset tokens |",
-    "time to mend": "within 7 days when it is critical",
     "what is costly": "What is costly is a password hash",
     "risky components": "Bottle (one maintainer",
     "dangerous functions": "handle hostile bytes",
 }
+IN_SECURITY = {
+    "times to fix": (
+        "A critical vulnerability (an account or the database can be taken over) is fixed within 7 days, "
+        "a vulnerability of high severity within 30 days, and any other within 90 days."
+    ),
+    "packages": "The same times apply to vulnerabilities in the packages that authsvc depends on.",
+}
 
 
 def collected() -> set[str]:
-    """Every test there is, as pytest names it without parameters."""
+    """Return every test, as pytest names it without parameters."""
     return {
         f"tests/{path.name}::{node.name}"
         for path in (HERE / "tests").glob("test_*.py")
@@ -73,7 +83,15 @@ def collected() -> set[str]:
 
 
 def section(heading: str) -> str:
-    return PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    """Return the text of a section of the reference."""
+    found = REFERENCE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    assert found, f"the reference has no section {heading!r}"
+    return found
+
+
+def text_of(page: str) -> str:
+    """Return a page or section without its line breaks."""
+    return " ".join(page.split())
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -82,17 +100,23 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def numbers() -> dict[str, float]:
-    """Each limit of the code by the name that SECURITY.md has for it."""
+    """Return each number in the settings and among the constants of the code, by the name that the reference uses."""
     settings = {f"AUTHSVC_{name.upper()}": getattr(Settings(), name) for name in Settings.__dataclass_fields__}
     found: dict[str, float] = {name: value for name, value in settings.items() if type(value) is int}
-    for room in ROOMS:
-        module = importlib.import_module(room)
-        for node in TREES[room].body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                name = node.targets[0].id
-                if name.isupper() and isinstance(getattr(module, name), int | float):
-                    found[f"{room}.{name}"] = getattr(module, name)
+    for module, tree in TREES.items():
+        for node in tree.body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            if isinstance(target, ast.Name) and target.id.isupper():
+                value = getattr(importlib.import_module(module), target.id)
+                if isinstance(value, int | float):
+                    found[f"{module}.{target.id}"] = value
     return found
+
+
+def refusals(error: type[auth.AuthError]) -> set[type[auth.AuthError]]:
+    """Return all subclasses of a class of errors."""
+    kinds = set(error.__subclasses__())
+    return kinds.union(*(refusals(kind) for kind in kinds))
 
 
 # asvs.toml
@@ -105,7 +129,7 @@ def test_every_requirement_is_there_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=[entry["id"] for entry in ENTRIES])
-def test_an_entry_is_whole(entry: evidence.Requirement) -> None:
+def test_an_entry_has_all_its_fields(entry: evidence.Requirement) -> None:
     assert entry["status"] in evidence.STATUSES
     assert entry.keys() <= {"id", "level", "requirement", "status", "how", "test", "reason"}
     assert 0 < len(entry["how"]) < 160
@@ -118,7 +142,7 @@ def test_every_named_test_exists() -> None:
 
 
 @pytest.mark.parametrize("level", GAPS)
-def test_nothing_is_missing(level: int) -> None:
+def test_no_requirement_of_levels_1_and_2_is_missing(level: int) -> None:
     missing = {entry["id"] for entry in ENTRIES if entry["level"] == level and entry["status"] in ("gap", "deviation")}
     assert missing == GAPS[level]
 
@@ -128,19 +152,19 @@ def test_only_tls_is_left_to_the_operator_at_level_1() -> None:
     assert left == OPERATORS
 
 
-# SECURITY.md
+# docs/security/asvs.md
 
 
 def test_the_evidence_is_up_to_date() -> None:
-    assert evidence.rendered(PAGE, ENTRIES) == PAGE
+    assert evidence.rendered(EVIDENCE, ENTRIES) == EVIDENCE
 
 
-def test_the_command_counts_and_tells_when_the_page_is_old(
+def test_the_evidence_command_counts_and_fails_for_an_outdated_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evidence.main([]) == 0
     assert capsys.readouterr().out.split()[-1] == str(len(ENTRIES))
-    old = tmp_path / "SECURITY.md"
+    old = tmp_path / "asvs.md"
     old.write_text(f"before\n{evidence.BEGIN}old\n{evidence.END}after\n")
     monkeypatch.setattr(evidence, "PAGE", old)
     assert evidence.main([]) == 1
@@ -149,48 +173,59 @@ def test_the_command_counts_and_tells_when_the_page_is_old(
     assert old.read_text().endswith("after\n")
 
 
-def test_the_throttle_table_is_that_of_the_code(db: DB, settings: Settings, clock: Clock) -> None:
-    counter = throttle.Throttle(db, settings, clock)
+# docs/security/reference.md and SECURITY.md
+
+
+def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock: Clock) -> None:
+    limiter = rate_limit.RateLimiter(db.rate_limits, settings, clock)
     buckets = [
-        *counter.login("bob", "1.2.3.4"),
-        *counter.registration("1.2.3.4"),
-        *counter.code("bob", "5.6.7.8"),
-        *counter.reset_request("bob", "1.2.3.4"),
-        *counter.reset_confirmation("1.2.3.4"),
+        *limiter.login("bob", "1.2.3.4"),
+        *limiter.registration("1.2.3.4"),
+        *limiter.code("bob", "5.6.7.8"),
+        *limiter.reset_request("bob", "1.2.3.4"),
+        *limiter.reset_confirmation("1.2.3.4"),
     ]
-    counter.remember(db.add_user("bob", "!").id, "bob", "1.2.3.4")
-    buckets += counter.code("bob", "1.2.3.4")
+    limiter.remember(db.add_user("bob", "!").id, "bob", "1.2.3.4")
+    buckets += limiter.code("bob", "1.2.3.4")
     in_development = Counter((size, interval) for _, size, interval in buckets)
-    constants = {name: value for name, value in vars(throttle).items() if name.isupper() and isinstance(value, tuple)}
-    said = {}
-    for what, size, interval, development in rows("The throttle")[2:]:
-        said[re.findall("`(.*)`", what)[0]] = int(size), int(interval.removesuffix(" s"))
+    constants = {name: value for name, value in vars(rate_limit).items() if name.isupper() and isinstance(value, tuple)}
+    documented = {}
+    for what, size, interval, development in rows("Rate limits")[2:]:
+        documented[re.findall("`(.*)`", what)[0]] = int(size), int(interval.removesuffix(" s"))
         in_development.subtract([(int(development), int(interval.removesuffix(" s")))])
-    assert said == constants
+    assert documented == constants
     assert not any(in_development.values())
 
 
 @pytest.mark.parametrize("name", sorted(numbers().keys() - NO_LIMITS))
-def test_a_number_in_a_table_is_that_of_the_code(name: str) -> None:
+def test_a_number_in_a_table_matches_the_code(name: str) -> None:
     if name == "AUTHSVC_BCRYPT_COST":
-        assert "bcrypt of cost 12" in section("Passwords")
-        assert "at cost 12 (`AUTHSVC_BCRYPT_COST`)" in section("Limits")
+        assert "bcrypt of cost 12" in text_of(section("Passwords"))
+        assert "at cost 12 (`AUTHSVC_BCRYPT_COST`)" in text_of(section("Limits"))
         assert numbers()[name] == 12
         return
-    said = [row[1] for row in rows("Lifetimes") + rows("Limits") if f"`{name}`" in row[0]]
-    assert [float(re.findall("[0-9]+", number)[0]) for number in said] == [numbers()[name]]
+    documented = [row[1] for row in rows("Lifetimes") + rows("Limits") if f"`{name}`" in row[0]]
+    assert [float(re.findall(r"[0-9]+(?:\.[0-9]+)?", number)[0]) for number in documented] == [numbers()[name]]
 
 
-def test_the_retries_are_those_of_the_code() -> None:
-    *first, last = map(str, mailer.RETRIES)
-    assert f"tried again after {', '.join(first)} and {last} s" in section("Limits")
+def test_every_limit_in_a_table_exists_in_the_code() -> None:
+    documented = {
+        name for row in rows("Lifetimes") + rows("Limits") for name in re.findall(r"`([\w.]+\.[A-Z_]+)`", row[0])
+    }
+    assert documented <= numbers().keys()
+    assert numbers().keys() >= NO_LIMITS
 
 
-def test_every_event_of_the_log_is_listed() -> None:
-    events = set(authsvc.EVENTS.values())
+def test_the_documented_mail_retries_match_the_code() -> None:
+    *first, last = map(str, mail.RETRIES)
+    assert f"tried again after {', '.join(first)} and {last} s" in text_of(section("Limits"))
+
+
+def test_every_log_event_is_documented() -> None:
+    events = {error.event for error in refusals(auth.AuthError) if error.event}
     for tree in TREES.values():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and re.search(r"\b_?log$", ast.unparse(node.func)) and node.args:
+            if isinstance(node, ast.Call) and re.search(r"\b_?log(_event)?$", ast.unparse(node.func)) and node.args:
                 events |= set(re.findall("'([a-z]+_[a-z_]+)'", ast.unparse(node.args[0])))
     assert {event for row in rows("The log")[2:] for event in re.findall("`([a-z_]+)`", row[0])} == events
 
@@ -214,6 +249,11 @@ def test_the_inventory_of_cryptography_is_complete() -> None:
     assert listed == used | named
 
 
-@pytest.mark.parametrize("words", SAID.values(), ids=SAID.keys())
-def test_security_md_says(words: str) -> None:
-    assert words in " ".join(PAGE.split())
+@pytest.mark.parametrize("words", IN_REFERENCE.values(), ids=IN_REFERENCE.keys())
+def test_the_security_reference_documents_what_asvs_asks_for(words: str) -> None:
+    assert words in text_of(REFERENCE)
+
+
+@pytest.mark.parametrize("words", IN_SECURITY.values(), ids=IN_SECURITY.keys())
+def test_security_md_states_when_vulnerabilities_are_fixed(words: str) -> None:
+    assert words in text_of(SECURITY)

@@ -1,9 +1,8 @@
-"""The examples, each run as its reader would: the script against a service, the others behind a real nginx."""
+"""The examples, run as a reader would run them: the script against a service, the applications behind a real nginx."""
 
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import socket
@@ -11,140 +10,142 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import requests
 
+from authsvc import ROUTES
 from tests.conftest import HERE, Service, clean_environ
-from tests.proxies import APP, Site, free_port, program
+from tests.proxies import APP, START_TIMEOUT, Site, program, reserve_port
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process]
 
 EXAMPLES = HERE / "examples"
 BOB = "bob@example.com"
 
 
-def walk(url: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([EXAMPLES / "api.sh", url], text=True, capture_output=True, timeout=60)
+def run_script(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([EXAMPLES / "api.sh", url], text=True, capture_output=True, timeout=120)
 
 
-def test_the_script_walks_the_whole_api(start: Callable[..., Service]) -> None:
+def test_the_script_uses_the_whole_api(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_SESSIONS_PER_USER="2")
-    done = walk(service.url)
+    done = run_script(service.url)
     assert (done.returncode, done.stderr) == (0, "")
-    walked = {re.sub("[0-9a-f]{16}", "<public_id>", line[4:].partition("?")[0]) for line in done.stdout.splitlines()}
-    readme = (HERE / "README.md").read_text()
-    routes = set(re.findall(r"^\| `([A-Z]+ /[^`]*)`", readme, re.MULTILINE))
+    used = {re.sub("[0-9a-f]{16}", "<public_id>", line[4:].partition("?")[0]) for line in done.stdout.splitlines()}
     pages = {"GET /login", "GET /register", "GET /forgot", "GET /reset", "GET /account", "GET /pages/<name>"}
-    assert walked == {route.replace("<id>", "<public_id>") for route in routes - pages}
+    assert used == {f"{method} {path}" for method, path, *_ in ROUTES} - pages
 
 
-@pytest.mark.once
-def test_the_script_stops_where_an_answer_is_another(start: Callable[..., Service]) -> None:
-    done = walk(start(AUTHSVC_REGISTRATION="closed").url)
+def test_the_script_stops_at_an_unexpected_response(start: Callable[..., Service], service: Service) -> None:
+    done = run_script(start(AUTHSVC_REGISTRATION="closed").url)
     assert done.returncode == 1
     assert re.fullmatch("api.sh: POST /users: expected 200, got 403 .*closed.*\n", done.stderr)
-    done = walk(start().url)
+    done = run_script(service.url)
     assert done.returncode == 1
     assert "AUTHSVC_SESSIONS_PER_USER=2" in done.stderr
-    done = walk(f"http://127.0.0.1:{free_port()}")
+    done = run_script(f"http://127.0.0.1:{reserve_port()}")
     assert (done.returncode, done.stderr[:23]) == (1, "api.sh: nothing answers")
 
 
-Guard = Callable[..., Site]
+class Guarded:
+    """A site for an application on a reserved port. Bob has an account."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = reserve_port()
+        self.site = Site("nginx", folder, application_port=self.port)
+        self.site.create_account(BOB)
+        self.cookie = self.site.sign_in(BOB)
+
+    @contextmanager
+    def application(self, *command: str, folder: Path) -> Iterator[None]:
+        """Run an application; it must refuse requests that do not come through nginx."""
+        log_file = self.folder / "application.log"
+        with log_file.open("wb") as log:
+            process = subprocess.Popen(
+                command, cwd=folder, env={**clean_environ(), "PORT": str(self.port)}, stdout=log, stderr=log
+            )
+        try:
+            deadline = time.monotonic() + START_TIMEOUT
+            while True:
+                assert process.poll() is None, f"the application has exited: {log_file.read_text()}"
+                try:
+                    direct = requests.get(f"http://127.0.0.1:{self.port}/", timeout=START_TIMEOUT)
+                    break
+                except requests.ConnectionError:
+                    assert time.monotonic() < deadline, f"the application does not listen: {log_file.read_text()}"
+                    time.sleep(0.02)
+            assert direct.status_code == 403, direct.text
+            with socket.socket() as other:  # 127.0.0.2 stands for every address that 0.0.0.0 would open
+                assert other.connect_ex(("127.0.0.2", self.port)) == errno.ECONNREFUSED
+            yield
+        finally:
+            process.terminate()
+            process.wait(20)
 
 
-@pytest.fixture
-def guard(tmp_path: Path, start: Callable[..., Service]) -> Iterator[Guard]:
-    """Start an application, if any, and a site that guards it; Bob has an account."""
-    with ExitStack() as stack:
-
-        def guard(*command: str, folder: Path = tmp_path, configuration: Path = HERE / "deploy") -> Site:
-            class Guarding(Site):
-                deploy = configuration
-                guarded = free_port()
-
-            if command:
-                environ = {**clean_environ(), "PORT": str(Guarding.guarded)}
-                with (tmp_path / "application.log").open("wb") as log:
-                    application = subprocess.Popen(command, cwd=folder, env=environ, stdout=log, stderr=log)
-                stack.callback(application.wait, 20)
-                stack.callback(application.terminate)
-            site = stack.enter_context(closing(Guarding("nginx", tmp_path, start)))
-            site.register(BOB)
-            return site
-
-        yield guard
-
-
-def holds(site: Site, cookie: str, path: str = "/") -> str:
-    """Assert that nobody gets in but who is signed in; return what that one is shown."""
-    for claim in ({}, {"Remote_User": BOB}):
-        reply = site.ask("GET", f"{site.app}{path}", **claim)
+def response_to_bob(site: Site, cookie: str, path: str = "/") -> str:
+    """Assert that only a signed-in user reaches this path; return what Bob gets."""
+    for headers in ({}, {"Remote-User": BOB}):
+        reply = site.request("GET", f"{site.app}{path}", headers=headers)
         assert (reply.status, reply.headers["Location"]) == (302, f"{site.auth}/login?return={site.app}{path}")
-    reply = site.ask("GET", f"{site.app}{path}", cookie=cookie, Remote_User="eve@example.com")
+    reply = site.request("GET", f"{site.app}{path}", cookie=cookie, headers={"Remote-User": "eve@example.com"})
     assert reply.status == 200
     return reply.body.decode()
 
 
-def refuses_who_comes_past_nginx(site: Site) -> bool:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return requests.get(f"http://127.0.0.1:{site.guarded}/", timeout=10).status_code == 403
-        except requests.ConnectionError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """One site for all applications; they run one after the other."""
+    shared = Guarded(tmp_path_factory.mktemp("site"))
+    with closing(shared.site):
+        yield shared
 
 
-def listens_on_no_other_address(site: Site) -> bool:
-    with socket.socket() as other:  # 127.0.0.2 stands for all that 0.0.0.0 would open
-        return other.connect_ex(("127.0.0.2", site.guarded)) == errno.ECONNREFUSED
-
-
-@pytest.mark.once
-def test_flask(guard: Guard) -> None:
-    site = guard(sys.executable, str(EXAMPLES / "flask_app.py"))
-    assert refuses_who_comes_past_nginx(site)
-    assert listens_on_no_other_address(site)
-    shown = holds(site, site.log_in(BOB))
+@pytest.mark.proxies
+def test_flask(guarded: Guarded, tmp_path: Path) -> None:
+    with guarded.application(sys.executable, str(EXAMPLES / "flask_app.py"), folder=tmp_path):
+        shown = response_to_bob(guarded.site, guarded.cookie)
     assert BOB in shown
     assert "eve" not in shown
 
 
-@pytest.mark.once
-def test_express(guard: Guard, tmp_path: Path) -> None:
+@pytest.mark.proxies
+def test_express(guarded: Guarded, tmp_path: Path) -> None:
     npm, node = program("npm", "npm"), program("node", "nodejs")
     folder = tmp_path / "express"
-    shutil.copytree(EXAMPLES / "express", folder)
-    quiet = ["--no-audit", "--no-fund", "--loglevel=error"]
-    subprocess.run([npm, "ci", *quiet], cwd=folder, check=True, capture_output=True, timeout=300, env=os.environ)
-    site = guard(node, "app.js", folder=folder)
-    assert refuses_who_comes_past_nginx(site)
-    assert listens_on_no_other_address(site)
-    shown = holds(site, site.log_in(BOB))
+    shutil.copytree(EXAMPLES / "express", folder, ignore=shutil.ignore_patterns("node_modules"))
+    # Packages that npm has in its cache need no network. The lock file has their hashes, so a stale one cannot pass.
+    command = [npm, "ci", "--prefer-offline", "--no-audit", "--no-fund", "--loglevel=error"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with guarded.application(node, "app.js", folder=folder):
+        shown = response_to_bob(guarded.site, guarded.cookie)
     assert BOB in shown
     assert "eve" not in shown
 
 
-@pytest.mark.once
-def test_static_files(guard: Guard, tmp_path: Path) -> None:
+@pytest.mark.proxies
+def test_static_files(tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.mkdir()
     (files / "page.html").write_text("for members")
-    beside = (HERE / "deploy" / "nginx.conf").read_text()
-    before = beside[: beside.rindex("server {\n")]  # static.conf in place of the application's block
-    assert APP not in before.partition("# Another name")[2]
+    nginx_conf = (HERE / "deploy" / "nginx.conf").read_text()
+    shared = nginx_conf[: nginx_conf.rindex("server {\n")]  # static.conf replaces the server block of the application
+    assert APP not in shared.partition("# Another name")[2]
     static = (EXAMPLES / "static.conf").read_text().replace("files.example.com", APP)
-    (tmp_path / "configuration").mkdir()
-    (tmp_path / "configuration" / "nginx.conf").write_text(before + static.replace("/var/www/files", str(files)))
-    site = guard(configuration=tmp_path / "configuration")
-    cookie = site.log_in(BOB)
-    assert holds(site, cookie, "/page.html") == "for members"
-    assert site.ask("GET", f"{site.app}/page.html", cookie=cookie).headers["Cache-Control"] == "no-store"
-    assert site.ask("GET", f"{site.app}/nothing.html", cookie=cookie).status == 404
-    assert site.ask("GET", f"{site.app}/nothing.html").status == 302
-    site.service.end()
-    assert site.ask("GET", f"{site.app}/page.html", cookie=cookie).status == 500
+    configuration = tmp_path / "configuration"
+    configuration.mkdir()
+    (configuration / "nginx.conf").write_text(shared + static.replace("/var/www/files", str(files)))
+    with closing(Site("nginx", tmp_path, configuration=configuration)) as site:
+        site.create_account(BOB)
+        cookie = site.sign_in(BOB)
+        assert response_to_bob(site, cookie, "/page.html") == "for members"
+        assert site.request("GET", f"{site.app}/page.html", cookie=cookie).headers["Cache-Control"] == "no-store"
+        assert site.request("GET", f"{site.app}/nothing.html", cookie=cookie).status == 404
+        assert site.request("GET", f"{site.app}/nothing.html").status == 302
+        site.end_service()
+        assert site.request("GET", f"{site.app}/page.html", cookie=cookie).status == 500

@@ -1,22 +1,25 @@
-"""The fail2ban filter, held by the real ``fail2ban-regex`` to the lines that the service writes."""
+"""The fail2ban filter: the real ``fail2ban-regex`` reads the lines that the service writes."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 
-import guard
+from log import log_event
 from tests.conftest import HERE, Service
+from web import responses
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.once,
+    pytest.mark.process,
     pytest.mark.skipif(not shutil.which("fail2ban-regex"), reason="needs fail2ban-regex: apt-get install fail2ban"),
 ]
 
@@ -29,94 +32,125 @@ FORGED = (
 )
 
 
-def matched(log: Path, form: str = "<ip>") -> list[str]:
-    """What fail2ban reads from each line that it holds against somebody."""
-    command = ["fail2ban-regex", "--out", f"{form}|", str(log), str(FILES / "authsvc.conf")]
-    return subprocess.run(command, capture_output=True, text=True).stdout.replace("\n", "").split("|")[:-1]
+def matches(log: Path, field: str = "<ip>") -> list[str]:
+    """Return what fail2ban reads in this field from each line that matches the filter."""
+    command = ["fail2ban-regex", "--out", f"{field}|", str(log), str(FILES / "authsvc.conf")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.stdout.replace("\n", "").split("|")[:-1]
 
 
-def banned(log: Path) -> Counter[str]:
-    """How many lines it holds against whom."""
-    return Counter(matched(log))
+def addresses(log: Path) -> Counter[str]:
+    """Return how many lines match for each address."""
+    return Counter(matches(log))
 
 
-@pytest.fixture
-def service_at(start: Callable[..., Service]) -> Service:
-    return start(
-        AUTHSVC_PUBLIC_URL="https://auth.example.com", AUTHSVC_TRUSTED_PROXY="127.0.0.1", AUTHSVC_BCRYPT_COST="10"
+@pytest.fixture(scope="module")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    shared = Service(
+        tmp_path_factory.mktemp("service"),
+        AUTHSVC_PUBLIC_URL="https://auth.example.com",
+        AUTHSVC_TRUSTED_PROXY="127.0.0.1",
+        AUTHSVC_BCRYPT_COST="10",  # the lowest in production
     )
+    yield shared
+    shared.end()
+
+
+networks = itertools.count()
+
+
+class Proxy:
+    """Sends requests to a shared service as its proxy would. Each test has emails of its own, and its own addresses.
+
+    Args:
+        service: the shared service.
+        folder: gets the part of the log that the test has caused.
+    """
+
+    def __init__(self, service: Service, folder: Path) -> None:
+        self.service, self.folder = service, folder
+        self.number = next(networks)
+        self.start = len(service.log)
+
+    def address(self, host: int) -> str:
+        return f"198.18.{self.number}.{host}"
+
+    def email(self, name: str) -> str:
+        return f"{name}{self.number}@example.com"
+
+    def send(self, method: str, path: str, address: str, *, headers: Any = None, **form: str) -> int:
+        sent = {"X-Forwarded-For": address, **(headers or {})}
+        return requests.request(method, self.service.url + path, data=form, headers=sent, timeout=30).status_code
+
+    def log(self) -> Path:
+        path = self.folder / "log"
+        path.write_text(self.service.log[self.start :])
+        return path
 
 
 @pytest.fixture
-def send(service_at: Service) -> Callable[..., int]:
-    def send(method: str, path: str, address: str, *, headers: dict[str, str] | None = None, **form: str) -> int:
-        sent = {"X-Forwarded-For": address, **(headers or {})}
-        return requests.request(method, service_at.url + path, data=form, headers=sent, timeout=30).status_code
-
-    return send
+def proxy(shared_service: Service, tmp_path: Path) -> Proxy:
+    return Proxy(shared_service, tmp_path)
 
 
-def test_failed_and_throttled_logins_match(service_at: Service, send: Callable[..., int]) -> None:
-    assert send("POST", "/users", "198.18.0.1", email="bob@example.com", password=PASSWORD) == 200
-    assert send("POST", "/sessions", "198.18.0.2", email="bob@example.com", password="wrong") == 401
-    assert send("POST", "/sessions", "2001:db8::3", email="nobody@example.com", password="wrong") == 401
-    said = [send("POST", "/sessions", "198.18.0.4", email="guess@example.com", password="wrong") for _ in range(12)]
-    assert said == [401] * 10 + [429] * 2
-    assert banned(service_at.log_file) == {"198.18.0.2": 1, "2001:db8::3": 1, "198.18.0.4": 12}
+def test_failed_and_rate_limited_logins_match(proxy: Proxy) -> None:
+    bob, send = proxy.email("bob"), proxy.send
+    assert send("POST", "/users", proxy.address(1), email=bob, password=PASSWORD) == 200
+    assert send("POST", "/sessions", proxy.address(2), email=bob, password="wrong") == 401
+    assert send("POST", "/sessions", "2001:db8::3", email=proxy.email("nobody"), password="wrong") == 401
+    form = {"email": proxy.email("guess"), "password": "wrong"}
+    assert [send("POST", "/sessions", proxy.address(4), **form) for _ in range(11)] == [401] * 10 + [429]
+    assert addresses(proxy.log()) == {proxy.address(2): 1, "2001:db8::3": 1, proxy.address(4): 11}
 
 
-def test_nothing_else_matches(service_at: Service, send: Callable[..., int]) -> None:
-    form = {"email": "bob@example.com", "password": PASSWORD}
-    evil = {"Origin": "https://evil.example"}
-    assert send("POST", "/users", "198.18.0.1", **form) == 200
-    assert send("POST", "/users", "198.18.0.1", **form) == 400
-    assert send("POST", "/sessions", "198.18.0.1", **form) == 200
-    assert send("POST", "/sessions", "198.18.0.1", headers=evil, **form) == 403  # the address of its victim
-    assert send("POST", "/sessions", "rubbish", email="bob@example.com", password="wrong") == 401  # nobody to ban
-    assert send("GET", "/profile", "198.18.0.1") == 403
-    assert send("PUT", "/reset_password", "198.18.0.1", email="b", reset_token="x", new_password=PASSWORD) == 403
-    assert not banned(service_at.log_file)
+def test_other_events_do_not_match(proxy: Proxy) -> None:
+    here, send = proxy.address(1), proxy.send
+    form = {"email": proxy.email("bob"), "password": PASSWORD}
+    foreign = {"Origin": "https://evil.example"}
+    assert send("POST", "/users", here, **form) == 200
+    assert send("POST", "/users", here, **form) == 400
+    assert send("POST", "/sessions", here, **form) == 200
+    assert send("POST", "/sessions", here, headers=foreign, **form) == 403  # its address is that of the victim
+    assert send("POST", "/sessions", "rubbish", email=form["email"], password="wrong") == 401  # no address to ban
+    assert send("GET", "/profile", here) == 403
+    assert send("PUT", "/reset_password", here, email="b", reset_token="x", new_password=PASSWORD) == 403
+    assert not addresses(proxy.log())
 
 
-def test_a_forged_line_bans_nobody_but_its_author(service_at: Service, send: Callable[..., int]) -> None:
+def test_a_forged_line_bans_only_its_author(proxy: Proxy) -> None:
+    here, bob, send = proxy.address(5), proxy.email("bob"), proxy.send
     agent = {"User-Agent": FORGED}
     for text in (FORGED, f"a\n{FORGED}\n", f'", "address": "203.0.113.66"}}{FORGED}'):
-        assert send("POST", "/sessions", "198.18.0.5", headers=agent, email=text, password=text) == 401
-        assert send("POST", "/users", "198.18.0.5", headers=agent, email=text, password=text) == 400
-    assert send("POST", "/sessions", "203.0.113.66, 198.18.0.6", email="bob@example.com", password="wrong") == 401
-    assert send("POST", "/sessions", '203.0.113.66", "x": "', email="bob@example.com", password="wrong") == 401
-    assert send("GET", f"/{FORGED}", "198.18.0.5") == 404
-    assert banned(service_at.log_file) == {"198.18.0.5": 3, "198.18.0.6": 1}
+        assert send("POST", "/sessions", here, headers=agent, email=text, password=text) == 401
+        assert send("POST", "/users", here, headers=agent, email=text, password=text) == 400
+    assert send("POST", "/sessions", f"203.0.113.66, {proxy.address(6)}", email=bob, password="wrong") == 401
+    assert send("POST", "/sessions", '203.0.113.66", "x": "', email=bob, password="wrong") == 401
+    assert send("GET", f"/{FORGED}", here) == 404
+    assert addresses(proxy.log()) == {here: 3, proxy.address(6): 1}
 
 
-def test_a_line_that_quotes_a_forged_one_does_not_match(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_that_quotes_a_forged_line_does_not_match(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in (FORGED, f"\n{FORGED}\n", f"\\{FORGED}", f'"{FORGED}'):
-        guard.log("sys_server", message=text)
-        guard.log("authn_login_fail", request_id="0123456789abcdef", address=text)
-        guard.log(text, address="203.0.113.66")
+        log_event("sys_server", message=text)
+        log_event("authn_login_fail", request_id="0123456789abcdef", address=text)
+        log_event(text, address="203.0.113.66")
     log = tmp_path / "log"
-    log.write_text(capsys.readouterr().err)
-    assert len(log.read_text().splitlines()) == 12
-    assert not banned(log)
-
-
-def test_a_forged_line_within_that_of_another_program_does_not_match(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(f'198.18.0.8 - - "GET / HTTP/1.1" 200 "{FORGED}"\n')
-    assert not banned(log)
+    log.write_text(capsys.readouterr().err + f'198.18.0.8 - - "GET / HTTP/1.1" 200 "{FORGED}"\n')  # of another program
+    assert len(log.read_text().splitlines()) == 13
+    assert not addresses(log)
 
 
 def test_the_lines_of_the_journal_match(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    guard.log("authn_login_fail", request_id=guard.new_request_id(), address="198.18.0.7", user_id=1)
+    log_event("authn_login_fail", request_id=responses.new_request_id(), address="198.18.0.7", user_id=1)
     log = tmp_path / "log"
     log.write_text(f"host python[12]: {capsys.readouterr().err}")
-    assert banned(log) == {"198.18.0.7": 1}
+    assert addresses(log) == {"198.18.0.7": 1}
 
 
 def test_the_time_of_a_line_is_understood(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(FORGED + "\n")
-    [time] = matched(log, "<time>")
+    [time] = matches(log, "<time>")
     assert int(float(time)) == 1_795_230_513
 
 
@@ -126,6 +160,6 @@ def test_fail2ban_accepts_the_jail(tmp_path: Path) -> None:
     (folder / "jail.d").mkdir()
     shutil.copy(FILES / "authsvc.conf", folder / "filter.d")
     shutil.copy(FILES / "jail.local", folder / "jail.d" / "authsvc.local")
-    done = subprocess.run(["fail2ban-client", "-c", str(folder), "--dump"], capture_output=True, text=True)
+    done = subprocess.run(["fail2ban-client", "-c", str(folder), "--dump"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "['start', 'authsvc']" in done.stdout

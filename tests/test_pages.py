@@ -1,4 +1,4 @@
-"""The pages in a real Chromium, through a real nginx over TLS; ``python -m tests.test_pages`` takes their pictures."""
+"""The pages in a real Chromium, behind a real nginx with TLS; ``python -m tests.test_pages`` takes the screenshots."""
 
 from __future__ import annotations
 
@@ -10,67 +10,59 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import pytest
 import trustme
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
-import totp
-from tests.conftest import HERE, Service
-from tests.post import SMTP_PASSWORD, USER, Post
-from tests.proxies import AUTH, PASSWORD, Site, program, site
+from credentials import totp
+from tests.conftest import HERE
+from tests.mail_server import SMTP_PASSWORD, MailServer
+from tests.proxies import AUTH, PASSWORD, Site, program
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
 NEW_PASSWORD = "choucroute garnie du lundi"
 PAGES = "login", "register", "forgot", "reset", "account"
-PICTURES = HERE / "deploy" / "pages"
+SCREENSHOTS = HERE / "docs" / "screenshots"
+TIMEOUT = 30_000  # milliseconds; only a machine with too much to do needs more than one second
 
-# What a browser reports itself when a request is refused, as it must be for a wrong password.
+# What a browser reports by itself for a refused request, such as one with a wrong password.
 REFUSED = re.compile("Failed to load resource: the server responded with a status of 4[0-9][0-9]")
 
 
 @contextlib.contextmanager
-def town(folder: Path, **environ: str) -> Iterator[tuple[Site, Post]]:
-    """A site on nginx with a mail server."""
+def running_mail_server(folder: Path) -> Iterator[tuple[MailServer, dict[str, str]]]:
+    """A mail server, and the settings with which the service uses it."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     (folder / "password").write_text(SMTP_PASSWORD)
-    started: list[Service] = []
-
-    def start(**environ: str) -> Service:
-        started.append(Service(folder, **environ))
-        return started[-1]
-
-    post = Post(authority.issue_cert("localhost"), "smtps")
-    mail = {
-        "AUTHSVC_SMTP_URL": f"smtps://{quote(USER, safe='')}@localhost:{post.port}",
-        "AUTHSVC_SMTP_PASSWORD_FILE": str(folder / "password"),
-        "AUTHSVC_MAIL_FROM": "auth@example.com",
-        "AUTHSVC_SESSIONS_PER_USER": "9",
-        "SSL_CERT_FILE": str(folder / "ca.pem"),
-    }
-    try:
-        with site("nginx", folder, start, **{**mail, **environ}) as one:
-            yield one, post
-    finally:
-        for service in started:
-            service.end()
-        post.close()
+    with closing(MailServer(authority.issue_cert("localhost"), "smtps")) as server:
+        yield (
+            server,
+            {
+                "AUTHSVC_SMTP_URL": server.url,
+                "AUTHSVC_SMTP_PASSWORD_FILE": str(folder / "password"),
+                "AUTHSVC_MAIL_FROM": "auth@example.com",
+                "SSL_CERT_FILE": str(folder / "ca.pem"),
+            },
+        )
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
     path = program("chromium", "chromium")
+    expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path,
             args=["--host-resolver-rules=MAP *.example.com 127.0.0.1", "--disable-dev-shm-usage"],
-            chromium_sandbox=os.geteuid() != 0,  # it refuses to have one as root
+            chromium_sandbox=os.geteuid() != 0,  # Chromium refuses to run as root with its sandbox
         )
         try:
             yield browser
@@ -79,55 +71,69 @@ def chromium() -> Iterator[Browser]:
 
 
 class Visitor:
-    """Somebody at a browser of their own, in which nothing may go wrong unseen."""
+    """A visitor with a browser profile of their own. An error in the console or a policy violation fails the test."""
 
     def __init__(self, browser: Browser, site: Site, **options: Any) -> None:
         self.site = site
         self.context = browser.new_context(ignore_https_errors=True, locale="en-GB", **options)
+        self.context.set_default_timeout(TIMEOUT)
         self.context.add_init_script(
             "addEventListener('securitypolicyviolation', e => console.error('policy: ' + e.violatedDirective))"
         )
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
-        self.troubles: list[str] = []
+        self.errors: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", self._hear)
-        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.context.on("console", self._read_console)
+        self.context.on("weberror", lambda error: self.errors.append(str(error.error)))
+        self.context.on("request", lambda request: self.requests.append(request.url))
+        self.page = self.context.new_page()
 
-    def _hear(self, message: ConsoleMessage) -> None:
+    def _read_console(self, message: ConsoleMessage) -> None:
         if message.type in ("error", "warning") and not REFUSED.match(message.text):
-            self.troubles.append(message.text)
+            self.errors.append(message.text)
 
-    def open(self, where: str) -> Page:
-        self.page.goto(where if where.startswith("https:") else self.site.auth + where)
+    def url(self, address: str) -> str:
+        return address if address.startswith("https:") else self.site.auth + address
+
+    def open(self, address: str) -> Page:
+        """Open a page that stays where it is."""
+        self.page.goto(self.url(address))
         return self.page
 
+    def open_redirecting(self, address: str, target: str | re.Pattern[str]) -> None:
+        """Open a page that redirects by script, and wait for the target."""
+        # A redirect would interrupt a wait for the end of the loading.
+        self.page.goto(self.url(address), wait_until="commit")
+        self.page.wait_for_url(self.url(target) if isinstance(target, str) else target)
+
     def fill(self, name: str, /, **fields: str) -> None:
-        """Fill in a form and send it, with the keyboard alone."""
+        """Fill in a form and send it, using the keyboard only."""
         form = self.page.locator(f"form[data-action={name}]")
         for field, value in fields.items():
             form.locator(f"[name={field}]").focus()
             self.page.keyboard.type(value)
         self.page.keyboard.press("Enter")
 
-    def hears(self, name: str, text: str) -> None:
+    def expect_status(self, name: str, text: str) -> None:
         expect(self.page.locator(f"form[data-action={name}] [role=status]")).to_have_text(text)
 
-    def arrives(self, where: str) -> None:
-        self.page.wait_for_url(where if where.startswith("https:") else self.site.auth + where)
+    def expect_url(self, address: str) -> None:
+        self.page.wait_for_url(self.url(address))
 
-    def registers(self, address: str, password: str = PASSWORD) -> None:
+    def expect_heading(self, text: str) -> None:
+        expect(self.page.get_by_role("heading", level=1)).to_have_text(text)
+
+    def create_account(self, address: str, password: str = PASSWORD) -> None:
         self.open("/register")
         self.fill("register", email=address, password=password)
-        self.arrives("/account")
+        self.expect_url("/account")
         expect(self.page.locator("#who")).to_have_text(address)
 
-    def signs_in(self, address: str, password: str = PASSWORD, where: str = "/account") -> None:
+    def sign_in(self, address: str, password: str = PASSWORD, target: str = "/account") -> None:
+        """Sign in on the page that is open."""
         self.fill("login", email=address, password=password)
-        self.arrives(where)
+        self.expect_url(target)
 
-    def sets_up_a_factor(self, password: str = PASSWORD) -> tuple[str, list[str]]:
+    def set_up_two_factor(self, password: str = PASSWORD) -> tuple[str, list[str]]:
         """Return the seed and the recovery codes."""
         self.fill("begin", password=password)
         key = self.page.locator("#factor-key")
@@ -143,187 +149,211 @@ class Visitor:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         self.context.close()
-        assert kind is not None or self.troubles == []
+        assert kind is not None or self.errors == []
 
 
-def code_of(seed: str, later: int = 0) -> str:
-    return totp.code(seed, int(time.time()) // totp.STEP + later)
+def code_of(seed: str, steps_ahead: int = 0) -> str:
+    return totp.code(seed, int(time.time()) // totp.STEP + steps_ahead)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with chromium() as one:
-        yield one
+    with chromium() as shared:
+        yield shared
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Post]]:
-    with town(tmp_path_factory.mktemp("town")) as one:
-        yield one
+def mail_and_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MailServer, dict[str, str]]]:
+    with running_mail_server(tmp_path_factory.mktemp("mail")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def mail(mail_and_settings: tuple[MailServer, dict[str, str]]) -> MailServer:
+    return mail_and_settings[0]
+
+
+@pytest.fixture(scope="module")
+def site(
+    mail_and_settings: tuple[MailServer, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """One site for all tests; use an email of your own."""
+    settings = {"AUTHSVC_SESSIONS_PER_USER": "9", **mail_and_settings[1]}
+    with closing(Site("nginx", tmp_path_factory.mktemp("site"), settings)) as shared:
+        yield shared
 
 
 Visit = Callable[..., Visitor]
 
 
 @pytest.fixture
-def visit(browser: Browser, place: tuple[Site, Post]) -> Iterator[Visit]:
-    """Let somebody come to the site; nothing may have gone wrong in any browser in the end."""
+def visit(browser: Browser, site: Site) -> Iterator[Visit]:
+    """Start a visit to the site. At the end of the test no visitor may have seen an error."""
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(Visitor(browser, place[0], **options))
+        yield lambda **options: stack.enter_context(Visitor(browser, site, **options))
 
 
-def next_to(post: Post, address: str) -> email.message.EmailMessage:
-    while (mail := post.next())["To"] != address:
+def next_mail_to(server: MailServer, address: str) -> email.message.EmailMessage:
+    while (mail := server.next())["To"] != address:
         pass
     return mail
 
 
-def test_who_registers_is_signed_in(visit: Visit) -> None:
+def test_a_new_account_is_signed_in(visit: Visit) -> None:
     bob = visit()
-    bob.registers("first@example.com")
+    bob.create_account("first@example.com")
     assert bob.page.title() == "Your account"
     expect(bob.page.locator("#sessions li")).to_have_count(1)
     cookie = next(cookie for cookie in bob.context.cookies() if cookie["name"] == "__Secure-session_id")
     assert (cookie["httpOnly"], cookie["secure"], cookie["sameSite"]) == (True, True, "Lax")
 
 
-def test_from_an_application_to_the_page_and_back(visit: Visit, place: tuple[Site, Post]) -> None:
-    place[0].register("back@example.com")
+def test_sign_in_returns_to_the_application(visit: Visit, site: Site) -> None:
+    site.create_account("back@example.com")
     bob = visit()
-    wanted = f"{place[0].app}/some/where?a=b&c=%2F"
-    bob.open(wanted)
-    assert bob.page.url.startswith(f"{place[0].auth}/login?return=")
-    bob.signs_in("back@example.com", where=wanted)
+    target = f"{site.app}/some/where?a=b&c=%2F"
+    bob.open(target)
+    assert bob.page.url.startswith(f"{site.auth}/login?return=")
+    bob.sign_in("back@example.com", target=target)
     assert json.loads(bob.page.inner_text("body"))["headers"]["remote-user"] == ["back@example.com"]
-    bob.page.goto(f"{place[0].auth}/login?return={wanted}")  # who is signed in already goes on at once
-    bob.arrives(wanted)
+    bob.open_redirecting(f"/login?return={target}", target)  # a signed-in user is sent on at once
 
 
-def test_from_an_application_by_way_of_registering(visit: Visit, place: tuple[Site, Post]) -> None:
+def test_registration_returns_to_the_application(visit: Visit, site: Site) -> None:
     bob = visit()
-    bob.open(f"{place[0].app}/new")
-    bob.page.get_by_role("link", name="Make an account").click()
+    bob.open(f"{site.app}/new")
+    bob.page.get_by_role("link", name="Create account").click()
     bob.fill("register", email="new@example.com", password=PASSWORD)
-    bob.arrives(f"{place[0].app}/new")
+    bob.expect_url(f"{site.app}/new")
 
 
-def test_what_is_refused_is_said(visit: Visit, place: tuple[Site, Post]) -> None:
-    place[0].register("refused@example.com")
+def test_refusals_are_shown(visit: Visit, site: Site) -> None:
+    site.create_account("refused@example.com")
     bob = visit()
     bob.open("/login")
     bob.fill("login", email="refused@example.com", password="wrong")
-    bob.hears("login", "Wrong email or password.")
+    bob.expect_status("login", "Wrong email or password.")
     bob.open("/register")
     bob.fill("register", email="refused@example.com", password=PASSWORD)
-    bob.hears("register", "This email has an account already.")
+    bob.expect_status("register", "An account with this email already exists.")
     bob.page.locator("#register-email").fill("")
     bob.page.locator("#register-password").fill("")
     bob.fill("register", email="other@example.com", password="short")
     expect(bob.page.locator("#register [role=status]")).to_contain_text("15 characters")
 
 
-def test_a_second_factor_from_setting_up_to_switching_off(visit: Visit) -> None:
+def test_two_factor_authentication_is_set_up_used_and_turned_off(visit: Visit) -> None:
     bob = visit()
-    bob.registers("factor@example.com")
-    seed, codes = bob.sets_up_a_factor()
+    bob.create_account("factor@example.com")
+    seed, codes = bob.set_up_two_factor()
     bob.page.get_by_role("button", name="Sign out").click()
-    bob.arrives("/login")
+    bob.expect_url("/login")
     bob.fill("login", email="factor@example.com", password=PASSWORD)
-    bob.hears("login", "Now enter the code that your app shows.")
+    bob.expect_status("login", "Enter the code from your authenticator app.")
     expect(bob.page.locator("#login-otp")).to_be_focused()
     bob.page.keyboard.type("000000")
     bob.page.keyboard.press("Enter")
-    bob.hears("login", "Wrong or used code.")
-    bob.page.locator("#login-otp").fill(code_of(seed, later=1))  # the one before confirmed it, and works once
+    bob.expect_status("login", "Wrong or already used code.")
+    bob.page.locator("#login-otp").fill(code_of(seed, steps_ahead=1))  # the current one was used to confirm
     bob.page.keyboard.press("Enter")
-    bob.arrives("/account")
+    bob.expect_url("/account")
     bob.fill("off", password=PASSWORD, otp=codes[0])
-    bob.hears("begin", "The second factor is off; all other sessions have ended.")
+    bob.expect_status("begin", "Turned off. All other sessions have been signed out.")
 
 
 def test_the_qr_code_is_drawn(visit: Visit) -> None:
     bob = visit()
-    bob.registers("picture@example.com")
+    bob.create_account("picture@example.com")
     bob.fill("begin", password=PASSWORD)
-    picture = bob.page.locator("#factor-picture")
+    picture = bob.page.get_by_role("img", name="QR code for the authenticator app")
     expect(picture).to_be_visible()
-    assert picture.evaluate("image => image.complete && image.naturalWidth > 20")
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 20
     link = bob.page.locator("#factor-link").get_attribute("href")
     assert link
     assert link.startswith(f"otpauth://totp/{AUTH}")
 
 
-def test_a_forgotten_password_is_reset_by_mail(visit: Visit, place: tuple[Site, Post]) -> None:
-    place[0].register("forgot@example.com")
+def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: Site, mail: MailServer) -> None:
+    site.create_account("forgot@example.com")
     bob = visit()
     bob.open("/login")
-    bob.page.get_by_role("link", name="Forgot the password?").click()
+    bob.page.get_by_role("link", name="Forgot your password?").click()
+    bob.expect_heading("Reset your password")
     bob.fill("forgot", email="forgot@example.com")
-    bob.hears("forgot", "If this email has an account, a mail with a link is on its way.")
-    (link,) = re.findall(r"https://\S+/reset#\S+", next_to(place[1], "forgot@example.com").get_content())
+    bob.expect_status("forgot", "If an account exists for this email, a reset link is on its way.")
+    (link,) = re.findall(r"https://\S+/reset#\S+", next_mail_to(mail, "forgot@example.com").get_content())
     bob.page.goto(link)
-    bob.arrives("/reset")  # the token is gone from the address bar
+    bob.expect_url("/reset")  # the token has been removed from the address bar
+    bob.expect_heading("Set your password")
     assert bob.page.evaluate("history.length") <= 4
     bob.fill("reset", new_password=NEW_PASSWORD)
-    bob.hears("reset", "The password is set. You can sign in now.")
-    assert "changed" in next_to(place[1], "forgot@example.com").get_content()
+    bob.expect_status("reset", "The password is set. You can sign in now.")
+    assert "changed" in next_mail_to(mail, "forgot@example.com").get_content()
     bob.page.get_by_role("link", name="Sign in").click()
-    bob.signs_in("forgot@example.com", NEW_PASSWORD)
+    bob.sign_in("forgot@example.com", NEW_PASSWORD)
     bob.page.goto(link)
     bob.fill("reset", new_password=NEW_PASSWORD)
-    bob.hears("reset", "This link has been used or has expired. Ask for another.")
+    bob.expect_status("reset", "This link has been used or has expired. Request a new one.")
     assert not [url for url in bob.requests if "token" in url.partition("#")[0]]
 
 
-@pytest.mark.parametrize("link", ["/reset", "/reset#token=abc", "/reset#email=bob@example.com"])
-def test_a_link_that_is_cut_short_says_so(visit: Visit, link: str) -> None:
+def test_an_incomplete_link_is_reported(visit: Visit) -> None:
     bob = visit()
-    bob.open(link)
-    bob.hears("reset", "This link is incomplete: open it again from the mail, or ask for another.")
-    expect(bob.page.get_by_role("button", name="Set the password")).to_be_disabled()
+    for link in ("/reset", "/reset#token=abc", "/reset#email=bob@example.com"):
+        bob.page.goto("about:blank")  # a change of only the fragment would not load the page
+        bob.open(link)
+        bob.expect_status("reset", "This link is incomplete. Open it again from the mail, or request a new one.")
+        expect(bob.page.get_by_role("button", name="Set password")).to_be_disabled()
 
 
-def test_another_session_is_ended(visit: Visit) -> None:
+def test_other_sessions_can_be_ended(visit: Visit) -> None:
     here, there = visit(), visit(user_agent="<b>Another</b> browser")
-    here.registers("two@example.com")
+    here.create_account("two@example.com")
     there.open("/login")
-    there.signs_in("two@example.com")
+    there.sign_in("two@example.com")
     here.page.reload()
-    expect(here.page.locator("#sessions li")).to_have_count(2)
-    other = here.page.locator("#sessions li", has_text="<b>Another</b> browser")
-    other.get_by_role("button").click()
-    expect(here.page.locator("#sessions li")).to_have_count(1)
+    sessions = here.page.locator("#sessions li")
+    expect(sessions).to_have_count(2)
+    sessions.filter(has_text="<b>Another</b> browser").get_by_role("button").click()
+    expect(sessions).to_have_count(1)
+    expect(sessions).to_contain_text("this session")
     there.page.reload()
-    there.arrives("/login")
+    there.expect_url("/login")
+    there.sign_in("two@example.com")
+    here.page.get_by_role("button", name="End all other sessions").click()
+    here.expect_status("others", "All other sessions have been signed out.")
+    there.page.reload()
+    there.expect_url("/login")
 
 
-def test_all_other_sessions_are_ended_by_a_new_password(visit: Visit) -> None:
+def test_a_new_password_ends_all_other_sessions(visit: Visit) -> None:
     here, there = visit(), visit()
-    here.registers("change@example.com")
+    here.create_account("change@example.com")
     there.open("/login")
-    there.signs_in("change@example.com")
+    there.sign_in("change@example.com")
     here.fill("password", password=PASSWORD, new_password=NEW_PASSWORD)
-    here.hears("password", "The password is changed; all other sessions have ended.")
+    here.expect_status("password", "Password changed. All other sessions have been signed out.")
     there.page.reload()
-    there.arrives("/login")
+    there.expect_url("/login")
     here.page.reload()
     expect(here.page.locator("#who")).to_have_text("change@example.com")
 
 
 def test_an_account_is_deleted(visit: Visit) -> None:
     bob = visit()
-    bob.registers("gone@example.com")
+    bob.create_account("gone@example.com")
     bob.fill("delete", password="wrong")
-    bob.hears("delete", "Wrong password.")
+    bob.expect_status("delete", "Wrong password.")
     bob.page.locator("#delete-password").fill("")
     bob.fill("delete", password=PASSWORD)
-    bob.hears("login", "The account is deleted.")
+    bob.expect_status("login", "Your account has been deleted.")
     bob.open("/login")
     bob.fill("login", email="gone@example.com", password=PASSWORD)
-    bob.hears("login", "Wrong email or password.")
+    bob.expect_status("login", "Wrong email or password.")
 
 
-ELSEWHERE = [
+# Addresses in "return=" that lead to another site or are no address. {auth} is the service's own.
+FOREIGN = [
     "https://evil.example/",
     "//evil.example/",
     "/\\evil.example/",
@@ -343,102 +373,112 @@ ELSEWHERE = [
 ]
 
 
-def test_nobody_is_led_elsewhere(visit: Visit, place: tuple[Site, Post]) -> None:
-    place[0].register("led@example.com")
+def test_no_return_address_leads_to_another_site(visit: Visit, site: Site) -> None:
+    site.create_account("led@example.com")
     bob = visit()
-    bob.open(f"/login?return={ELSEWHERE[0]}")
+    bob.open(f"/login?return={FOREIGN[0]}")
     bob.fill("login", email="led@example.com", password="wrong")
-    bob.hears("login", "Wrong email or password.")  # and the address is still there, as it was
+    bob.expect_status("login", "Wrong email or password.")  # the address in "return" is unchanged
     bob.page.locator("#login-email").fill("")
     bob.page.locator("#login-password").fill("")
-    bob.signs_in("led@example.com")
-    for wanted in ELSEWHERE:  # from here on as who is signed in already
-        there = wanted.replace("{auth}", place[0].auth)
-        for given in (there, quote(there, safe="")):
-            bob.open("/forgot")
-            bob.page.goto(f"{place[0].auth}/login?return={given}", wait_until="commit")
-            bob.page.wait_for_url(re.compile(rf"{place[0].auth}/account(\?.*)?$"))
-    assert not [url for url in bob.requests if not url.startswith((f"{place[0].auth}/", "data:,"))]
+    bob.sign_in("led@example.com")
+    addresses = [address.replace("{auth}", site.auth) for address in FOREIGN]
+    # From here on the page redirects at once, because a session exists. A repeated query would stop at the account page
+    # for another reason, so each one is used once.
+    for given in dict.fromkeys(form for address in addresses for form in (address, quote(address, safe=""))):
+        bob.page.goto(f"{site.auth}/login?return={given}", wait_until="commit")
+        bob.page.wait_for_url(re.compile(rf"{site.auth}/account(\?.*)?$"), wait_until="commit")
+    bob.page.wait_for_load_state()
+    assert not [url for url in bob.requests if not url.startswith((f"{site.auth}/", "data:,"))]
 
 
-def test_who_is_sent_to_and_fro_ends_at_the_account(visit: Visit, place: tuple[Site, Post]) -> None:
-    place[0].register("loop@example.com")
+def test_a_redirect_loop_ends_at_the_account_page(visit: Visit, site: Site) -> None:
+    site.create_account("loop@example.com")
     bob = visit()
     bob.open("/login")
-    bob.signs_in("loop@example.com")
-    # Planted by a sibling host, and sent to the application alone: two sessions are none.
+    bob.sign_in("loop@example.com")
+    # Another host of the domain has set a second session cookie, which is sent to the application only. Two session
+    # cookies count as no session.
     name, path = "__Secure-session_id", "/private"
-    planted: Any = {"name": name, "value": "x" * 43, "domain": ".example.com", "path": path, "secure": True}
-    bob.context.add_cookies([planted])
-    with contextlib.suppress(Error):  # a redirect in the midst of the loading
-        bob.open(f"{place[0].app}/private")
-    bob.page.wait_for_url(re.compile(r"/account\?return="))
+    second: Any = {"name": name, "value": "x" * 43, "domain": ".example.com", "path": path, "secure": True}
+    bob.context.add_cookies([second])
+    bob.open_redirecting(f"{site.app}/private", re.compile(r"/account\?return="))
 
 
-def test_a_link_that_is_opened_in_the_same_tab_leaves_the_address_bar_too(visit: Visit) -> None:
+def test_a_link_opened_in_the_same_tab_leaves_the_address_bar_too(visit: Visit) -> None:
     bob = visit()
     bob.open("/reset")
-    bob.page.evaluate("location.hash = 'token=abc&email=bob@example.com'")
+    # The page reloads itself. A timer lets this call end before that.
+    bob.page.evaluate("setTimeout(() => { location.hash = 'token=abc&email=bob@example.com' })")
     expect(bob.page.locator("#reset-email")).to_have_value("bob@example.com")
-    bob.arrives("/reset")
+    bob.expect_url("/reset")
 
 
-def test_a_page_is_at_most_4_requests_and_40_kb(visit: Visit) -> None:
+def test_a_page_takes_at_most_4_requests_and_40_kb(visit: Visit) -> None:
     bob = visit()
-    finished: list[Request] = []
-    bob.page.on("requestfinished", lambda request: finished.append(request))
-    for name in PAGES:
-        if name == "account":
-            bob.registers("weight@example.com")
-        bob.open("/forgot")
-        bob.page.wait_for_load_state("networkidle")
-        finished.clear()
-        bob.open(f"/{name}")
-        bob.page.wait_for_load_state("networkidle")
-        asked = [request for request in finished if not request.url.startswith("data:")]
-        assert 3 <= len(asked) <= 4, (name, asked)
-        assert (
-            sum(int(str(size)) for request in asked for size in request.sizes().values()) <= 40_000
-        )  # with the headers
+    finished: dict[Page, list[Request]] = {}
+
+    def add(request: Request) -> None:
+        if not request.url.startswith("data:"):
+            finished.setdefault(request.frame.page, []).append(request)
+
+    bob.context.on("requestfinished", add)
+    tabs = {name: bob.context.new_page() for name in PAGES[:-1]}
+    for name, tab in tabs.items():
+        tab.goto(bob.url(f"/{name}"), wait_until="commit")
+    for tab in tabs.values():  # half a second without a request, for all tabs at the same time
+        tab.wait_for_load_state("networkidle")
+    bob.create_account("weight@example.com")
+    tabs["account"] = bob.context.new_page()
+    tabs["account"].goto(bob.url("/account"), wait_until="networkidle")
+    for name, tab in tabs.items():
+        requests = finished[tab]
+        assert 3 <= len(requests) <= 4, (name, requests)
+        # With the headers.
+        assert sum(int(str(size)) for request in requests for size in request.sizes().values()) <= 40_000, name
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1280])
-def test_axe_finds_nothing_on_any_page(visit: Visit, scheme: str, width: int) -> None:
-    bob = visit(color_scheme=scheme, viewport={"width": width, "height": 800})
+LOOKS: list[tuple[int, Literal["light", "dark"]]] = [(320, "light"), (1280, "dark")]
+
+
+def test_axe_finds_no_problem_on_any_page(visit: Visit) -> None:
+    bob = visit()
     for name in PAGES[:-1]:
         bob.open(f"/{name}")
-        bob.page.wait_for_load_state("networkidle")
-        _is_fine(bob.page, width)
-    bob.registers(f"axe-{scheme}-{width}@example.com")
-    _is_fine(bob.page, width)
+        _check_accessibility(bob.page)
+    bob.create_account("axe@example.com")
+    _check_accessibility(bob.page)
     bob.fill("begin", password=PASSWORD)
     expect(bob.page.locator("#factor-key")).to_be_visible()
-    _is_fine(bob.page, width)
+    _check_accessibility(bob.page)
 
 
-def _is_fine(page: Page, width: int) -> None:
-    # Its script is put in by the test and not by the page, which would not let it.
-    found = [
-        f"{rule['impact']}: {rule['id']}: {[node['html'] for node in rule['nodes']]}"
-        for rule in Axe().run(page).response["violations"]
-        if rule["impact"] in ("serious", "critical", "moderate")
-    ]
-    assert found == []
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+def _check_accessibility(page: Page) -> None:
+    """Run axe on the page in two looks. The layout depends on the width only, and the colours on the scheme only."""
+    for width, scheme in LOOKS:
+        page.set_viewport_size({"width": width, "height": 800})
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        # The test injects the script of axe. The page's own policy would not allow it.
+        violations = [
+            f"{rule['impact']}: {rule['id']}: {[node['html'] for node in rule['nodes']]}"
+            for rule in Axe().run(page).response["violations"]
+            if rule["impact"] in ("serious", "critical", "moderate")
+        ]
+        assert violations == [], (page.url, width, scheme)
 
 
-def test_an_answer_moves_nothing(visit: Visit) -> None:
+def test_a_status_message_moves_nothing(visit: Visit) -> None:
     bob = visit(viewport={"width": 320, "height": 800})
     bob.open("/login")
-    after_it = bob.page.get_by_role("link", name="Make an account")
-    before = after_it.bounding_box()
+    below = bob.page.get_by_role("link", name="Create account")
+    before = below.bounding_box()
     bob.fill("login", email="nobody@example.com", password="wrong")
-    bob.hears("login", "Wrong email or password.")
-    assert after_it.bounding_box() == before
+    bob.expect_status("login", "Wrong email or password.")
+    assert below.bounding_box() == before
 
 
-def test_without_script_the_page_says_what_it_needs(visit: Visit) -> None:
+def test_without_javascript_a_page_says_that_it_needs_it(visit: Visit) -> None:
     bob = visit(java_script_enabled=False)
     for name in PAGES[:-1]:
         bob.open(f"/{name}")
@@ -446,50 +486,60 @@ def test_without_script_the_page_says_what_it_needs(visit: Visit) -> None:
         expect(bob.page.locator("noscript p")).to_be_visible()
 
 
-def test_a_demanded_factor_is_set_up_on_the_way(browser: Browser, tmp_path: Path) -> None:
-    with town(tmp_path, AUTHSVC_REQUIRE_TOTP="on") as (one, _), Visitor(browser, one) as bob:
-        one.register()
-        bob.open(f"{one.app}/page")
+def test_a_required_second_factor_is_set_up_during_sign_in(browser: Browser, tmp_path: Path) -> None:
+    with closing(Site("nginx", tmp_path, {"AUTHSVC_REQUIRE_TOTP": "on"})) as site, Visitor(browser, site) as bob:
+        site.create_account()
+        bob.open(f"{site.app}/page")
         bob.fill("login", email="bob@example.com", password=PASSWORD)
         bob.page.wait_for_url(re.compile(r"/account\?return="))
-        expect(bob.page.locator("#who")).to_have_text("This service asks for a second factor: set one up below.")
-        bob.sets_up_a_factor()
-        bob.page.get_by_role("link", name="Go on to where you were going").click()
-        bob.arrives(f"{one.app}/page")
+        expect(bob.page.locator("#who")).to_have_text(
+            "This service requires two-factor authentication. Set it up below."
+        )
+        bob.set_up_two_factor()
+        bob.page.get_by_role("link", name="Continue to the application").click()
+        bob.expect_url(f"{site.app}/page")
 
 
 def test_an_invitation_is_accepted(browser: Browser, tmp_path: Path) -> None:
-    with town(tmp_path, AUTHSVC_REGISTRATION="invitation") as (one, _), Visitor(browser, one) as bob:
+    with (
+        closing(Site("nginx", tmp_path, {"AUTHSVC_REGISTRATION": "invitation"})) as site,
+        Visitor(browser, site) as bob,
+    ):
         bob.open("/register")
         bob.fill("register", email="bob@example.com", password=PASSWORD)
-        bob.hears("register", "Accounts are by invitation only.")
-        link = one.service.command("invite", "bob@example.com").split()[-1]
+        bob.expect_status("register", "Registration is by invitation only.")
+        link = site.command("invite", "bob@example.com").split()[-1]
         bob.page.goto(link)
         expect(bob.page.locator("#reset-email")).to_have_value("bob@example.com")
         bob.fill("reset", new_password=PASSWORD)
-        bob.hears("reset", "The password is set. You can sign in now.")
+        bob.expect_status("reset", "The password is set. You can sign in now.")
         bob.page.get_by_role("link", name="Sign in").click()
-        bob.signs_in("bob@example.com")
+        bob.sign_in("bob@example.com")
 
 
-def take_pictures() -> None:
-    """Write a picture of each page, light and dark, narrow and wide."""
-    PICTURES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, town(Path(folder)) as (one, _), chromium() as browser:
-        one.register()
+def take_screenshots() -> None:
+    """Write a screenshot of each page, light and dark, narrow and wide."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(Site("nginx", Path(folder), {"AUTHSVC_SESSIONS_PER_USER": "2"})) as site,
+        chromium() as browser,
+    ):
+        with Visitor(browser, site) as bob:  # each account page shows a second session
+            bob.create_account("bob@example.com")
         for scheme in ("light", "dark"):
             for width, look in ((320, "narrow"), (900, "wide")):
                 options = {"color_scheme": scheme, "viewport": {"width": width, "height": 560}}
-                with Visitor(browser, one, **options) as bob:
+                with Visitor(browser, site, **options) as bob:
                     for name in PAGES:
                         if name == "account":
                             bob.open("/login")
-                            bob.signs_in("bob@example.com")
+                            bob.sign_in("bob@example.com")
                         bob.open("/reset#token=x&email=bob@example.com" if name == "reset" else f"/{name}")
                         bob.page.wait_for_load_state("networkidle")
                         full = name == "account"
-                        bob.page.screenshot(path=PICTURES / f"{name}-{look}-{scheme}.png", full_page=full)
+                        bob.page.screenshot(path=SCREENSHOTS / f"{name}-{look}-{scheme}.png", full_page=full)
 
 
 if __name__ == "__main__":
-    take_pictures()
+    take_screenshots()

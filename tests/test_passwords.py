@@ -1,4 +1,4 @@
-"""What is stored of a password, and what verifies against it."""
+"""Password hashing: the stored forms, verification and its timing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import bcrypt
 import pytest
 
-import passwords
+from credentials import passwords
 from tests.conftest import COST
 
 PLAIN = re.compile(rb"\$2b\$04\$[./A-Za-z0-9]{53}")
@@ -18,8 +18,8 @@ LONG = re.compile(rb"\$bcrypt-sha256\$v=2,t=2b,r=4\$[./A-Za-z0-9]{22}\$[./A-Za-z
 
 CYRILLIC = "пароль" * 43  # 258 letters, 516 bytes
 
-# Made by other programs: passlib's documentation, and the test vectors of crypt_blowfish, whose three
-# prefixes stand for the same bcrypt where the password is ASCII.
+# Hashes from other programs: passlib's documentation, and the test vectors of crypt_blowfish. Its three prefixes mean
+# the same bcrypt for ASCII passwords.
 PASSLIB = "$bcrypt-sha256$v=2,t=2b,r=12$n79VH.0Q2TMWmt3Oqt9uku$Kq4Noyk3094Y2QlB8NdRT8SvGiI4ft2"
 CRYPT_BLOWFISH = "$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"
 
@@ -34,7 +34,7 @@ UNREADABLE = [
     b"$2b$04$" + b"." * 54,
     b"$2b$04$" + b"." * 53 + b"\n",
     b"$2b$04$" + b"." * 52 + b"\xff",
-    b"$2b$04$" + b"." * 21 + b"/" + b"." * 31,  # bits set where the salt has none
+    b"$2b$04$" + b"." * 21 + b"/" + b"." * 31,  # the last character of the salt sets bits that a salt does not have
     b"$2b$03$" + b"." * 53,
     b"$2b$32$" + b"." * 53,
     b"$2b$99$" + b"." * 53,
@@ -56,19 +56,19 @@ def verifies(password: str, stored: str | bytes | None) -> bool:
 
 
 @pytest.mark.parametrize("password", ["a" * 71, "a" * 72, "é" * 36, " ", "b4l0u"])
-def test_up_to_72_bytes_are_stored_as_plain_bcrypt(password: str) -> None:
+def test_passwords_up_to_72_bytes_are_stored_as_plain_bcrypt(password: str) -> None:
     stored = hashed(password)
     assert PLAIN.fullmatch(stored)
     assert bcrypt.checkpw(password.encode(), stored)
 
 
 @pytest.mark.parametrize("password", ["a" * 73, "a" * 74, "é" * 36 + "a", "a\0", "\0", CYRILLIC, "a" * 1024])
-def test_longer_ones_and_those_with_nul_are_stored_as_bcrypt_sha256(password: str) -> None:
+def test_passwords_over_72_bytes_or_with_nul_are_stored_as_bcrypt_sha256(password: str) -> None:
     assert LONG.fullmatch(hashed(password))
 
 
 @pytest.mark.parametrize("length", [1, 71, 72, 73, 74, 1023, 1024])
-def test_every_byte_counts(length: int) -> None:
+def test_every_byte_of_a_password_counts(length: int) -> None:
     password = "a" * length
     stored = hashed(password)
     assert verifies(password, stored)
@@ -77,7 +77,7 @@ def test_every_byte_counts(length: int) -> None:
     assert not verifies(password + "a", stored)
 
 
-def test_the_last_of_many_cyrillic_letters_counts() -> None:
+def test_the_last_letter_of_a_long_cyrillic_password_counts() -> None:
     stored = hashed(CYRILLIC)
     assert verifies(CYRILLIC, stored)
     assert not verifies(CYRILLIC[:-1] + "я", stored)
@@ -86,7 +86,7 @@ def test_the_last_of_many_cyrillic_letters_counts() -> None:
 @pytest.mark.parametrize(
     ("password", "other"),
     [
-        ("a", "a\0a"),  # bcrypt repeats its key, with a NUL between: these pairs are one password to it
+        ("a", "a\0a"),  # bcrypt repeats its key, with a NUL in between, so it cannot tell these two apart
         ("ab", "ab\0ab\0ab"),
         ("abc\0def", "abc\0xyz"),
         ("abc", "abc\0"),
@@ -98,7 +98,7 @@ def test_the_last_of_many_cyrillic_letters_counts() -> None:
         ("a", "A"),
     ],
 )
-def test_these_are_two_passwords(password: str, other: str) -> None:
+def test_similar_passwords_do_not_match_each_other(password: str, other: str) -> None:
     for one, another in ((password, other), (other, password)):
         stored = hashed(one)
         assert verifies(one, stored)
@@ -106,7 +106,7 @@ def test_these_are_two_passwords(password: str, other: str) -> None:
 
 
 @pytest.mark.parametrize("password", ["b4l0u", "a" * 73])
-def test_a_hash_is_salted(password: str) -> None:
+def test_two_hashes_of_a_password_differ(password: str) -> None:
     assert hashed(password) != hashed(password)
 
 
@@ -128,42 +128,36 @@ def test_a_bcrypt_hash_made_elsewhere_verifies(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("stored", UNREADABLE)
-def test_nothing_verifies_against_an_unreadable_hash(stored: bytes) -> None:
+def test_no_password_matches_an_unreadable_hash(stored: bytes) -> None:
     assert verifies("", stored) is False
     assert verifies("password", stored) is False
     assert verifies("password", stored.decode("latin-1")) is False
 
 
 @pytest.mark.parametrize("password", ["", "a", "\0", "." * 53, "a" * 73])
-def test_nothing_verifies_where_there_is_no_hash(password: str) -> None:
+def test_no_password_matches_a_missing_hash(password: str) -> None:
     assert verifies(password, None) is False
 
 
 @pytest.mark.parametrize(
-    ("password", "why"),
-    [
-        ("", "empty"),
-        ("a" * 1025, "1024 bytes"),
-        ("é" * 513, "1024 bytes"),
-        ("a\ud800", "text"),
-    ],
+    ("password", "why"), [("", "empty"), ("a" * 1025, "1024 bytes"), ("é" * 513, "1024 bytes"), ("a\ud800", "text")]
 )
-def test_what_cannot_be_a_password_is_refused_with_the_reason(password: str, why: str) -> None:
-    assert why in (passwords.objection(password) or "")
+def test_an_empty_too_long_or_invalid_password_is_refused_with_the_reason(password: str, why: str) -> None:
+    assert why in (passwords.length_error(password) or "")
 
 
 @pytest.mark.parametrize("password", ["a", " ", "\0", "b4l0u", "a" * 1024, "é" * 512, CYRILLIC])
-def test_any_other_text_may_be_a_password(password: str) -> None:
-    assert passwords.objection(password) is None
+def test_any_text_up_to_1024_bytes_can_be_a_password(password: str) -> None:
+    assert passwords.length_error(password) is None
 
 
-def test_an_empty_password_verifies_against_nothing() -> None:
+def test_an_empty_password_matches_no_hash() -> None:
     assert verifies("", bcrypt.hashpw(b"", bcrypt.gensalt(COST))) is False
 
 
 @pytest.fixture
 def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The cost of each bcrypt that is run."""
+    """Record the cost of each bcrypt call."""
     spent: list[int] = []
 
     def counted(original: Callable[[bytes, bytes], object]) -> Callable[[bytes, bytes], object]:
@@ -201,14 +195,14 @@ LONG_STORED = passwords.hash_password("a" * 73, 5)
         *(pytest.param("password", stored, id=f"unreadable {n}") for n, stored in enumerate(UNREADABLE)),
     ],
 )
-def test_every_check_costs_one_bcrypt_of_the_configured_cost(
+def test_every_check_runs_one_bcrypt_of_the_configured_cost(
     costs: list[int], password: str, stored: bytes | None
 ) -> None:
     passwords.verify(password, stored, 5)
     assert costs == [5]
 
 
-def test_no_more_hash_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_hash_per_core_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     inside = 0
     changed = threading.Condition()
     leave = threading.Event()
@@ -226,12 +220,12 @@ def test_no_more_hash_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(bcrypt, "checkpw", held(bcrypt.checkpw))
     monkeypatch.setattr(bcrypt, "hashpw", held(bcrypt.hashpw))
-    each = passwords.CORES + 1  # of either kind, so that either without the gate is seen
+    each = passwords.CORES + 1  # calls of each kind: enough to notice if only one kind is limited
     with ThreadPoolExecutor(2 * each) as pool:
         for _ in range(each):
             pool.submit(hashed, "a")
             pool.submit(verifies, "a", None)
-        with changed:  # they stay inside until all that can have come
+        with changed:  # calls block inside bcrypt until as many as can have entered
             full = changed.wait_for(lambda: inside >= passwords.CORES, 10)
             too_many = changed.wait_for(lambda: inside > passwords.CORES, 0.1)
         leave.set()
@@ -243,20 +237,20 @@ def test_no_more_hash_at_once_than_there_are_cores(monkeypatch: pytest.MonkeyPat
     ("stored", "cost"),
     [
         (PASSLIB, 12),
-        (SHORT_STORED, 5),
-        (LONG_STORED, 5),
-        (LONG_STORED.decode(), 5),
+        pytest.param(SHORT_STORED, 5, id="short"),  # a random salt: its text would be another id in each process
+        pytest.param(LONG_STORED, 5, id="long"),
+        pytest.param(LONG_STORED.decode(), 5, id="long text"),
         ("$2a" + CRYPT_BLOWFISH, 5),
         ("$2y" + CRYPT_BLOWFISH, 5),
         *((stored, None) for stored in UNREADABLE),
     ],
 )
-def test_the_cost_of_a_stored_hash_can_be_told(stored: str | bytes, cost: int | None) -> None:
+def test_the_cost_of_a_stored_hash_is_read(stored: str | bytes, cost: int | None) -> None:
     assert passwords.cost_of(stored) == cost
 
 
 @pytest.mark.parametrize(("stored", "configured"), [(4, 4), (4, 6), (5, 6), (6, 4)])
-def test_a_wrong_password_takes_what_the_configured_cost_takes_or_what_its_hash_does(
+def test_a_wrong_password_takes_the_configured_cost_or_that_of_its_hash(
     monkeypatch: pytest.MonkeyPatch, stored: int, configured: int
 ) -> None:
     hashed = passwords.hash_password("right", stored)

@@ -1,14 +1,16 @@
-"""The settings: what each variable means, and that nothing wrong is overlooked."""
+"""Settings: how each variable is read, and which values are refused."""
 
 from __future__ import annotations
 
 import re
+import sys
+import traceback
 from dataclasses import FrozenInstanceError, asdict, fields
 from typing import Any
 
 import pytest
 
-from settings import Settings, SettingsError, shown
+from settings import Settings, SettingsError, redacted
 
 DEFAULTS = {
     "listen": "127.0.0.1:5000",
@@ -31,7 +33,7 @@ DEFAULTS = {
     "unsafe_listen": False,
 }
 
-NUMBERS = {  # the least and the most
+NUMBERS = {  # the smallest and the largest value
     "AUTHSVC_BCRYPT_COST": (4, 15),
     "AUTHSVC_SESSIONS_PER_USER": (1, 100),
     "AUTHSVC_SESSION_IDLE": (1, 31_536_000),
@@ -98,7 +100,7 @@ NO_ADDRESSES = [
 
 
 def refusal(environ: dict[str, str]) -> str:
-    """The message of a refusal, which is one line."""
+    """Return the message of the refusal, after checking that it is one line."""
     with pytest.raises(SettingsError) as caught:
         Settings.from_environ(environ)
     message = str(caught.value)
@@ -107,11 +109,11 @@ def refusal(environ: dict[str, str]) -> str:
     return message
 
 
-def test_the_defaults() -> None:
+def test_the_defaults_are_the_documented_ones() -> None:
     assert asdict(Settings()) == asdict(Settings.from_environ({})) == DEFAULTS
 
 
-def test_the_environment_is_read_at_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_read_when_settings_are_created(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTHSVC_BCRYPT_COST", "5")
     assert Settings.from_environ().bcrypt_cost == 5
 
@@ -133,14 +135,14 @@ def test_the_environment_is_read_at_the_time(monkeypatch: pytest.MonkeyPatch) ->
         ("AUTHSVC_UNSAFE_LISTEN", "1", True),
     ],
 )
-def test_a_variable_sets_its_field_and_no_other(name: str, text: str, value: object) -> None:
+def test_a_variable_sets_its_own_field_only(name: str, text: str, value: object) -> None:
     expected = DEFAULTS | {name.removeprefix("AUTHSVC_").lower(): value}
     assert asdict(Settings.from_environ({name: text})) == expected
     assert expected != DEFAULTS
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_a_number_is_within_its_range(name: str) -> None:
+def test_a_number_outside_its_range_is_refused(name: str) -> None:
     least, most = NUMBERS[name]
     field = name.removeprefix("AUTHSVC_").lower()
     for number in least, most:
@@ -150,7 +152,7 @@ def test_a_number_is_within_its_range(name: str) -> None:
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
-def test_what_is_no_number_is_refused(text: str) -> None:
+def test_text_that_is_not_a_number_is_refused(text: str) -> None:
     for name in NUMBERS:
         assert name in refusal({name: text})
 
@@ -170,7 +172,7 @@ def test_a_misspelt_switch_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "name", ["AUTHSVC_", "AUTHSVC_BCRYPTCOST", "AUTHSVC_Listen", "AUTHSVC_LISTEN ", "AUTHSVC_ADDRESS", "AUTHSVC_DEBUG"]
 )
-def test_an_unknown_name_is_refused(name: str) -> None:
+def test_an_unknown_variable_is_refused(name: str) -> None:
     assert refusal({name: "1"}).startswith(f"{name} ")
 
 
@@ -186,12 +188,12 @@ def test_an_unknown_name_is_refused(name: str) -> None:
         "AUTHSVC_MAIL_FROM",
     ],
 )
-def test_a_variable_that_is_set_to_nothing_is_refused(name: str) -> None:
-    assert refusal({name: ""}).startswith(f"{name} is set to nothing")
+def test_an_empty_variable_is_refused(name: str) -> None:
+    assert refusal({name: ""}).startswith(f"{name} is set but empty")
 
 
 @pytest.mark.parametrize("name", ["AUTHSVC_URL", "AUTHSVCX", "authsvc_listen", "LISTEN", "XAUTHSVC_LISTEN"])
-def test_what_is_not_for_the_service_is_ignored(name: str) -> None:
+def test_variables_of_other_programs_are_ignored(name: str) -> None:
     assert Settings.from_environ({name: "nonsense"}) == Settings()
 
 
@@ -206,13 +208,13 @@ def test_what_is_not_for_the_service_is_ignored(name: str) -> None:
         ("[0:0:0:0:0:0:0:1]:1", "::1", 1),
     ],
 )
-def test_a_service_listens_on_loopback(listen: str, host: str, port: int) -> None:
+def test_loopback_addresses_are_accepted(listen: str, host: str, port: int) -> None:
     address, chosen_port = Settings.from_environ({"AUTHSVC_LISTEN": listen}).address
     assert (str(address), chosen_port) == (host, port)
 
 
 @pytest.mark.parametrize("listen", REACHABLE)
-def test_anything_wider_than_loopback_needs_the_override(listen: str) -> None:
+def test_listening_beyond_loopback_needs_the_override(listen: str) -> None:
     environ = {"AUTHSVC_LISTEN": listen}
     for switched_off in {}, {"AUTHSVC_UNSAFE_LISTEN": "0"}:
         message = refusal(environ | switched_off)
@@ -222,37 +224,52 @@ def test_anything_wider_than_loopback_needs_the_override(listen: str) -> None:
 
 
 @pytest.mark.parametrize("listen", NO_ADDRESSES)
-def test_what_is_no_address_is_refused_whatever_the_override_says(listen: str) -> None:
+def test_an_invalid_address_is_refused_even_with_the_override(listen: str) -> None:
     for override in {}, {"AUTHSVC_UNSAFE_LISTEN": "1"}:
         assert refusal({"AUTHSVC_LISTEN": listen} | override).startswith("AUTHSVC_LISTEN=")
 
 
-@pytest.mark.parametrize(
-    "database",
-    [
-        *("", "postgres:canary", "postgresql:/canary", "postgresql://user:canary@host/db#canary"),
-        *(
-            "postgresql://user:can@ry-canary@host/db",
-            "postgresql://user:1/canary@host/db",
-            "postgres://u:canary/x@host",
-        ),
-        *(
-            "postgresql://u:canary@host:port/db",
-            "postgresql://u:canary@ho st/db",
-            "postgresql://u:canary@h/d?a=b@canary",
-        ),
-        *("postgres://u:can%ary@host/db", "postgres://u:canary%00@host/db", "postgres://host/db?password=canary%"),
-        *("postgres://host/db?password=x&canary", "postgres://host/db?password=x=canary"),
-        *("postgres://u:canary@host/a/b", "postgres://u:canary@host:123456/a", "postgres://u:canary@host/a\n"),
-    ],
-)
-def test_a_database_that_cannot_be_named_so_is_refused(database: str) -> None:
+MALFORMED_URLS = [
+    *("postgres:canary", "postgresql:/canary", "postgresql://user:canary@host/db#canary"),
+    *("postgresql://user:can@ry-canary@host/db", "postgresql://user:1/canary@host/db", "postgres://u:canary/x@host"),
+    *("postgres://u:1?canary@host/db", "postgres://u:1#canary@host/db", "postgres://u:canary", "postgres://h/d@canary"),
+    *("postgresql://u:canary@host:port/db", "postgresql://u:canary@ho st/db", "postgresql://u:canary@h/d?a=b@canary"),
+    *("postgres://u:can%ary@host/db", "postgres://u:canary%00@host/db", "postgres://host/db?password=canary%"),
+    *("postgres://u:canary%ff@host/db", "postgres://u:canary\udcff@host/db", "postgres://[::1]canary/db"),
+    *("postgres://host/db?password=x&canary", "postgres://host/db?password=x=canary", "postgres://host/db?canary=1"),
+    *("postgres://u:canary@host/a/b", "postgres://u:canary@host:123456/a", "postgres://u:canary@host/a\n"),
+    *("postgres://u%3Acanary%40host/db", "postgres://h/d?host=u%3Acanary%40host", "postgres://h/d?host=%40canary"),
+    *("postgres://h/d?port=canary", "postgres://h/d?hostaddr=127.0.0.1,%2F%40canary"),
+]
+
+
+@pytest.mark.parametrize("database", ["", *MALFORMED_URLS])
+def test_a_malformed_database_url_is_refused_without_showing_it(database: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings(database=database)
+    assert "canary" not in "".join(traceback.format_exception(caught.value))
     message = refusal({"AUTHSVC_DATABASE": database})
     assert message.startswith("AUTHSVC_DATABASE")
-    assert "canary" not in message  # it is a password, and the message goes to a log
+    assert "canary" not in message  # the canary is a password, and the message goes to a log
 
 
-# A URL, what is shown of it, and whether a production service takes it.
+@pytest.mark.parametrize("database", MALFORMED_URLS)
+def test_a_malformed_database_url_has_no_name_to_show(database: str) -> None:
+    assert redacted(database) == "PostgreSQL"
+
+
+def test_the_path_of_a_database_is_shown_unchanged() -> None:
+    assert redacted("/var/lib/a b@c.db") == "/var/lib/a b@c.db"
+
+
+def test_without_psycopg_a_database_url_is_left_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    url = "postgresql://u:canary@db.example.com/db"
+    assert Settings(database=url, public_url="https://auth.example.com").database == url
+    assert redacted(url) == "PostgreSQL"
+
+
+# A URL, its redacted form, and whether production accepts it: it is local or requires TLS.
 URLS = {
     "postgresql://": ("PostgreSQL on this machine", True),
     "postgresql:///db": ("db on this machine", True),
@@ -273,23 +290,29 @@ URLS = {
     "postgresql://u:canary@localhost/db?hostaddr=192.0.2.1": ("db on 192.0.2.1", False),
     "postgresql://localhost,db.example.com/db?hostaddr=127.0.0.1,": ("db on 127.0.0.1", False),
     "postgresql://u@localhost/db?password=canary": ("db on localhost", True),
+    "postgresql://u:canary@localhost:5433/db?hostaddr=::1": ("db on [::1]:5433", False),
+    "postgresql://u:canary@localhost/db?host=localhost,,db.example.com&port=1,2": (
+        "db on localhost:1,db.example.com",
+        False,
+    ),
+    "postgresql://u:canary@db.example.com/my%20db?ssl=true": ("my db on db.example.com", True),
     "postgresql://?service=elsewhere": ("PostgreSQL on this machine", False),
 }
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_a_url_of_postgresql_is_taken_and_its_password_shown_nowhere(url: str) -> None:
-    name, sealed = URLS[url]
-    made = Settings(database=url)
-    assert made.database == url
-    assert shown(url) == name
-    assert "canary" not in repr(made)
+def test_a_database_url_is_accepted_and_its_password_never_shown(url: str) -> None:
+    name, accepted = URLS[url]
+    settings = Settings(database=url)
+    assert settings.database == url
+    assert redacted(url) == name
+    assert "canary" not in repr(settings)
     production = {"AUTHSVC_DATABASE": url, "AUTHSVC_PUBLIC_URL": "https://auth.example.com"}
-    if sealed:
+    if accepted:
         assert Settings.from_environ(production).database == url
     else:
         message = refusal(production)
-        assert message == "AUTHSVC_DATABASE would be asked in plain over a network: add ?sslmode=verify-full"
+        assert message == "AUTHSVC_DATABASE would connect without TLS: add ?sslmode=verify-full"
 
 
 @pytest.mark.parametrize(
@@ -308,17 +331,17 @@ def test_a_url_of_postgresql_is_taken_and_its_password_shown_nowhere(url: str) -
         {"listen": "nowhere", "unsafe_listen": True},
     ],
 )
-def test_settings_made_by_hand_are_checked_too(values: dict[str, Any]) -> None:
+def test_settings_from_the_constructor_are_checked_too(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=f"AUTHSVC_{next(iter(values)).upper()}"):
         Settings(**values)
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     settings = Settings()
     for field in fields(Settings):
         with pytest.raises(FrozenInstanceError):
             setattr(settings, field.name, None)
 
 
-def test_a_cookie_is_shared_in_production_only() -> None:
+def test_a_cookie_domain_needs_production() -> None:
     assert refusal({"AUTHSVC_COOKIE_DOMAIN": "example.com"}).endswith("needs AUTHSVC_PUBLIC_URL")

@@ -1,4 +1,4 @@
-"""One-time codes: the vectors of both RFCs, how far a clock may differ, and what an app and a person are given."""
+"""One-time codes: RFC test vectors, clock drift, links, QR codes and recovery codes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-import totp
+from credentials import totp
 
-SEED = base64.b32encode(b"12345678901234567890").decode()  # of the RFCs
-NOW = 1_800_000_000  # where a step begins
+SEED = base64.b32encode(b"12345678901234567890").decode()  # the seed in both RFCs
+NOW = 1_800_000_000  # the beginning of a step
 STEP = NOW // 30
 CODE = totp.code(SEED, STEP)
 
@@ -32,7 +32,7 @@ CODE = totp.code(SEED, STEP)
         (20_000_000_000, "353130"),
     ],
 )
-def test_the_vectors_of_rfc_6238(seconds: int, code: str) -> None:
+def test_codes_match_the_vectors_of_rfc_6238(seconds: int, code: str) -> None:
     assert totp.code(SEED, seconds // 30) == code
     assert totp.matching_step(SEED, code, seconds) == seconds // 30
 
@@ -40,12 +40,10 @@ def test_the_vectors_of_rfc_6238(seconds: int, code: str) -> None:
 @pytest.mark.parametrize(
     ("count", "code"),
     list(
-        enumerate(
-            ["755224", "287082", "359152", "969429", "338314", "254676", "287922", "162583", "399871", "520489"],
-        )
+        enumerate(["755224", "287082", "359152", "969429", "338314", "254676", "287922", "162583", "399871", "520489"])
     ),
 )
-def test_the_vectors_of_rfc_4226(count: int, code: str) -> None:
+def test_codes_match_the_vectors_of_rfc_4226(count: int, code: str) -> None:
     assert totp.code(SEED, count) == code
 
 
@@ -56,19 +54,19 @@ def test_a_clock_may_differ_by_one_step_either_way(second: int, steps: int, good
     assert found == (STEP + steps if good else None)
 
 
-def test_a_code_of_two_steps_is_that_of_the_later() -> None:
-    # Else it would work twice: 1 in 10**6 is the same as the one before.
+def test_a_code_shared_by_two_steps_counts_as_the_later_one() -> None:
+    # One code in a million equals the code before it. Counted as the earlier step, it would be accepted twice.
     twin, later = "186519", 37_079_357
     assert totp.code(SEED, later - 1) == totp.code(SEED, later) == twin
     assert totp.matching_step(SEED, twin, later * 30) == later
 
 
-def test_a_code_is_good_for_its_own_seed() -> None:
+def test_a_code_is_valid_for_its_own_seed_only() -> None:
     assert totp.matching_step(totp.new_seed(), totp.code(SEED, STEP), NOW) is None
 
 
 @pytest.mark.parametrize("typed", [f"{CODE[:3]} {CODE[3:]}", f" {CODE}", " ".join(CODE)])
-def test_spaces_in_a_code_do_not_count(typed: str) -> None:
+def test_spaces_in_a_code_are_ignored(typed: str) -> None:
     assert totp.matching_step(SEED, typed, NOW) == STEP
 
 
@@ -94,11 +92,11 @@ def test_spaces_in_a_code_do_not_count(typed: str) -> None:
     ],
     ids=ascii,
 )
-def test_what_is_no_code_matches_nothing(given: str) -> None:
+def test_text_that_is_not_a_code_does_not_match(given: str) -> None:
     assert totp.matching_step(SEED, given, NOW) is None
 
 
-def test_a_code_keeps_its_leading_zeros() -> None:
+def test_a_code_needs_its_leading_zeros() -> None:
     assert totp.matching_step(SEED, "5924", 1_234_567_890) is None
     assert totp.matching_step(SEED, "005924", 1_234_567_890) is not None
 
@@ -132,7 +130,7 @@ def test_a_new_seed_is_160_random_bits_in_base32() -> None:
         "%",
     ],
 )
-def test_the_link_says_what_was_put_into_it(email: str, issuer: str) -> None:
+def test_the_link_holds_the_seed_email_and_issuer_unchanged(email: str, issuer: str) -> None:
     link = totp.uri(SEED, email, issuer)
     assert re.fullmatch("[!-~]+", link)
     parts = urlsplit(link)
@@ -142,61 +140,53 @@ def test_the_link_says_what_was_put_into_it(email: str, issuer: str) -> None:
     assert parse_qs(parts.query, strict_parsing=True) == {"secret": [SEED], "issuer": [issuer]}
 
 
-def test_the_link_is_plain_where_nothing_is_odd() -> None:
+def test_the_link_has_the_documented_form() -> None:
     link = totp.uri(SEED, "bob@x.io", "auth.example.com")
     assert link == f"otpauth://totp/auth.example.com%3Abob@x.io?secret={SEED}&issuer=auth.example.com"
 
 
-# The picture
+# The QR code
 
 
 def svg(text: str) -> ElementTree.Element:
-    picture = totp.picture(text)
-    assert picture
-    media_type, _, content = picture.partition(",")
+    data_url = totp.qr_code(text)
+    assert data_url
+    media_type, _, content = data_url.partition(",")
     assert media_type.startswith("data:image/svg+xml")
     return ElementTree.fromstring(unquote(content))
 
 
-def test_the_picture_is_an_image_of_the_link() -> None:
+@pytest.mark.usefixtures("qr_codes")
+def test_the_qr_code_is_an_svg_image_of_the_link() -> None:
     link = totp.uri(SEED, "bob@x.io", "auth.example.com")
     one, same, other = svg(link), svg(link), svg(totp.uri(SEED, "eve@x.io", "auth.example.com"))
     assert one.tag.endswith("svg")
     assert ElementTree.tostring(one) == ElementTree.tostring(same) != ElementTree.tostring(other)
 
 
-def test_the_picture_is_a_code_that_every_app_reads() -> None:
-    assert int(svg("1").attrib["width"]) >= 21 * 4  # a micro QR code, which few read, has fewer modules
+@pytest.mark.usefixtures("qr_codes")
+def test_the_qr_code_is_never_a_micro_qr_code() -> None:
+    assert int(svg("1").attrib["width"]) >= 21 * 4  # micro QR codes have fewer modules, and few apps read them
 
 
-def test_without_segno_there_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_segno_there_is_no_qr_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "segno", None)
-    assert totp.picture(totp.uri(SEED, "bob@x.io", "authsvc")) is None
+    assert totp.qr_code(totp.uri(SEED, "bob@x.io", "authsvc")) is None
 
 
 # Recovery codes
 
 
-def test_ten_recovery_codes_of_120_random_bits_each() -> None:
+def test_there_are_ten_recovery_codes_of_120_random_bits() -> None:
     codes = totp.new_recovery_codes()
     assert len(codes) == len(set(codes)) == 10
     assert all(re.fullmatch("([a-z2-7]{4}-){5}[a-z2-7]{4}", code) for code in codes)  # 24 letters of 5 bits
-    assert all(len(set(letters)) > 1 for place, letters in enumerate(zip(*codes)) if place % 5 != 4)
+    assert all(len(set(letters)) > 1 for database, letters in enumerate(zip(*codes)) if database % 5 != 4)
     assert not set(codes) & set(totp.new_recovery_codes())
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        "{}",
-        " {}\n",
-        "{upper}",
-        "{bare}",
-        "{spaced}",
-        "{wide}",
-    ],
-)
-def test_a_recovery_code_is_read_however_it_was_typed(typed: str) -> None:
+@pytest.mark.parametrize("typed", ["{}", " {}\n", "{upper}", "{bare}", "{spaced}", "{wide}"])
+def test_case_spaces_and_hyphens_of_a_recovery_code_are_ignored(typed: str) -> None:
     code = totp.new_recovery_codes()[0]
     given = typed.format(
         code,
@@ -208,7 +198,7 @@ def test_a_recovery_code_is_read_however_it_was_typed(typed: str) -> None:
     assert totp.recovery_hash(given) == totp.recovery_hash(code)
 
 
-def test_a_recovery_code_is_kept_as_a_digest_that_no_other_has() -> None:
+def test_recovery_codes_have_distinct_sha256_hashes() -> None:
     codes = [*totp.new_recovery_codes(), "", "a", "b", "\ud800", "é"]
     hashes = {totp.recovery_hash(code) for code in codes}
     assert len(hashes) == len(codes)
@@ -216,6 +206,6 @@ def test_a_recovery_code_is_kept_as_a_digest_that_no_other_has() -> None:
     assert not any(code.replace("-", "") in kept for code in codes[:10] for kept in hashes)
 
 
-def test_a_clock_that_was_never_set_is_no_crash() -> None:
+def test_a_clock_at_1970_does_not_crash() -> None:
     assert totp.matching_step("A" * 32, totp.code("A" * 32, 0), 0) == 0
     assert totp.matching_step("A" * 32, "not it", 0) is None

@@ -66,9 +66,7 @@ def get_jwt_strategy() -> JWTStrategy:
 
 
 auth_backend = AuthenticationBackend(
-    name="jwt",
-    transport=BearerTransport(tokenUrl="auth/jwt/login"),
-    get_strategy=get_jwt_strategy,
+    name="jwt", transport=BearerTransport(tokenUrl="auth/jwt/login"), get_strategy=get_jwt_strategy
 )
 fastapi_users = FastAPIUsers[User, UUID](get_user_manager, [auth_backend])
 

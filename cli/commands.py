@@ -1,0 +1,485 @@
+"""The operator's commands: users, sessions, links, imports and exports, backups and checks.
+
+A command uses the database of the settings, and takes its locks, so it may run beside the service. Each change is
+logged on standard error and in syslog as ``authsvc``. No command reads, sets or prints a password: the operator passes
+on a link, and the user chooses the password.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pwd
+import sys
+import syslog
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from typing import IO, Any
+
+from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
+from cli import user_files
+from cli.copy import CopyRefused, copy
+from engines import operations
+from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
+from log import log_event, timestamp
+from mail import Mailer, reset_link
+from settings import Settings, SettingsError, redacted
+from storage import DB, User, newest_session_time
+from tables.rate_limits import CLOCK_TOLERANCE
+
+EMAIL_TAKEN = "email already registered, or repeated in this file"
+
+PROGRESS_STEP = 5000  # rows between two updates of the progress display
+PRUNE_PAUSE = 0.02  # seconds between two steps of deleting, in which other writers get the lock
+
+
+class CommandFailed(Exception):
+    """The command changed nothing; the message gives the reason."""
+
+
+REFUSALS = CommandFailed, user_files.UnknownFormat, AuthError, AlreadyExists, DatabaseRefused, StorageUnavailable
+
+
+# The command line
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add all commands to the program's parser."""
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    groups = {"": commands}
+    for name, text in GROUPS.items():
+        groups[name] = commands.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
+    for names, run, argument in COMMANDS:
+        group, _, name = names.rpartition(" ")
+        command = groups[group].add_parser(name, allow_abbrev=False, help=run.__doc__, description=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print JSON, one object per line")
+        target: Any = command
+        if names == "sessions end":
+            target = command.add_mutually_exclusive_group(required=True)
+            target.add_argument("--all", action="store_true", help="end the sessions of all users")
+        if argument:
+            target.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
+        if names == "user delete":
+            command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
+        if names in ("import", "export"):
+            command.add_argument("--format", choices=user_files.FORMATS.values(), help="default: by the file's name")
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Run the command that was parsed; return the exit code, 0 or 1."""
+    try:
+        with suppress(BrokenPipeError):  # the reader of the output has closed it, as "head" does
+            code: int | None = arguments.run(Operator(arguments, settings))
+            sys.stdout.flush()
+            return code or 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would report the closed pipe at exit
+        return 0
+    except REFUSALS as error:
+        print(_printable(f"authsvc: {error}"), file=sys.stderr)
+    except OSError as error:
+        print(_printable(f"authsvc: {error.filename or arguments.command}: {error.strerror}"), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("authsvc: interrupted; nothing was changed", file=sys.stderr)
+    return 1
+
+
+class Operator:
+    """What a command works with: its arguments, the settings, the database, the output and the log."""
+
+    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
+        self.arguments = arguments
+        self.settings = settings
+
+    def require_database(self) -> None:
+        """Raise CommandFailed if there is no database. Opening it would create one, perhaps in the wrong place."""
+        database = self.settings.database
+        if not operations(database).exists(database):
+            remedy = "start the service once to create it, or set AUTHSVC_DATABASE to the service's value"
+            raise CommandFailed(f"there is no database {redacted(database)}: {remedy}")
+
+    @contextmanager
+    def open_database(self) -> Iterator[tuple[Auth, DB]]:
+        """Open the existing database; yield the rules on it, and the storage itself."""
+        self.require_database()
+        with closing(DB(self.settings.database, private=self.settings.production)) as db:
+            yield Auth(db, self.settings), db
+
+    @contextmanager
+    def open_user(self) -> Iterator[tuple[Auth, DB, User]]:
+        """Open the database and find the user named by the argument ``email``."""
+        with self.open_database() as (auth, db):
+            yield auth, db, auth.find_user(self.arguments.email)
+
+    def print_record(self, text: str, **record: Any) -> None:
+        """Print the text, or the record as JSON with ``--json``."""
+        print(json.dumps(record) if self.arguments.json else _printable(text))
+
+    def log(self, event: str, **details: Any) -> None:
+        """Log a change and the name of the person who made it."""
+        name = _login_name()
+        log_event(event, operator=name, **details)
+        syslog.openlog("authsvc", 0, syslog.LOG_AUTH)  # standard error of a terminal is not kept anywhere
+        syslog.syslog(json.dumps({"event": event, "operator": name, **details}))
+
+
+Command = Callable[[Operator], int | None]
+
+
+# Users
+
+
+def _add_user(operator: Operator) -> None:
+    """Add a user without a password; "invite" prints the link to set one."""
+    with operator.open_database() as (auth, _):
+        user = auth.add_account(operator.arguments.email)
+        operator.log("user_created", user_id=user.id)
+        operator.print_record(f"added {user.email}; next: invite {user.email}", **_user_record(user))
+
+
+def _list_users(operator: Operator) -> None:
+    """List all users."""
+    with operator.open_database() as (_, db):
+        for user in db.each_user():
+            record = _user_record(user)
+            factor = "2fa" if user.totp_since else "-"
+            operator.print_record(f"{user.id:>7}  {record['state']:<8}  {factor:<3}  {user.email}", **record)
+
+
+def _show_user(operator: Operator) -> None:
+    """Show one user."""
+    with operator.open_user() as (auth, _, user):
+        record = _user_record(user) | {"sessions": len(auth.sessions_of(user.id))}
+        operator.print_record("\n".join(f"{name:<14}{_format(value)}" for name, value in record.items()), **record)
+
+
+def _disable_user(operator: Operator) -> None:
+    """Disable a user and end their sessions."""
+    with operator.open_user() as (_, db, user):
+        db.disable_user(user.id, int(time.time()))
+        operator.log("user_disabled", user_id=user.id)
+        operator.print_record(f"disabled {user.email}; all sessions ended", email=user.email, state="disabled")
+
+
+def _enable_user(operator: Operator) -> None:
+    """Enable a disabled user."""
+    with operator.open_user() as (_, db, user):
+        db.enable_user(user.id)
+        operator.log("user_enabled", user_id=user.id)
+        operator.print_record(f"enabled {user.email}", email=user.email, state="active")
+
+
+def _delete_user(operator: Operator) -> None:
+    """Delete a user and all their data."""
+    with operator.open_user() as (_, db, user):
+        if not operator.arguments.yes:
+            _confirm(f"Delete {user.email} and all their data? [y/N] ")
+        db.delete_user(user.id)
+        operator.log("user_deleted", user_id=user.id)
+        operator.print_record(f"deleted {user.email}", email=user.email, state="deleted")
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise CommandFailed("cannot ask for confirmation without a terminal: add --yes")
+    if input(question).strip().lower() not in ("y", "yes"):
+        raise CommandFailed("not confirmed; nothing was deleted")
+
+
+def _user_record(user: User) -> dict[str, Any]:
+    return {
+        "id": user.id,
+        "email": user.email,
+        "state": "disabled" if user.disabled_at else "invited" if user.hashed_password == NO_PASSWORD else "active",
+        "created": timestamp(user.created_at) if user.created_at else None,
+        "second_factor": user.totp_since is not None,
+    }
+
+
+# Credentials
+
+
+def _invite(operator: Operator) -> None:
+    """Print a link, valid for 7 days, to set a first password; adds a user who is new."""
+    if operator.settings.registration == "closed":
+        raise CommandFailed("AUTHSVC_REGISTRATION=closed allows no invitations: set it to invitation or open")
+    with operator.open_database() as (auth, _):
+        try:
+            user = auth.find_user(operator.arguments.email)
+        except UnknownEmail:
+            user = auth.add_account(operator.arguments.email)
+            operator.log("user_created", user_id=user.id)
+        if user.hashed_password != NO_PASSWORD:
+            raise CommandFailed(f"{user.email} already has a password: use reset-link")
+        _print_link(operator, auth, user)
+        operator.log("user_invited", user_id=user.id)
+
+
+def _print_reset_link(operator: Operator) -> None:
+    """Print a link to set a new password, for when mail does not arrive."""
+    with operator.open_user() as (auth, _, user):
+        _print_link(operator, auth, user)
+        operator.log("authn_reset_token_created", user_id=user.id)
+
+
+def _print_link(operator: Operator, auth: Auth, user: User) -> None:
+    if user.disabled_at:
+        raise CommandFailed(f"{user.email} is disabled: enable the user first")
+    token, expires_at = auth.link_token(user)
+    base = operator.settings.public_url or f"http://{operator.settings.listen}"
+    link = reset_link(base, user.email, token)
+    operator.print_record(link, email=user.email, link=link, reset_token=token, expires=timestamp(expires_at))
+
+
+def _disable_totp(operator: Operator) -> None:
+    """Disable two-factor authentication for a user, and end their sessions."""
+    with operator.open_user() as (_, db, user):
+        if not db.remove_totp(user.id):
+            raise CommandFailed(f"{user.email} does not use two-factor authentication")
+        operator.log("authn_factor_removed", user_id=user.id)
+        text = f"disabled two-factor authentication for {user.email}; all sessions ended"
+        operator.print_record(text, email=user.email, second_factor=False)
+
+
+# Sessions
+
+
+def _list_sessions(operator: Operator) -> None:
+    """List the sessions of a user."""
+    with operator.open_user() as (auth, _, user):
+        for session in auth.sessions_of(user.id):
+            record = auth.describe_session(session)
+            operator.print_record("  ".join(map(_format, record.values())), **record)
+
+
+def _end_sessions(operator: Operator) -> None:
+    """End a user's sessions; --all: all sessions, reset links and invitations."""
+    if operator.arguments.all:
+        with operator.open_database() as (_, db):
+            ended = db.end_all_sessions()
+            operator.log("session_ended", which="all")
+    else:
+        with operator.open_user() as (_, db, user):
+            ended = db.end_sessions(user.id)
+            operator.log("session_ended", user_id=user.id)
+    operator.print_record(f"{_count(ended, 'session')} ended", ended=ended)
+
+
+# Import and export
+
+
+def _import_users(operator: Operator) -> None:
+    """Add all users in a file, or none: CSV with a header, JSON lines, htpasswd -B."""
+    path = operator.arguments.file
+    form = user_files.detect_format(path, operator.arguments.format)
+    problems: dict[int, str] = {}
+    users: list[User] = []
+    lines: dict[str, int] = {}  # by email in folded letter case
+    now = int(time.time())
+    with open(path, "rb") as file, operator.open_database() as (auth, db):
+        for line, record in _with_progress(f"reading {path}", user_files.read_records(file, form)):
+            try:
+                user = user_files.parse_user(record, auth.check_email, now)
+            except ValueError as error:
+                problems[line] = str(error)
+                continue
+            if lines.setdefault(user.email.casefold(), line) == line:
+                users.append(user)
+            else:
+                problems[line] = EMAIL_TAKEN
+        problems |= {lines[email]: EMAIL_TAKEN for email in db.taken_emails(list(lines))}
+        if not problems:
+            db.import_users(users)
+    for line in sorted(problems):
+        print(_printable(f"{path}:{line}: {problems[line]}"), file=sys.stderr)
+    if problems:
+        raise CommandFailed(f"{_count(len(problems), 'problem')}: nothing was imported")
+    operator.log("users_imported", users=len(users))
+    operator.print_record(f"{_count(len(users), 'user')} imported", imported=len(users))
+
+
+def _export_users(operator: Operator) -> None:
+    """Write all users and their password hashes to a new file or standard output."""
+    path = operator.arguments.file
+    form = user_files.detect_format(path or ".csv", operator.arguments.format)
+    with operator.open_database() as (_, db), _open_output(path) as file:
+        exported, left_out = user_files.write_users(db.each_user(), file, form)
+    operator.log("users_exported", users=exported)
+    if path:
+        operator.print_record(f"{_count(exported, 'user')} exported", exported=exported, left_out=left_out)
+    if left_out:
+        print(f"authsvc: left out {_count(left_out, 'user')} that {form} cannot represent", file=sys.stderr)
+
+
+def _with_progress(step: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows, and show at a terminal how many of them are done."""
+    for number, row in enumerate(rows):
+        if number % PROGRESS_STEP == 0 and sys.stderr.isatty():
+            print(f"\r{step}: {_count(number, 'row')}".ljust(65), end="", file=sys.stderr, flush=True)
+        yield row
+    _clear_progress()
+
+
+def _clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r" + " " * 64, end="\r", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _open_output(path: str | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    # The file holds password hashes: only its owner may read it, and it replaces no existing file.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+# The database
+
+
+def _backup(operator: Operator) -> None:
+    """Copy the database to a new file. The service may be running."""
+    path, database = operator.arguments.file, operator.settings.database
+    operations(database).backup(database, path)
+    operator.log("sys_backup")
+    operator.print_record(f"backed up to {path}", file=path, bytes=os.path.getsize(path))
+
+
+def _restore(operator: Operator) -> None:
+    """Replace the database with a backup and end all sessions. Stop the service first."""
+    database = operator.settings.database
+    # Beside the file itself: a symbolic link to it may be on another file system.
+    file = os.path.realpath(database) if os.path.islink(database) else database
+    kept = f"{file}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
+    ended = 0
+
+    def prepare(path: str) -> None:
+        nonlocal ended
+        with closing(DB(path)) as db:
+            # The backup still holds sessions that were ended after it was made, perhaps because they were stolen.
+            ended = db.end_all_sessions()
+
+    replaced = operations(database).restore(operator.arguments.file, database, kept, prepare)
+    operator.log("sys_restore")
+    record = {"database": database, "kept": kept if replaced else None, "sessions_ended": ended}
+    text = f"restored {database}; {_count(ended, 'session')} ended"
+    operator.print_record(f"{text}; the old database is now {kept}" if replaced else text, **record)
+
+
+def _copy_to(operator: Operator) -> None:
+    """Copy all rows to an empty database: PostgreSQL or a file. Stop the service first."""
+    source, target = operator.settings.database, operator.arguments.target
+    replace(operator.settings, database=target)  # raises SettingsError for a target that the service could not use
+    operator.require_database()
+    try:
+        with operations(target).open_target(target) as copied, operations(source).open_source(source) as rows:
+            counts = copy(rows, copied, _with_progress)
+    except (CopyRefused, AlreadyExists, ValueError) as error:
+        raise CommandFailed(f"{redacted(target)}: {error}; nothing was copied") from None
+    finally:
+        _clear_progress()
+    operator.log("sys_copy", target=redacted(target), users=counts["users"])
+    listed = ", ".join(f"{table} {rows}" for table, rows in counts.items())
+    text = f"copied to {redacted(target)} and verified; rows copied: {listed}\n"
+    text += f"next: set AUTHSVC_DATABASE to it and start the service; do not use {redacted(source)} any more"
+    operator.print_record(text, target=redacted(target), **counts)
+
+
+def _check(operator: Operator) -> int:
+    """Check the database, the settings, the clock and the mail server."""
+    settings = operator.settings
+    found = operations(settings.database).check(settings.database)
+    found["settings"] = settings.warnings()
+    found["clock"] = _clock_problems(settings, found["database"])
+    found["mail"] = _mail_problems(settings)
+    for name, problems in found.items():
+        text = f"{name:<10}{'; '.join(problems) or 'ok'}"
+        operator.print_record(text, check=name, ok=not problems, problems=problems)
+    return 1 if any(found.values()) else 0
+
+
+def _clock_problems(settings: Settings, database_problems: list[str]) -> list[str]:
+    if database_problems:
+        return ["not checked: the database cannot be read"]
+    ahead = newest_session_time(settings.database) - int(time.time())
+    text = f"the last session is {ahead} s in the future: check whether the clock was set back"
+    return [text] if ahead > CLOCK_TOLERANCE else []
+
+
+def _mail_problems(settings: Settings) -> list[str]:
+    try:
+        if settings.smtp_url:
+            Mailer(settings, log_event).check()
+    except (OSError, SettingsError) as error:  # smtplib's SMTPException is an OSError
+        return [f"{settings.smtp_server.hostname if settings.smtp_server else ''}: {error}"]
+    return []
+
+
+def _prune(operator: Operator) -> None:
+    """Delete expired rows now. The service also does this every hour."""
+    with operator.open_database() as (auth, _):
+        while auth.prune():
+            time.sleep(PRUNE_PAUSE)
+    operator.log("sys_prune")
+    operator.print_record("pruned", pruned=True)
+
+
+# Output
+
+
+def _login_name() -> str:
+    # Environment variables such as LOGNAME are not used: anybody can set them.
+    with suppress(OSError):  # there is no terminal, as under a timer or in a container
+        return os.getlogin()  # the person who logged in, even under sudo
+    with suppress(KeyError):
+        return pwd.getpwuid(os.getuid()).pw_name
+    return str(os.getuid())
+
+
+def _printable(text: str) -> str:
+    # User agents, emails and file contents come from strangers and must not send control sequences to the terminal.
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _format(value: object) -> str:
+    return {None: "-", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+# All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
+# here. Brackets mark an argument that may be left out.
+
+GROUPS = {"user": "add, list, show, disable, enable and delete users", "sessions": "list and end sessions"}
+
+COMMANDS: tuple[tuple[str, Command, str], ...] = (
+    ("user list", _list_users, ""),
+    ("user add", _add_user, "email"),
+    ("user show", _show_user, "email"),
+    ("user disable", _disable_user, "email"),
+    ("user enable", _enable_user, "email"),
+    ("user delete", _delete_user, "email"),
+    ("invite", _invite, "email"),
+    ("reset-link", _print_reset_link, "email"),
+    ("totp-off", _disable_totp, "email"),
+    ("sessions list", _list_sessions, "email"),
+    ("sessions end", _end_sessions, "[email]"),
+    ("import", _import_users, "file"),
+    ("export", _export_users, "[file]"),
+    ("backup", _backup, "file"),
+    ("restore", _restore, "file"),
+    ("copy-to", _copy_to, "target"),
+    ("check", _check, ""),
+    ("prune", _prune, ""),
+)

@@ -1,0 +1,221 @@
+"""The operator's functions for a SQLite file: check, backup, restore, copying. See engines.Operations."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+
+from engines import sqlite
+from engines.errors import DatabaseRefused
+from engines.rows import Rows
+from engines.sqlite import SQLiteEngine, connect
+
+IN_USE = "the database is in use: stop the service first"
+
+
+def exists(database: str) -> bool:
+    """Return whether there is a file."""
+    return os.path.exists(database)
+
+
+def check(database: str) -> dict[str, list[str]]:
+    """Return what is wrong with the file, and which of its files other users can read."""
+    names = [database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+    readable = [name for name in names if os.path.exists(name) and os.stat(name).st_mode & 0o077]
+    return {"database": problems(database), "files": [f"other users can read {name}: chmod 600" for name in readable]}
+
+
+def backup(database: str, target: str) -> None:
+    """Write a copy of one snapshot to a new file with mode 0600, while others read and write.
+
+    Raises:
+        DatabaseRefused: the target exists, it cannot be written, or the database is damaged.
+    """
+    with sqlite.refused(f"cannot write the backup {target}"), _temporary_file(target) as temporary:
+        _copy(database, temporary)
+        _publish(temporary, target)
+
+
+def restore(source: str, database: str, kept: str, prepare: Callable[[str], object] | None = None) -> bool:
+    """Replace the database with a backup; return whether there was one, which is then kept under the name ``kept``.
+
+    ``prepare`` is called with the path of the copy before it replaces the database. If the process is killed, either
+    the old or the new database is there, complete; ``kept`` may then be a second name of the old one.
+
+    ``kept`` must be on the same file system as the file itself, to which ``database`` may be a symbolic link.
+
+    Raises:
+        DatabaseRefused: the backup is damaged, or of a newer release; or the database is in use.
+    """
+    with sqlite.refused(f"cannot restore {source}"), ExitStack() as opened:
+        database = os.path.realpath(database)
+        if found := problems(source):
+            raise DatabaseRefused(found[0])
+        temporary = opened.enter_context(_temporary_file(database))
+        _copy(source, temporary)
+        if prepare:
+            prepare(temporary)
+            with _open_exclusively(temporary):
+                pass  # moves a write-ahead log into the file: closing a database ignores a full disk, and leaves one
+        opened.enter_context(_locked(database))
+        replaced = os.path.exists(database) and os.path.getsize(database) > 0
+        if replaced:
+            _merge_log(database)
+            if os.geteuid() == 0:  # the file must stay readable for the service's user
+                owner = os.stat(database)
+                # The user may own the folder, too, and must not have root change the owner of another file.
+                os.chown(temporary, owner.st_uid, owner.st_gid, follow_symlinks=False)
+            os.link(database, kept)
+        # A log that is left belongs to a damaged database. SQLite would apply it to the new one.
+        for suffix in ("-wal", "-shm", "-journal"):
+            with suppress(FileNotFoundError):
+                os.rename(database + suffix, kept + suffix)
+        os.replace(temporary, database)
+        _sync(database)
+        return replaced
+
+
+@contextmanager
+def open_readonly(database: str) -> Iterator[sqlite3.Connection]:
+    """Open a database to read from it, without a migration."""
+    with closing(connect(database, "ro")) as connection:
+        yield connection
+
+
+@contextmanager
+def open_source(database: str) -> Iterator[Rows]:
+    """Migrate a database, keep everybody else from opening it, and read all of its rows.
+
+    Text that is not UTF-8 is read as lone surrogates.
+
+    Raises:
+        DatabaseRefused: it is in use or damaged.
+    """
+    SQLiteEngine(database).close()
+    with ExitStack() as opened:
+        with sqlite.refused(f"cannot copy the database {database}"):
+            opened.enter_context(_locked(database))  # opening it exclusively moves the write-ahead log into the file
+            connection = opened.enter_context(_open_exclusively(database))
+            if found := _problems(connection):
+                raise DatabaseRefused("; ".join(found))
+        connection.text_factory = lambda text: text.decode(errors="surrogateescape")
+        with sqlite.translated_errors():
+            yield Rows(SQLiteEngine.name, connection, connection.execute)
+
+
+@contextmanager
+def open_target(database: str) -> Iterator[Rows]:
+    """Make a new file and fill it in one transaction. It gets its name at the end, and never on an error.
+
+    Raises:
+        DatabaseRefused: there is a file of this name already, or it cannot be made.
+    """
+    action = f"cannot make the database {database}"
+    with ExitStack() as opened:
+        with sqlite.refused(action):
+            if os.path.lexists(database):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            temporary = opened.enter_context(_temporary_file(database))
+        with closing(SQLiteEngine(temporary)) as engine, engine.transaction() as connection:
+            yield Rows(SQLiteEngine.name, connection, connection.execute)
+        with sqlite.refused(action):
+            _publish(temporary, database)
+
+
+def problems(path: str) -> list[str]:
+    """Return what is wrong with a file as a database of this service. It is not changed."""
+    try:
+        if os.path.getsize(path) < sqlite.MIN_FILE_BYTES:
+            return ["it is not a database"]
+        with closing(connect(path, "ro")) as db:
+            return _problems(db)
+    except (OSError, sqlite3.Error, DatabaseRefused) as error:
+        return [sqlite.reason(error)]
+
+
+def _problems(db: sqlite3.Connection) -> list[str]:
+    if not sqlite.schema_version(db):
+        return ["it is not a database of this service"]
+    found = [row[0] for row in db.execute("PRAGMA integrity_check") if row[0] != "ok"]
+    return found + [f"foreign key violation in {row[0]}" for row in db.execute("PRAGMA foreign_key_check")]
+
+
+@contextmanager
+def _locked(database: str) -> Iterator[None]:
+    lock_file = sqlite.open_lock_file(database)
+    try:
+        sqlite.lock(lock_file)
+        yield
+    finally:
+        os.close(lock_file)
+
+
+@contextmanager
+def _open_exclusively(database: str) -> Iterator[sqlite3.Connection]:
+    """Open a database that nobody else has open, and keep everybody else from opening it."""
+    with closing(connect(database)) as connection:
+        try:
+            # Every process that has a database in WAL mode open holds a shared lock on it, so this fails while a
+            # service runs.
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("BEGIN EXCLUSIVE")
+            connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith("SQLITE_BUSY"):  # a full disk, for example
+                raise
+            raise DatabaseRefused(IN_USE) from error
+        yield connection
+
+
+def _merge_log(database: str) -> None:
+    """Move the write-ahead log into the file, unless the database is damaged."""
+    if os.path.getsize(database) < sqlite.MIN_FILE_BYTES:  # SQLite might take it for empty, and delete the log
+        return
+    try:
+        with _open_exclusively(database):
+            pass
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorname", "") not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+            raise
+
+
+@contextmanager
+def _temporary_file(path: str) -> Iterator[str]:
+    """Yield the path of an empty file with mode 0600 beside ``path``, and delete it at the end."""
+    folder, name = os.path.split(os.path.abspath(path))
+    file, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+    os.close(file)
+    try:
+        yield temporary
+    finally:
+        for suffix in ("", "-wal", "-shm", ".lock"):
+            with suppress(FileNotFoundError):
+                os.unlink(temporary + suffix)
+
+
+def _publish(temporary: str, path: str) -> None:
+    os.link(temporary, path)  # unlike rename() it never replaces a file
+    _sync(path)
+
+
+def _copy(source: str, path: str) -> None:
+    """Fill an empty file with a complete copy of a database, check it, and flush it to disk."""
+    with closing(connect(source, "ro")) as original, closing(sqlite3.connect(path)) as target:
+        original.backup(target)
+        target.execute("PRAGMA journal_mode = DELETE")  # so that it is one file
+    if found := problems(path):  # else backups of a damaged database would replace the good ones, unnoticed
+        raise DatabaseRefused(found[0])
+    _sync(path)
+
+
+def _sync(path: str) -> None:
+    """Flush a file and its name to disk. It must not be open as a database: closing it here gives up SQLite's locks."""
+    for name in (path, os.path.dirname(os.path.abspath(path))):
+        file = os.open(name, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)

@@ -1,0 +1,698 @@
+"""The operator's commands: in this process where possible, otherwise in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import resource
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+import syslog
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+import authsvc
+from auth import Auth
+from cli import commands
+from credentials import totp
+from engines import sqlite_files
+from settings import Settings
+from storage import DB, User
+from tests.conftest import COST, HERE, Service, clean_environ
+from tests.crowd import UNMEASURED, awaited
+
+HASH = "$2b$12$" + "a" * 21 + "e" + "b" * 31
+
+Run = Callable[..., "Result"]
+
+
+class Result:
+    """The result of a command: exit code, standard output, and standard error without and with the log."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code = code
+        self.out = out
+        lines = err.splitlines()
+        self.log = [json.loads(line) for line in lines if line.startswith("{")]
+        self.err = [line for line in lines if not line.startswith("{")]
+
+    @property
+    def records(self) -> list[Any]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def path(settings: Settings) -> Path:
+    return Path(settings.database)
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the lines that were sent to syslog."""
+    lines: list[str] = []
+    monkeypatch.setattr(syslog, "syslog", lines.append)
+    return lines
+
+
+@pytest.fixture
+def run(
+    database: str,
+    tmp_path: Path,
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AUTHSVC_DATABASE", database)
+    monkeypatch.setenv("AUTHSVC_BCRYPT_COST", str(COST))
+
+    def run_one(*arguments: str) -> Result:
+        capsys.readouterr()
+        try:
+            code = authsvc.main(list(arguments))
+        except SystemExit as ended:  # raised by argparse
+            code = int(ended.code or 0)
+        printed = capsys.readouterr()
+        return Result(code, printed.out, printed.err)
+
+    return run_one
+
+
+@pytest.fixture
+def people(settings: Settings) -> Iterator[Auth]:
+    """Two users: bob with a session and two-factor authentication, and eve. Return the rules on their database."""
+    auth = Auth(DB(settings.database), settings)
+    auth.register_user("bob@x.io", "b4l0u")
+    auth.register_user("eve@x.io", "3v3")
+    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="curl\x1b[2J\x07")[1]
+    seed, _, _ = auth.begin_totp(session_id, "b4l0u", address=None)
+    auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), address=None)
+    yield auth
+    auth.close()
+
+
+def run_process(*arguments: str, database: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    environ = clean_environ() | {"AUTHSVC_DATABASE": str(database), "AUTHSVC_BCRYPT_COST": str(COST)}
+    return subprocess.run(
+        [sys.executable, HERE / "authsvc.py", *arguments],
+        env=environ | options.pop("env", {}),
+        text=True,
+        capture_output=True,
+        timeout=120,
+        cwd=database.parent,
+        **options,
+    )
+
+
+# All commands
+
+COMMANDS: list[list[str]] = [
+    ["user", "add", "carol@x.io"],
+    ["user", "list"],
+    ["user", "show", "bob@x.io"],
+    ["user", "disable", "bob@x.io"],
+    ["user", "enable", "bob@x.io"],
+    ["user", "delete", "bob@x.io", "--yes"],
+    ["invite", "carol@x.io"],
+    ["reset-link", "bob@x.io"],
+    ["sessions", "list", "bob@x.io"],
+    ["sessions", "end", "bob@x.io"],
+    ["sessions", "end", "--all"],
+    ["totp-off", "bob@x.io"],
+    ["import", "users.csv"],
+    ["export", "out.csv"],
+    ["backup", "copy.db"],
+    ["check"],
+    ["prune"],
+]
+EVENTS = {
+    "user add": "user_created",
+    "user disable": "user_disabled",
+    "user enable": "user_enabled",
+    "user delete": "user_deleted",
+    "invite": "user_invited",
+    "reset-link": "authn_reset_token_created",
+    "sessions end": "session_ended",
+    "totp-off": "authn_factor_removed",
+    "import": "users_imported",
+    "export": "users_exported",
+    "backup": "sys_backup",
+    "prune": "sys_prune",
+}
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_creates_no_database(run: Run, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "users.csv").write_text(f"email,hash\na@x.io,{HASH}\n")
+    result = run(*command)
+    assert result.code == 1
+    assert (
+        command == ["check"]
+        or re.fullmatch(r"authsvc: .*no such file.*|authsvc: there is no database .*", result.err[-1], re.I)
+        or re.search("unable to open|pg_dump; nothing was written", result.err[-1])
+    )
+    assert {file.name for file in tmp_path.iterdir()} == {"users.csv"}
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_prints_json_and_logs_its_change(
+    run: Run, people: Auth, engine: str, tmp_path: Path, logged: list[str], command: list[str]
+) -> None:
+    (tmp_path / "users.csv").write_text(f"email,hash\ncarol@x.io,{HASH}\n")
+    result = run(*command, "--json")
+    if engine == "postgres" and command[0] == "backup":
+        assert (result.code, logged, result.out) == (1, [], "")
+        return
+    assert (result.code, result.err) == (0, [])
+    assert all(isinstance(record, dict) for record in result.records)
+    name = " ".join(command[:2]) if command[0] in ("user", "sessions") else command[0]
+    events = [line["event"] for line in result.log]
+    assert events == [json.loads(line)["event"] for line in logged]
+    assert ([EVENTS[name]] if name in EVENTS else []) == events[-1:]
+    assert all(line["operator"] for line in result.log)
+    secrets = re.findall(r"\$2b|b4l0u|3v3|[A-Z2-7]{32}", result.out + str(result.log) + str(logged))
+    assert not secrets
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["user", verb, "nobody@x.io"] for verb in ("show", "disable", "enable")),
+        ["user", "delete", "nobody@x.io", "--yes"],
+        *([verb, "nobody@x.io"] for verb in ("reset-link", "totp-off")),
+        *(["sessions", verb, "nobody@x.io"] for verb in ("list", "end")),
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_email_is_refused(run: Run, people: Auth, command: list[str]) -> None:
+    result = run(*command)
+    assert (result.code, result.out, result.err, result.log) == (1, "", ["authsvc: unknown email"], [])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["nonsense"], ["user"], ["user", "nonsense"], ["user", "show"], ["sessions", "end"]),
+        *(
+            ["sessions", "end", "bob@x.io", "--all"],
+            ["sessions", "end", "--al"],
+            ["import"],
+            ["backup"],
+            ["--nonsense"],
+        ),
+        ["export", "--format", "xml"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(run: Run, command: list[str]) -> None:
+    result = run(*command)
+    assert (result.code, result.out) == (2, "")
+    assert result.err[0].startswith("usage: ")
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_help_is_printed(run: Run, command: list[str]) -> None:
+    result = run(*command[: 2 if command[:1] in (["user"], ["sessions"]) else 1], "--help")
+    assert result.code == 0
+    assert result.out.startswith("usage: authsvc.py")
+
+
+def test_a_wrong_setting_exits_with_2(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_REGISTRATION", "ask")
+    result = run("user", "list")
+    assert (result.code, len(result.err)) == (2, 1)
+    assert result.err[0].startswith("authsvc: AUTHSVC_REGISTRATION=ask must be one of open, invitation, closed")
+
+
+def test_the_log_names_the_operator_by_the_login_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "ceo")
+    monkeypatch.setattr(os, "getlogin", lambda: "ops")
+    assert commands._login_name() == "ops"
+
+    def no_terminal() -> str:
+        raise OSError
+
+    monkeypatch.setattr(os, "getlogin", no_terminal)
+    assert commands._login_name() != "ceo"
+    monkeypatch.setattr(os, "getuid", lambda: 54_321)
+    assert commands._login_name() == "54321"
+
+
+# Users
+
+
+def test_users_are_listed_and_shown(run: Run, people: Auth) -> None:
+    run("user", "add", "carol@x.io")
+    run("user", "disable", "eve@x.io")
+    assert [line.split() for line in run("user", "list").out.splitlines()] == [
+        ["1", "active", "2fa", "bob@x.io"],
+        ["2", "disabled", "-", "eve@x.io"],
+        ["3", "invited", "-", "carol@x.io"],
+    ]
+    shown = dict(line.split() for line in run("user", "show", "BOB@x.io").out.splitlines())
+    assert shown.pop("created").endswith("Z")
+    assert shown == {"id": "1", "email": "bob@x.io", "state": "active", "second_factor": "yes", "sessions": "1"}
+
+
+@pytest.mark.both_engines
+def test_a_disabled_user_cannot_sign_in_until_enabled(run: Run, people: Auth) -> None:
+    session_id = people.log_in("eve@x.io", "3v3", address=None)[1]
+    run("user", "disable", "eve@x.io")
+    assert people.get_user_from_session_id(session_id) is None
+    assert not people.valid_login("eve@x.io", "3v3")
+    assert run("reset-link", "eve@x.io").err == ["authsvc: eve@x.io is disabled: enable the user first"]
+    run("user", "enable", "eve@x.io")
+    assert people.valid_login("eve@x.io", "3v3")
+
+
+def test_a_deletion_without_a_terminal_needs_yes(run: Run, people: Auth) -> None:
+    assert run("user", "delete", "bob@x.io").err == [
+        "authsvc: cannot ask for confirmation without a terminal: add --yes"
+    ]
+    assert people.find_user("bob@x.io")
+    assert run("user", "delete", "bob@x.io", "--yes").code == 0
+    assert run("user", "show", "bob@x.io").code == 1
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("typed", "deleted"), [("y\n", True), ("yes\n", True), ("n\n", False), ("\n", False)])
+def test_a_deletion_asks_at_a_terminal(people: Auth, path: Path, typed: str, deleted: bool) -> None:
+    ours, theirs = pty.openpty()
+    os.write(ours, typed.encode())
+    done = run_process("user", "delete", "bob@x.io", database=path, stdin=theirs)
+    os.close(ours)
+    os.close(theirs)
+    assert "Delete bob@x.io and all their data?" in done.stdout
+    assert done.returncode == (0 if deleted else 1)
+    assert ("bob@x.io" in [user.email for user in people._db.each_user()]) is not deleted
+
+
+@pytest.mark.both_engines
+def test_an_invitation_sets_the_first_password_once(run: Run, people: Auth) -> None:
+    link = run("invite", "carol@x.io").out.strip()
+    found = re.fullmatch(r"http://127\.0\.0\.1:5000/reset#token=([0-9a-f-]{36})&email=carol%40x\.io", link)
+    assert found
+    assert run("user", "show", "carol@x.io", "--json").records[0]["state"] == "invited"
+    people.update_password(found[1], "c4r0l")
+    assert people.valid_login("carol@x.io", "c4r0l")
+    assert run("invite", "carol@x.io").err == ["authsvc: carol@x.io already has a password: use reset-link"]
+    with pytest.raises(ValueError, match="invalid reset token"):
+        people.update_password(found[1], "again")
+
+
+def test_closed_registration_allows_no_invitation(run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_REGISTRATION", "closed")
+    refused = "authsvc: AUTHSVC_REGISTRATION=closed allows no invitations: set it to invitation or open"
+    assert run("invite", "carol@x.io").err == [refused]
+    assert run("user", "show", "carol@x.io").code == 1
+
+
+@pytest.mark.both_engines
+def test_a_reset_link_begins_with_the_public_url(
+    run: Run, people: Auth, engine: str, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTHSVC_PUBLIC_URL", "https://auth.example.com")
+    monkeypatch.setenv("AUTHSVC_BCRYPT_COST", "10")
+    (record,) = run("reset-link", "bob@x.io", "--json").records
+    assert record["link"] == f"https://auth.example.com/reset#token={record['reset_token']}&email=bob%40x.io"
+    assert re.fullmatch("[A-Za-z0-9_-]{43}", record["reset_token"])
+    people.update_password(record["reset_token"], "n3w p4ssw0rd of bob")
+    if engine == "sqlite":
+        Path(database).chmod(0o644)
+        assert "chmod 600" in run("user", "list").err[0]
+
+
+@pytest.mark.both_engines
+def test_two_factor_authentication_is_disabled(run: Run, people: Auth) -> None:
+    assert run("totp-off", "bob@x.io").code == 0
+    assert people.log_in("bob@x.io", "b4l0u", address=None)[1]
+    assert run("totp-off", "bob@x.io").err == ["authsvc: bob@x.io does not use two-factor authentication"]
+
+
+# Sessions
+
+
+def test_a_list_of_sessions_contains_no_control_characters(run: Run, people: Auth) -> None:
+    (line,) = run("sessions", "list", "bob@x.io").out.splitlines()
+    assert re.fullmatch(r"[0-9a-f]{16}(  [0-9TZ:-]{20}){3}  192\.0\.2\.1  curl\?\[2J\?", line)
+    (record,) = run("sessions", "list", "bob@x.io", "--json").records
+    assert record["user_agent"] == "curl\x1b[2J\x07"
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("chosen", ["bob@x.io", "--all"])
+def test_sessions_are_ended(run: Run, people: Auth, chosen: str) -> None:
+    session_id = people.log_in("eve@x.io", "3v3", address=None)[1]
+    assert run("sessions", "end", chosen, "--json").records == [{"ended": 2 if chosen == "--all" else 1}]
+    assert run("sessions", "list", "bob@x.io").out == ""
+    assert (people.get_user_from_session_id(session_id) is None) is (chosen == "--all")
+
+
+# Import and export
+
+
+@pytest.mark.both_engines
+def test_an_import_adds_all_users_or_names_every_problem(run: Run, people: Auth, tmp_path: Path) -> None:
+    lines = ["email,hash,name", f"carol@x.io,{HASH},Carol", f"BOB@x.io,{HASH},Bob", "dan@x.io,b4l0u,Dan"]
+    lines += [f"carol@X.io,{HASH},Carol", f"ed@x.io,{HASH}", f"fay@x.io,{HASH},Fay"]
+    (tmp_path / "users.csv").write_text("\n".join(lines))
+    result = run("import", "users.csv")
+    assert (result.code, result.out, result.log) == (1, "", [])
+    assert result.err == [
+        "users.csv:3: email already registered, or repeated in this file",
+        "users.csv:4: hashed_password is not a bcrypt hash: expected $2b$…, $2a$…, $2y$… or $bcrypt-sha256$…",
+        "users.csv:5: email already registered, or repeated in this file",
+        "users.csv:6: expected 3 columns as in the header, found 2",
+        "authsvc: 4 problems: nothing was imported",
+    ]
+    assert len(run("user", "list").out.splitlines()) == 2
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_an_export_is_imported_into_another_database(
+    run: Run, people: Auth, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("user", "add", "carol@x.io")
+    run("user", "disable", "eve@x.io")
+    assert run("export", f"out.{form}", "--json").records == [{"exported": 3, "left_out": 0}]
+    assert stat.S_IMODE((tmp_path / f"out.{form}").stat().st_mode) == 0o600
+    assert run("export", "--format", form).out == (tmp_path / f"out.{form}").read_text()
+    DB(tmp_path / "other.db").close()
+    monkeypatch.setenv("AUTHSVC_DATABASE", str(tmp_path / "other.db"))
+    assert run("import", f"out.{form}").out == "3 users imported\n"
+    with closing(DB(tmp_path / "other.db")) as other:
+        moved = {user.email: user for user in other.each_user()}
+        for user in people._db.each_user():
+            copied = moved[user.email]
+            assert hash_of(copied) == hash_of(user)
+            assert (copied.created_at, copied.totp_secret) == (user.created_at, user.totp_secret)
+            assert [bool(copied.disabled_at), bool(copied.totp_since)] == [
+                bool(user.disabled_at),
+                bool(user.totp_since),
+            ]
+        auth = Auth(other, Settings(bcrypt_cost=COST))
+        with pytest.raises(ValueError, match="one-time code required"):
+            auth.log_in("bob@x.io", "b4l0u", address=None)
+
+
+def hash_of(user: User) -> str:
+    return user.hashed_password if isinstance(user.hashed_password, str) else user.hashed_password.decode()
+
+
+def test_an_export_never_replaces_a_file(run: Run, people: Auth, tmp_path: Path) -> None:
+    (tmp_path / "out.csv").write_text("precious")
+    assert run("export", "out.csv").err == ["authsvc: out.csv: File exists"]
+    assert (tmp_path / "out.csv").read_text() == "precious"
+    assert run("export", "missing/out.csv").err == ["authsvc: missing/out.csv: No such file or directory"]
+
+
+@pytest.mark.parametrize("file", ["missing.csv", ".", "users.txt"])
+def test_an_import_of_an_unreadable_file_is_refused(run: Run, people: Auth, file: str, tmp_path: Path) -> None:
+    (tmp_path / "users.txt").touch()
+    result = run("import", file, *(["--format", "csv"] if file == "." else []))
+    assert (result.code, len(result.err)) == (1, 1)
+    assert result.err[0].startswith("authsvc: ")
+
+
+# A child process begins with the peak memory of its parent, so a small process starts the command and measures it.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow  # two imports of 100,000 lines
+@pytest.mark.process
+def test_an_import_of_100_000_users_takes_little_memory_or_changes_nothing(
+    people: Auth, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    lines = ["email,hash", *(f"user{number}@example.com,{HASH}" for number in range(100_000))]
+    for name, chosen in ("few.csv", lines[:2]), ("faulty.csv", [*lines[2:], "last"]), ("many.csv", lines[2:]):
+        (path.parent / name).write_text("\n".join([*([] if name == "few.csv" else lines[:1]), *chosen]))
+    most, before = {}, 2
+    for name, added in ("few.csv", 1), ("faulty.csv", 0), ("many.csv", 99_999):
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, sys.executable, HERE / "authsvc.py", "import", name],
+            env=clean_environ() | {"AUTHSVC_DATABASE": str(path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (0 if added else 1)
+        most[name] = int(done.stdout.splitlines()[-1])
+        print(f"{name}: {len(lines) / (time.monotonic() - began):.0f} lines a second, {most[name]} KiB")
+        before += added
+        with closing(sqlite3.connect(path)) as db:
+            assert db.execute("SELECT count(*) FROM users").fetchone() == (before,)
+    assert most["many.csv"] - most["few.csv"] < 50 * 1024
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_an_import_shows_its_progress_at_a_terminal_only(
+    run: Run, people: Auth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: shown, raising=False)
+    (tmp_path / "users.csv").write_text(f"email,hash\ncarol@x.io,{HASH}\n")
+    assert any("reading users.csv: 0 rows" in line for line in run("import", "users.csv").err) is shown
+
+
+# Beside a service
+
+
+def test_a_backup_is_restored(run: Run, people: Auth, path: Path, tmp_path: Path) -> None:
+    token = people.get_reset_password_token("eve@x.io")
+    assert run("backup", "copy.db").out == "backed up to copy.db\n"
+    assert run("backup", "copy.db").code == 1
+    people.register_user("carol@x.io", "c4r0l")
+    people.close()
+    result = run("restore", "copy.db", "--json")
+    (record,) = result.records
+    assert (record["database"], record["sessions_ended"]) == (str(path), 1)
+    assert [line["event"] for line in result.log] == ["sys_restore"]
+    assert [user["email"] for user in run("user", "list", "--json").records] == ["bob@x.io", "eve@x.io"]
+    with closing(DB(record["kept"])) as kept:
+        assert len(list(kept.each_user())) == 3
+    people._db = DB(path)  # the fixture closes it
+    assert people.valid_login("eve@x.io", "3v3")
+    with pytest.raises(ValueError, match="invalid reset token"):
+        people.update_password(token, "t4rt1fl3tt3")
+
+
+def test_a_restore_keeps_the_old_file_beside_the_one_that_a_link_names(
+    run: Run, people: Auth, path: Path, tmp_path: Path
+) -> None:
+    assert run("backup", "copy.db").code == 0
+    people.close()
+    (elsewhere := tmp_path / "elsewhere").mkdir()  # it may be on another file system
+    path.rename(elsewhere / "real.db")
+    path.symlink_to(elsewhere / "real.db")
+    (record,) = run("restore", "copy.db", "--json").records
+    assert record["kept"].startswith(str(elsewhere / "real.db."))
+    assert path.is_symlink()
+    assert [sqlite_files.problems(file) for file in (record["kept"], str(path))] == [[], []]
+    people._db = DB(path)  # the fixture closes it
+
+
+def test_a_restore_while_the_service_runs_is_refused(start: Callable[..., Service], tmp_path: Path) -> None:
+    service = start()
+    database = tmp_path / "authsvc.db"
+    form = {"email": "bob@x.io", "password": "b4l0u"}
+    requests.post(f"{service.url}/users", data=form, timeout=5)
+    assert run_process("backup", "copy.db", database=database).returncode == 0
+    done = run_process("restore", "copy.db", database=database)
+    assert done.returncode == 1
+    assert done.stderr == "authsvc: cannot restore copy.db: the database is in use: stop the service first\n"
+    assert requests.post(f"{service.url}/sessions", data=form, timeout=5).status_code == 200
+    service.end()
+    assert run_process("restore", "copy.db", database=database).returncode == 0
+
+
+@pytest.mark.both_engines
+def test_commands_work_while_the_service_runs(start: Callable[..., Service]) -> None:
+    service, form = start(), {"email": "bob@x.io", "password": "b4l0u"}
+    requests.post(f"{service.url}/users", data=form, timeout=5)
+    bob = requests.Session()
+    bob.post(f"{service.url}/sessions", data=form, timeout=5)
+    service.command("user", "disable", "bob@x.io")
+    assert bob.get(f"{service.url}/profile", timeout=5).status_code == 403
+    assert requests.post(f"{service.url}/sessions", data=form, timeout=5).status_code == 401
+    service.command("user", "enable", "bob@x.io")
+    token = json.loads(service.command("reset-link", "bob@x.io", "--json"))["reset_token"]
+    new = {"email": "bob@x.io", "reset_token": token, "new_password": "t4rt1fl3tt3"}
+    answers = [requests.put(f"{service.url}/reset_password", data=new, timeout=5).status_code for _ in range(2)]
+    assert answers == [200, 403]
+
+
+@pytest.mark.slow
+def test_a_backup_under_load_contains_every_confirmed_user(
+    start: Callable[..., Service], path: Path, tmp_path: Path
+) -> None:
+    service = start(AUTHSVC_THROTTLE="off")
+    confirmed: list[str] = []
+    stopping = threading.Event()
+
+    def load(worker: int) -> None:
+        number = 0
+        while not stopping.is_set():
+            form = {"email": f"user{worker}-{number}@x.io", "password": "b4l0u"}
+            if requests.post(f"{service.url}/users", data=form, timeout=20).status_code == 200:
+                confirmed.append(form["email"])
+            assert requests.post(f"{service.url}/sessions", data=form, timeout=20).status_code == 200
+            number += 1
+
+    copies = []
+    with ThreadPoolExecutor(6) as pool:
+        workers = [pool.submit(load, worker) for worker in range(6)]
+        try:
+            for number in range(2):
+                assert awaited(lambda number=number: len(confirmed) >= 30 * (number + 1), 30)  # type: ignore[misc]
+                before = list(confirmed)
+                assert run_process("backup", f"copy{number}.db", database=path).returncode == 0
+                copies.append((tmp_path / f"copy{number}.db", before))
+        finally:
+            stopping.set()
+        for worker in workers:
+            worker.result()
+    assert "sys_crash" not in service.log
+    service.end()
+    for copy, emails in copies:
+        assert run_process("restore", str(copy), database=path).returncode == 0
+        assert sqlite_files.problems(str(path)) == []
+        with closing(DB(path)) as db:
+            auth = Auth(db, Settings(bcrypt_cost=COST))
+            assert [email for email in emails if not auth.valid_login(email, "b4l0u")] == []
+        for kept in tmp_path.glob("authsvc.db.2*"):  # two restores in the same second would choose the same name
+            kept.unlink()
+
+
+@pytest.mark.slow  # starts 10 processes
+def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service]) -> None:
+    service = start(AUTHSVC_THROTTLE="off")
+
+    def add(worker: int) -> None:
+        for number in range(2):
+            service.command("user", "add", f"{worker}-{number}@x.io")
+            form = {"email": f"wire{worker}-{number}@x.io", "password": "b4l0u"}
+            assert requests.post(f"{service.url}/users", data=form, timeout=20).status_code == 200
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    assert len(service.command("user", "list").splitlines()) == 16
+
+
+def test_a_reader_that_closes_the_pipe_causes_no_error(people: Auth, path: Path) -> None:
+    with people._db._engine.transaction() as db:
+        db.executemany(
+            "INSERT INTO users (email, email_key, hashed_password) VALUES (:email, :email, '!')",
+            [{"email": f"{number}@x.io"} for number in range(5000)],
+        )
+    command = f'"{sys.executable}" "{HERE / "authsvc.py"}" user list | head -1; exit ${{PIPESTATUS[0]}}'
+    environ = clean_environ() | {"AUTHSVC_DATABASE": str(path)}
+    done = subprocess.run(["bash", "-c", command], env=environ, text=True, capture_output=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[-1] == "bob@x.io"
+
+
+def test_a_backup_to_a_full_disk_is_refused_in_one_line(people: Auth, path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    # Without coverage, which could not write its files either.
+    done = run_process("backup", "copy.db", database=path, preexec_fn=limit, env=UNMEASURED)
+    assert done.returncode == 1
+    assert re.fullmatch(r"authsvc: cannot write the backup copy\.db: .+\n", done.stderr)
+    assert not (path.parent / "copy.db").exists()
+    assert not list(path.parent.glob(".copy*"))
+
+
+# Checking
+
+
+def checked(result: Result) -> dict[str, Any]:
+    return {record["check"]: record["problems"] for record in result.records}
+
+
+@pytest.mark.both_engines
+def test_a_check_finds_no_problem_in_a_good_setup(run: Run, people: Auth, engine: str) -> None:
+    checks = ["database", *(["files"] if engine == "sqlite" else []), "settings", "clock", "mail"]
+    result = run("check", "--json")
+    assert result.code == 0
+    assert checked(result) == {name: [] for name in checks}
+    assert run("check").out.split() == [word for name in checks for word in (name, "ok")]
+
+
+@pytest.mark.both_engines
+def test_a_missing_database_is_found(run: Run) -> None:
+    result = run("check", "--json")
+    (problem,) = checked(result)["database"]
+    assert result.code == 1
+    assert re.match("No such file or directory|there are no tables in postgres on ", problem)
+
+
+def test_a_damaged_database_is_found(run: Run, people: Auth, path: Path) -> None:
+    people.close()
+    path.write_bytes(path.read_bytes()[:4096] + b"\xa5" * 8192)
+    result = run("check", "--json")
+    assert result.code == 1
+    assert checked(result)["database"]
+    people._db = DB(path.with_name("another.db"))  # the fixture closes it
+
+
+def test_a_file_that_others_can_read_is_found(run: Run, people: Auth, path: Path) -> None:
+    path.chmod(0o640)
+    result = run("check", "--json")
+    assert (result.code, checked(result)["files"]) == (1, [f"other users can read {path}: chmod 600"])
+
+
+@pytest.mark.both_engines
+def test_a_clock_that_was_set_back_is_found(run: Run, people: Auth) -> None:
+    with people._db._engine.transaction() as db:
+        db.execute("UPDATE sessions SET last_seen_at = last_seen_at + 86400")
+    result = run("check", "--json")
+    assert result.code == 1
+    assert re.fullmatch(r"the last session is 86\d\d\d s in the future: .*", checked(result)["clock"][0])
+
+
+def test_an_unreachable_mail_server_and_a_missing_proxy_are_found(
+    run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(socket.socket()) as unused:
+        unused.bind(("127.0.0.1", 0))  # nobody listens on it
+        for name, value in {
+            "PUBLIC_URL": "https://auth.example.com",
+            "BCRYPT_COST": "10",
+            "SMTP_URL": f"smtps://127.0.0.1:{unused.getsockname()[1]}",
+            "MAIL_FROM": "auth@example.com",
+        }.items():
+            monkeypatch.setenv(f"AUTHSVC_{name}", value)
+        result = run("check", "--json")
+    assert result.code == 1
+    assert checked(result)["mail"] == ["127.0.0.1: [Errno 111] Connection refused"]
+    assert "AUTHSVC_TRUSTED_PROXY" in checked(result)["settings"][0]
+
+
+@pytest.mark.both_engines
+def test_pruning_deletes_expired_sessions(run: Run, people: Auth) -> None:
+    with people._db._engine.transaction() as db:
+        db.execute("UPDATE sessions SET expires_at = 1")
+    assert run("prune").out == "pruned\n"
+    assert people._db._engine.read("SELECT count(*) FROM sessions", {}) == (0,)

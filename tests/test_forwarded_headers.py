@@ -1,0 +1,126 @@
+"""Forwarded headers: only the trusted proxy may say who the client is and that it came over plain HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from auth import Auth
+from authsvc import create_app
+from storage import DB
+from tests.conftest import Client, Clock, Service
+from tests.production import (
+    FORM,
+    PROXY,
+    log_lines,
+    post_request,
+    production_settings,
+    proxied_service,
+    send,
+    shared_site,
+)
+from web import middleware
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with shared_site(tmp_path_factory.mktemp("site")) as call:
+        yield call
+
+
+@pytest.fixture(scope="module")
+def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with proxied_service(tmp_path_factory.mktemp("service")) as service:
+        yield service
+
+
+@pytest.fixture
+def call(database: str, db: DB, clock: Clock) -> Client:
+    settings = production_settings(database, trusted_proxy=PROXY)
+    return Client(create_app(settings, Auth(db, settings, clock)))
+
+
+@pytest.mark.parametrize(
+    ("peer", "proto", "status"),
+    [
+        (PROXY, "http", 403),
+        (PROXY, "HTTP", 403),
+        (PROXY, "ws", 403),
+        (PROXY, "https,http", 403),
+        (PROXY, "", 403),
+        (PROXY, "https", 200),
+        (PROXY, "HTTPS", 200),
+        (PROXY, None, 200),
+        ("192.0.2.9", "http", 200),
+    ],
+)
+def test_a_request_that_reached_the_proxy_over_http_is_refused(
+    site: Client, peer: str, proto: str | None, status: int
+) -> None:
+    headers: dict[str, Any] = {} if proto is None else {"HTTP_X_FORWARDED_PROTO": proto}
+    answer = site("GET", "/", REMOTE_ADDR=peer, **headers)
+    assert answer.status == status
+    assert (answer.json == {"message": "use https"}) == (status == 403)
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded_for", "client"),
+    [
+        (PROXY, None, PROXY),
+        (PROXY, "203.0.113.5", "203.0.113.5"),
+        (PROXY, "6.6.6.6, 203.0.113.5", "203.0.113.5"),
+        (PROXY, "evil,203.0.113.5", "203.0.113.5"),
+        (PROXY, "203.0.113.5, 6.6.6.6", "6.6.6.6"),
+        (PROXY, "::ffff:203.0.113.5", "203.0.113.5"),
+        (PROXY, "2001:DB8:0::1", "2001:db8::1"),
+        (PROXY, "evil", "unknown"),
+        (PROXY, "", "unknown"),
+        (PROXY, "203.0.113.5,", "unknown"),
+        (PROXY, "203.0.113.5:443", "unknown"),
+        (PROXY, "[2001:db8::1]:443", "unknown"),
+        (PROXY, "x" * 300, "unknown"),
+        (PROXY, "203.0.113.5\r\nx", "unknown"),
+        ("192.0.2.9", "203.0.113.5", "192.0.2.9"),
+        ("127.0.0.2", "203.0.113.5", "127.0.0.2"),
+    ],
+)
+def test_only_the_trusted_proxy_can_name_the_client_address(
+    site: Client, capsys: pytest.CaptureFixture[str], peer: str, forwarded_for: str | None, client: str
+) -> None:
+    headers: dict[str, Any] = {} if forwarded_for is None else {"HTTP_X_FORWARDED_FOR": forwarded_for}
+    site("POST", "/sessions", FORM, REMOTE_ADDR=peer, **headers)
+    assert [line["address"] for line in log_lines(capsys.readouterr().err) if "address" in line] == [client]
+
+
+def test_an_untrusted_forwarded_address_gives_no_more_guesses(call: Client) -> None:
+    peer = "192.0.2.9"
+    statuses = [
+        call("POST", "/sessions", FORM, REMOTE_ADDR=peer, HTTP_X_FORWARDED_FOR=f"10.0.0.{n}").status for n in range(30)
+    ]
+    assert statuses == [401] * 10 + [429] * 20
+
+
+def test_all_invalid_forwarded_addresses_count_as_one_client(call: Client) -> None:
+    statuses = [
+        call("POST", "/sessions", FORM, REMOTE_ADDR=PROXY, HTTP_X_FORWARDED_FOR=f"junk{n}").status for n in range(30)
+    ]
+    assert statuses == [401] * 10 + [429] * 20
+
+
+def test_an_ignored_forwarded_address_is_logged_once(call: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    middleware._warn_of_ignored_forwarding.cache_clear()
+    for n in range(5):
+        call("GET", "/", REMOTE_ADDR="192.0.2.9", HTTP_X_FORWARDED_FOR=f"10.0.0.{n}")
+    assert [line["event"] for line in log_lines(capsys.readouterr().err)] == ["sys_forwarding_ignored"]
+
+
+@pytest.mark.process
+def test_two_forwarded_for_headers_are_read_as_one_list(proxied: Service) -> None:
+    answer = send(
+        proxied.address, post_request("/sessions", FORM, "X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 203.0.113.200")
+    )
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    addresses = [line["address"] for line in log_lines(proxied.log) if line["event"] == "authn_login_fail"]
+    assert addresses[-1] == "203.0.113.200"

@@ -1,0 +1,793 @@
+"""Outgoing mail, sent to a real mail server with TLS in this process."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import smtplib
+import socket
+import ssl
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+import requests
+import trustme
+
+import mail
+from auth import Auth, AuthError
+from authsvc import create_app
+from credentials import totp
+from mail import Mailer
+from settings import Settings
+from storage import DB
+from tests.conftest import Answer, Client, Clock, Service
+from tests.mail_server import SMTP_PASSWORD, USER, MailServer, smtp_url
+from tests.production import PUBLIC_URL, production_settings
+
+pytestmark = pytest.mark.slow  # they talk to a real mail server
+
+CLIENT = "192.0.2.1"
+BOB, PASSWORD, NEW_PASSWORD = "Bob@x.io", "tarte flambée du dimanche", "choucroute garnie du lundi"
+SUBJECT = "Reset your password at auth.example.com"
+
+
+class Log:
+    """The log of a mailer; ``next`` waits for a line."""
+
+    def __init__(self) -> None:
+        self.lines: queue.Queue[tuple[str, dict[str, Any]]] = queue.Queue()
+        self.text = ""
+
+    def __call__(self, event: str, **details: Any) -> None:
+        self.text += json.dumps([event, details]) + "\n"
+        self.lines.put((event, details))
+
+    def next(self) -> tuple[str, dict[str, Any]]:
+        return self.lines.get(timeout=5)
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def authority_file(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("authority") / "ca.pem"
+    authority.cert_pem.write_to_path(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def certificate(authority: trustme.CA) -> trustme.LeafCert:
+    return authority.issue_cert("localhost")
+
+
+@pytest.fixture(autouse=True)
+def _trusted(authority_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", authority_file)
+
+
+@pytest.fixture
+def start_server(certificate: trustme.LeafCert) -> Iterator[Callable[..., MailServer]]:
+    """Start mail servers; they are stopped after the test."""
+    started: list[MailServer] = []
+
+    def start_one(
+        scheme: str = "smtp+starttls", certificate: trustme.LeafCert = certificate, **options: Any
+    ) -> MailServer:
+        started.append(MailServer(certificate, scheme, **options))
+        return started[-1]
+
+    yield start_one
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def server(start_server: Callable[..., MailServer]) -> MailServer:
+    return start_server()
+
+
+@pytest.fixture
+def closed() -> Iterator[socket.socket]:
+    """A socket with a port of its own, which refuses connections until a server listens on it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+def port_of(bound: socket.socket) -> int:
+    return int(bound.getsockname()[1])
+
+
+@pytest.fixture
+def settings_for(tmp_path: Path) -> Callable[..., Settings]:
+    """Make settings of a production service that sends mail through a server."""
+    (tmp_path / "password").write_text(SMTP_PASSWORD + "\n")
+
+    def make(url: str, database: str = "unused") -> Settings:
+        return production_settings(
+            database, smtp_url=url, smtp_password_file=str(tmp_path / "password"), mail_from="auth@example.com"
+        )
+
+    return make
+
+
+@pytest.fixture
+def settings(settings_for: Callable[..., Settings], server: MailServer, database: str) -> Settings:
+    return settings_for(server.url, database)
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@pytest.fixture
+def mailer(settings_for: Callable[..., Settings], server: MailServer, log: Log) -> Mailer:
+    return Mailer(settings_for(server.url), log)
+
+
+@pytest.fixture
+def auth(db: DB, settings: Settings, clock: Clock, mailer: Mailer) -> Auth:
+    auth = Auth(db, settings, clock, mailer=mailer)
+    auth.register_user(BOB, PASSWORD)
+    return auth
+
+
+def ask(call: Client, email: str = BOB, client: str = CLIENT, **environ: Any) -> Answer:
+    """Request a reset mail."""
+    return call("POST", "/reset_password", {"email": email}, REMOTE_ADDR=client, **environ)
+
+
+def settle(mailer: Mailer) -> None:
+    """Wait until the worker thread has run all tasks that were queued before."""
+    done = threading.Event()
+    mailer.enqueue(done.set)
+    assert done.wait(5)
+
+
+def count_mails(mailer: Mailer, server: MailServer) -> int:
+    """Return how many mails arrived, once all tasks have run."""
+    settle(mailer)
+    return server.received.qsize()
+
+
+def link_of(message: EmailMessage) -> dict[str, str]:
+    """Return the fields in the fragment of the only link in a mail."""
+    (fragment,) = re.findall(rf"^{PUBLIC_URL}/reset#(\S+)$", message.get_content(), re.MULTILINE)
+    return {name: value for name, (value,) in parse_qs(fragment, strict_parsing=True).items()}
+
+
+def confirm(call: Client, token: str, password: str = NEW_PASSWORD) -> int:
+    form = {"email": BOB, "reset_token": token, "new_password": password}
+    return call("PUT", "/reset_password", form, REMOTE_ADDR=CLIENT).status
+
+
+# Contents and recipients
+
+
+@pytest.mark.both_engines
+def test_a_reset_is_mailed_to_the_stored_address(call: Client, server: MailServer) -> None:
+    assert ask(call, "BOB@X.IO").status == 200
+    by, recipients, message = server.next_received()
+    assert (by, recipients) == ("auth@example.com", [BOB])
+    assert (message["From"], message["To"], message["Subject"]) == ("auth@example.com", BOB, SUBJECT)
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert message["Message-ID"].endswith("@example.com>")
+
+
+def test_the_mailed_link_resets_the_password(call: Client, server: MailServer) -> None:
+    ask(call)
+    link = link_of(server.next())
+    assert link.keys() == {"token", "email"}
+    assert link["email"] == BOB
+    assert confirm(call, link["token"]) == 200
+    form = {"email": BOB, "password": NEW_PASSWORD}
+    assert call("POST", "/sessions", form, REMOTE_ADDR=CLIENT).status == 200
+
+
+def test_no_request_header_appears_in_a_mail(call: Client, server: MailServer) -> None:
+    evil = "evil.example"
+    forged = {
+        "HTTP_HOST": evil,
+        "HTTP_X_FORWARDED_HOST": evil,
+        "HTTP_X_FORWARDED_SERVER": evil,
+        "HTTP_FORWARDED": f"host={evil}",
+        "HTTP_REFERER": f"https://{evil}",
+        "HTTP_USER_AGENT": evil,
+        "SERVER_NAME": evil,
+    }
+    assert ask(call, **forged).status == 200
+    assert evil not in server.next().as_string()
+
+
+@pytest.mark.parametrize("address", ["o'brien@x.io", "bob+tag@x.io", "a&b$c`d`!e@x.io", "--bob@x.io", "b%40b@x.io"])
+def test_the_link_in_a_mail_preserves_an_unusual_email(mailer: Mailer, address: str) -> None:
+    assert link_of(mailer.reset(address, "to-ken_0")) == {"token": "to-ken_0", "email": address}
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(30, "1 minute"), (119, "1 minute"), (600, "10 minutes")])
+def test_a_reset_mail_states_the_lifetime_of_its_link(log: Log, seconds: int, text: str) -> None:
+    settings = production_settings(smtp_url="smtps://localhost", mail_from="auth@example.com", reset_lifetime=seconds)
+    message = Mailer(settings, log).reset(BOB, "to-ken_0")
+    assert f" works once and expires in {text}:" in message.get_content()
+
+
+def test_a_password_reset_is_notified_by_mail(call: Client, server: MailServer) -> None:
+    ask(call)
+    token = link_of(server.next())["token"]
+    confirm(call, token)
+    _, recipients, message = server.next_received()
+    assert (recipients, message["Subject"]) == ([BOB], "Your password was changed at auth.example.com")
+    assert token not in message.as_string()
+    assert NEW_PASSWORD not in message.get_content()
+
+
+def test_a_refused_reset_sends_no_mail(call: Client, server: MailServer, mailer: Mailer) -> None:
+    assert confirm(call, "wrong") == 403
+    assert count_mails(mailer, server) == 0
+
+
+def next_notice(server: MailServer) -> tuple[str, str]:
+    """Return the subject, without the host, and the text of the next mail to Bob."""
+    _, recipients, message = server.next_received()
+    assert recipients == [BOB]
+    subject: str = message["Subject"]
+    assert subject.endswith(" at auth.example.com")
+    return subject.removesuffix(" at auth.example.com"), message.get_content()
+
+
+def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock: Clock, server: MailServer) -> None:
+    session_id = auth.create_session(BOB)
+    _, session_id = auth.change_password(session_id, PASSWORD, NEW_PASSWORD, address=None)
+    seed, *_ = auth.begin_totp(session_id, NEW_PASSWORD, address=None)
+    code = totp.code(seed, int(clock()) // totp.STEP)
+    _, session_id, recovery = auth.confirm_totp(session_id, code, address=None)
+    _, session_id = auth.remove_totp(session_id, NEW_PASSWORD, recovery[0], address=None)
+    auth.delete_account(session_id, NEW_PASSWORD, address=None)
+    notices = [next_notice(server) for _ in range(4)]
+    assert [subject for subject, _ in notices] == [
+        "Your password was changed",
+        "A second factor was switched on",
+        "The second factor was switched off",
+        "Your account was deleted",
+    ]
+    for subject, text in notices:
+        assert text.startswith(f"{subject}: {BOB} at auth.example.com, just now.")
+        assert not [secret for secret in (PASSWORD, NEW_PASSWORD, seed, session_id, *recovery) if secret in text]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda auth, session_id: auth.change_password(session_id, "wrong", NEW_PASSWORD, address=None),
+        lambda auth, session_id: auth.change_password(session_id, PASSWORD, "short", address=None),
+        lambda auth, session_id: auth.change_password(None, PASSWORD, NEW_PASSWORD, address=None),
+        lambda auth, session_id: auth.delete_account(session_id, "wrong", address=None),
+        lambda auth, session_id: auth.begin_totp(session_id, "wrong", address=None),
+        lambda auth, session_id: auth.confirm_totp(session_id, "000000", address=None),
+        lambda auth, session_id: auth.remove_totp(session_id, PASSWORD, "000000", address=None),
+    ],
+    ids=["password: wrong", "password: weak", "password: no session", "delete", "begin", "confirm", "remove"],
+)
+def test_a_refused_change_sends_no_mail(
+    auth: Auth, server: MailServer, mailer: Mailer, act: Callable[[Auth, str | None], object]
+) -> None:
+    session_id = auth.create_session(BOB)
+    with pytest.raises(AuthError):
+        act(auth, session_id)
+    assert count_mails(mailer, server) == 0
+
+
+def test_beginning_a_two_factor_setup_sends_no_mail(auth: Auth, server: MailServer, mailer: Mailer) -> None:
+    auth.begin_totp(auth.create_session(BOB), PASSWORD, address=None)
+    assert count_mails(mailer, server) == 0
+
+
+@pytest.mark.parametrize("state", ["invited", "disabled"])
+def test_an_invited_or_disabled_user_gets_no_reset_mail(
+    call: Client, auth: Auth, db: DB, server: MailServer, mailer: Mailer, clock: Clock, state: str
+) -> None:
+    eve = auth.add_account("eve@x.io")
+    token, _ = auth.link_token(eve)
+    if state == "disabled":
+        auth.update_password(token, PASSWORD)
+        assert server.next()["To"] == "eve@x.io"
+        db.disable_user(eve.id, int(clock()))
+    clock.advance(86_400)  # a link that is younger than five minutes would not be replaced for anybody
+    answers = [comparable(ask(call, address)) for address in ("eve@x.io", "nobody@x.io")]
+    assert answers[0] == answers[1]
+    assert count_mails(mailer, server) == 0
+    if state == "invited":  # the invitation is still valid
+        auth.update_password(token, PASSWORD)
+
+
+@pytest.mark.parametrize(
+    "address", ["bob@x.io", "o'brien+tag@x.io", "a&token=evil#c@x.io", "a b@x", "почта@x", "%", ""]
+)
+def test_a_reset_link_holds_email_and_token_only_in_its_fragment(address: str) -> None:
+    link = mail.reset_link(PUBLIC_URL, address, "to-ken_0")
+    assert re.fullmatch("[!-~]+", link)
+    parts = urlsplit(link)
+    assert (f"{parts.scheme}://{parts.netloc}", parts.path, parts.query) == (PUBLIC_URL, "/reset", "")
+    found = parse_qs(parts.fragment, strict_parsing=True, keep_blank_values=True)
+    assert found == {"token": ["to-ken_0"], "email": [address]}
+
+
+def test_an_unknown_email_gets_no_reset_mail(call: Client, server: MailServer, mailer: Mailer) -> None:
+    assert ask(call, "nobody@x.io").status == 200
+    assert count_mails(mailer, server) == 0
+
+
+ODD = [
+    "a@x, evil@y",
+    "a@x,evil@y",
+    "undisclosed:a@x,evil@y;",
+    "a@x\r\nBcc: evil@y",
+    "a@x\nBcc: evil@y",
+    '"a b"@x.io',
+    "<evil@y>a@x",
+    "é@x.io",
+    "nope",
+    "a@x@y",
+    "=?utf-8?q?evil=40y=2C?=@x.io",
+    "=?utf-8?q?a=0d=0aBcc=3a_evil=40y?=@x.io",
+    "a@x.",
+    "a@x..y",
+]
+
+
+@pytest.mark.parametrize("address", ODD)
+def test_an_account_without_a_plain_mailbox_gets_no_mail(
+    call: Client, db: DB, server: MailServer, mailer: Mailer, log: Log, address: str
+) -> None:
+    db.add_user(address, b"hash")
+    assert ask(call, address).status == 200
+    assert count_mails(mailer, server) == 0
+    assert log.next() == ("mail_dropped", {"reason": "ValueError"})
+    ask(call)
+    assert server.next()["To"] == BOB
+
+
+# TLS and signing in
+
+
+@pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
+def test_mail_is_sent_over_tls_after_signing_in(
+    start_server: Callable[..., MailServer], settings_for: Callable[..., Settings], log: Log, scheme: str
+) -> None:
+    server = start_server(scheme)
+    mailer = Mailer(settings_for(server.url), log)
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert server.next()["To"] == BOB
+    assert server.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
+    assert log.next() == ("mail_sent", {"tries": 1})
+
+
+def untrusted_certificate() -> trustme.LeafCert:
+    return trustme.CA().issue_cert("localhost")
+
+
+@pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
+@pytest.mark.parametrize("why", ["another authority", "another host"])
+def test_a_server_with_an_invalid_certificate_gets_no_mail(
+    start_server: Callable[..., MailServer],
+    settings_for: Callable[..., Settings],
+    authority: trustme.CA,
+    log: Log,
+    scheme: str,
+    why: str,
+) -> None:
+    server = start_server(
+        scheme, untrusted_certificate() if why == "another authority" else authority.issue_cert("elsewhere.example")
+    )
+    mailer = Mailer(settings_for(server.url), log)
+    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    assert log.next() == ("mail_delayed", {"reason": "SSLCertVerificationError", "smtp_code": 0, "tries": 1})
+    assert (server.received.qsize(), server.logins) == (0, [])
+
+
+def test_a_server_without_tls_gets_no_mail(
+    start_server: Callable[..., MailServer], settings_for: Callable[..., Settings], log: Log
+) -> None:
+    server = start_server(starttls=False)
+    mailer = Mailer(settings_for(server.url), log)
+    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    event, details = log.next()
+    assert (event, details["reason"]) == ("mail_delayed", "SMTPNotSupportedError")
+    assert (server.received.qsize(), server.logins) == (0, [])
+
+
+def test_a_wrong_smtp_password_sends_nothing_and_is_not_logged(
+    server: MailServer, settings_for: Callable[..., Settings], log: Log, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("canary-wrong")
+    mailer = Mailer(settings_for(server.url), log)
+    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    assert log.next() == ("mail_dropped", {"reason": "SMTPAuthenticationError", "smtp_code": 535, "tries": 1})
+    assert server.received.qsize() == 0
+    assert "canary" not in log.text
+    assert BOB not in log.text
+
+
+def test_the_log_holds_no_token_and_no_address(
+    call: Client, server: MailServer, log: Log, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(call)
+    token = link_of(server.next())["token"]
+    assert log.next()[0] == "mail_sent"
+    logged = log.text + capsys.readouterr().err
+    assert "authn_reset_token_created" in logged
+    assert token not in logged
+    assert BOB not in logged
+
+
+# Checking the mail server
+
+
+@pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
+def test_a_check_signs_in_and_sends_nothing(
+    start_server: Callable[..., MailServer], settings_for: Callable[..., Settings], log: Log, scheme: str
+) -> None:
+    server = start_server(scheme)
+    threads = threading.enumerate()
+    Mailer(settings_for(server.url), log).check()
+    assert server.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
+    assert (server.received.qsize(), log.text) == (0, "")
+    assert set(threading.enumerate()) <= set(threads)
+
+
+def test_a_check_reports_a_wrong_password(
+    server: MailServer, settings_for: Callable[..., Settings], log: Log, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("canary-wrong")
+    with pytest.raises(smtplib.SMTPAuthenticationError) as refusal:
+        Mailer(settings_for(server.url), log).check()
+    assert "canary" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
+def test_a_check_reports_an_invalid_certificate(
+    start_server: Callable[..., MailServer], settings_for: Callable[..., Settings], log: Log, scheme: str
+) -> None:
+    server = start_server(scheme, untrusted_certificate())
+    with pytest.raises(ssl.SSLCertVerificationError):
+        Mailer(settings_for(server.url), log).check()
+    assert server.logins == []
+
+
+def test_a_check_reports_a_server_without_tls(
+    start_server: Callable[..., MailServer], settings_for: Callable[..., Settings], log: Log
+) -> None:
+    server = start_server(starttls=False)
+    with pytest.raises(smtplib.SMTPNotSupportedError):
+        Mailer(settings_for(server.url), log).check()
+    assert server.logins == []
+
+
+def test_a_check_reports_a_missing_server(
+    settings_for: Callable[..., Settings], log: Log, closed: socket.socket
+) -> None:
+    with pytest.raises(ConnectionRefusedError):
+        Mailer(settings_for(f"smtps://localhost:{port_of(closed)}"), log).check()
+    with pytest.raises(OSError, match="no mail server"):
+        Mailer(Settings(database="unused"), log).check()
+
+
+# Delays, retries and drops
+
+
+def test_a_mail_is_delayed_until_the_server_is_up(
+    start_server: Callable[..., MailServer],
+    settings_for: Callable[..., Settings],
+    log: Log,
+    closed: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mail, "RETRIES", (0.05,) * 100)
+    mailer = Mailer(settings_for(smtp_url("smtps", port_of(closed))), log)
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert log.next() == ("mail_delayed", {"reason": "ConnectionRefusedError", "smtp_code": 0, "tries": 1})
+    assert start_server("smtps", listener=closed).next()["To"] == BOB
+    while (event := log.next()[0]) == "mail_delayed":
+        pass
+    assert event == "mail_sent"
+
+
+TEMPORARY = ["450 4.7.1 greylisted, try again later", "452 4.2.2 mailbox full"]
+PERMANENT = ["550 5.1.1 no such user", "553 5.1.3 bad address"]
+
+
+@pytest.mark.parametrize("reply", TEMPORARY)
+def test_a_temporary_refusal_of_a_recipient_is_retried(
+    server: MailServer, mailer: Mailer, log: Log, monkeypatch: pytest.MonkeyPatch, reply: str
+) -> None:
+    monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
+    server.recipient_replies = [reply] * 2
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_sent"]
+    assert server.next()["To"] == BOB
+
+
+@pytest.mark.parametrize("reply", PERMANENT)
+def test_a_permanent_refusal_of_a_recipient_is_not_retried(
+    server: MailServer, mailer: Mailer, log: Log, reply: str
+) -> None:
+    server.recipient_replies = [reply]
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    event, details = log.next()
+    assert (event, details["tries"]) == ("mail_dropped", 1)
+
+
+@pytest.mark.parametrize(("reply", "event"), [("451 later", "mail_delayed"), ("554 spam", "mail_dropped")])
+def test_a_refused_message_is_delayed_or_dropped_by_its_status(
+    server: MailServer, mailer: Mailer, log: Log, reply: str, event: str
+) -> None:
+    server.data_replies = [reply]
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert log.next() == (event, {"reason": "SMTPDataError", "smtp_code": int(reply[:3]), "tries": 1})
+
+
+def test_a_mail_is_dropped_after_the_last_retry(
+    server: MailServer, mailer: Mailer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mail, "RETRIES", (0, 0))
+    server.data_replies = ["451 later"] * 3
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    lines = [log.next() for _ in range(3)]
+    assert [(event, details["tries"]) for event, details in lines] == [
+        ("mail_delayed", 1),
+        ("mail_delayed", 2),
+        ("mail_dropped", 3),
+    ]
+
+
+def test_a_mail_that_waits_for_a_retry_does_not_delay_others(server: MailServer, mailer: Mailer) -> None:
+    server.data_replies = ["451 later"]
+    mailer.enqueue(lambda: mailer.notice("first@x.io", "Your password was changed"))
+    mailer.enqueue(lambda: mailer.notice("second@x.io", "Your password was changed"))
+    assert server.next()["To"] == "second@x.io"
+
+
+def test_a_retry_is_sent_while_new_tasks_keep_arriving(
+    server: MailServer, mailer: Mailer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
+    server.data_replies = ["451 later"]
+    mailer.enqueue(lambda: mailer.notice("first@x.io", "Your password was changed"))
+    finished = threading.Event()
+
+    def repeat() -> None:
+        if not finished.is_set():
+            mailer.enqueue(repeat)
+
+    repeat()
+    try:
+        assert server.next()["To"] == "first@x.io"
+    finally:
+        finished.set()
+
+
+def test_the_mail_queue_is_bounded(
+    settings_for: Callable[..., Settings], log: Log, closed: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mail, "WAITING", 3)
+    mailer = Mailer(settings_for(f"smtps://localhost:{port_of(closed)}"), log)
+    release, running = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        running.set()
+        assert release.wait(5)
+
+    mailer.enqueue(hold)
+    assert running.wait(5)
+    for _ in range(5):
+        mailer.enqueue(lambda: None)
+    assert [log.next() for _ in range(2)] == [("mail_dropped", {"reason": "queue full"})] * 2
+    release.set()
+
+
+def test_the_number_of_mails_waiting_for_a_retry_is_bounded(
+    server: MailServer, mailer: Mailer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mail, "WAITING", 2)
+    server.data_replies = ["451 later"] * 3
+    for _ in range(3):
+        mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+        settle(mailer)
+    assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_dropped"]
+
+
+def test_a_failing_task_does_not_end_the_worker(server: MailServer, mailer: Mailer, log: Log) -> None:
+    def fail() -> None:
+        raise RuntimeError("canary")
+
+    mailer.enqueue(fail)
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert server.next()["To"] == BOB
+    assert log.next() == ("mail_dropped", {"reason": "RuntimeError"})
+
+
+def test_without_a_mail_server_no_reset_token_is_made(db: DB, database: str, clock: Clock) -> None:
+    settings = production_settings(database)
+    auth = Auth(db, settings, clock, mailer=Mailer(settings, print))
+    db.add_user(BOB, b"hash")
+    assert ask(Client(create_app(settings, auth))).status == 200
+    assert db.find_user_by(email=BOB).reset_token is None
+
+
+def test_a_mailer_starts_no_thread_before_the_first_mail(
+    settings_for: Callable[..., Settings], log: Log, closed: socket.socket
+) -> None:
+    threads = threading.enumerate()
+    Mailer(settings_for(f"smtps://localhost:{port_of(closed)}"), log)
+    assert set(threading.enumerate()) <= set(threads)
+
+
+# How often a reset is mailed
+
+
+@pytest.mark.both_engines
+def test_a_link_younger_than_five_minutes_is_not_replaced(
+    call: Client, clock: Clock, server: MailServer, mailer: Mailer
+) -> None:
+    ask(call)
+    token = link_of(server.next())["token"]
+    clock.advance(299)
+    ask(call)
+    assert count_mails(mailer, server) == 0
+    assert confirm(call, token) == 200
+
+
+@pytest.mark.both_engines
+def test_a_link_that_is_five_minutes_old_is_replaced(call: Client, clock: Clock, server: MailServer) -> None:
+    ask(call)
+    old = link_of(server.next())["token"]
+    clock.advance(300)
+    ask(call)
+    new = link_of(server.next())["token"]
+    assert confirm(call, old) == 403
+    assert confirm(call, new) == 200
+
+
+def test_a_used_link_can_be_followed_by_a_new_one_at_once(call: Client, server: MailServer) -> None:
+    ask(call)
+    assert confirm(call, link_of(server.next())["token"]) == 200
+    assert server.next()["Subject"] != SUBJECT
+    ask(call)
+    assert server.next()["Subject"] == SUBJECT
+
+
+@pytest.mark.both_engines
+def test_a_clock_that_was_set_back_does_not_block_the_next_link(call: Client, clock: Clock, server: MailServer) -> None:
+    ask(call)
+    server.next()
+    clock.advance(-86_400)
+    ask(call)
+    assert server.next()["Subject"] == SUBJECT
+
+
+def test_100_requests_an_hour_send_at_most_5_mails_then_3_an_hour(
+    call: Client, clock: Clock, server: MailServer, mailer: Mailer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    form = {"email": BOB, "password": PASSWORD}
+    cookie = call("POST", "/sessions", form, REMOTE_ADDR=CLIENT).headers["Set-Cookie"].partition(";")[0]
+    answers: list[Answer] = []
+    mails: list[int] = []
+    for hour in range(3):
+        for n in range(100):
+            answers.append(ask(call, client=f"10.0.{hour}.{n}"))
+            settle(mailer)
+            clock.advance(36)
+        mails.append(server.received.qsize() - sum(mails))
+    assert 3 <= mails[0] <= 5
+    assert mails[1:] == [3, 3]
+    assert {(answer.status, answer.body) for answer in answers} == {(answers[0].status, answers[0].body)}
+    assert "excess_rate_limit_exceeded" in capsys.readouterr().err
+    assert call("GET", "/profile", cookie=cookie, REMOTE_ADDR=CLIENT).status == 200
+    assert call("POST", "/sessions", form, REMOTE_ADDR=CLIENT).status == 200
+
+
+def test_one_client_address_can_request_10_mails_at_once(
+    call: Client, db: DB, server: MailServer, mailer: Mailer
+) -> None:
+    for n in range(15):
+        db.add_user(f"{n}@x.io", b"hash")
+        assert ask(call, f"{n}@x.io").status == 200
+    assert count_mails(mailer, server) == 10
+
+
+# What an answer reveals
+
+
+def comparable(answer: Answer) -> tuple[int, dict[str, str], bytes]:
+    """Return everything that a client sees of an answer, except its random request id."""
+    return answer.status, {**answer.headers, "X-Request-Id": ""}, answer.body
+
+
+def test_a_request_neither_waits_for_mail_nor_reveals_an_account(call: Client, mailer: Mailer) -> None:
+    release, running = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        running.set()
+        assert release.wait(5)
+
+    mailer.enqueue(hold)
+    assert running.wait(5)
+    answers = [comparable(ask(call, email)) for email in (BOB, "nobody@x.io", "no mailbox", "é@x.io", "a" * 300)]
+    release.set()
+    assert answers == [answers[0]] * 5
+    assert answers[0][0] == 200
+    settle(mailer)
+
+
+@pytest.mark.timing
+@pytest.mark.slow  # starts a process and sends 80 to 240 requests
+@pytest.mark.parametrize("up", [True, False], ids=["server up", "server down"])
+def test_the_response_time_does_not_reveal_whether_an_email_is_known(
+    start: Callable[..., Service],
+    server: MailServer,
+    closed: socket.socket,
+    tmp_path: Path,
+    authority_file: str,
+    up: bool,
+) -> None:
+    rounds, pairs = 3, 40
+    (tmp_path / "password").write_text(SMTP_PASSWORD)
+    with closing(DB(tmp_path / "authsvc.db")) as db:
+        for n in range(rounds * pairs):
+            db.add_user(f"known{n:03}@x.io", b"hash")
+    service = start(
+        AUTHSVC_BCRYPT_COST="10",
+        AUTHSVC_PUBLIC_URL=PUBLIC_URL,
+        AUTHSVC_TRUSTED_PROXY="127.0.0.1",
+        AUTHSVC_SMTP_URL=smtp_url("smtp+starttls", server.port if up else port_of(closed)),
+        AUTHSVC_SMTP_PASSWORD_FILE=str(tmp_path / "password"),
+        AUTHSVC_MAIL_FROM="auth@example.com",
+        SSL_CERT_FILE=authority_file,
+    )
+    answers = set()
+    with requests.Session() as client:
+
+        def seconds(email: str, n: int) -> float:
+            headers = {"X-Forwarded-For": f"10.0.0.{n}", "X-Forwarded-Proto": "https"}
+            began = time.perf_counter()
+            answer = client.post(f"{service.url}/reset_password", {"email": email}, headers=headers, timeout=10)
+            took = time.perf_counter() - began
+            unique = "date", "x-request-id"
+            seen = [(name, value) for name, value in answer.headers.items() if name.lower() not in unique]
+            answers.add((answer.status_code, answer.content, tuple(seen)))
+            return took
+
+        def ratio(first: int) -> float:
+            """Time pairs of requests; return the median for known emails divided by that for unknown ones."""
+            took: dict[str, list[float]] = {"known": [], "other": []}
+            for n in range(first, first + pairs):
+                # The order alternates, so that the worker thread slows both kinds down equally often.
+                for kind in ("known", "other") if n % 2 else ("other", "known"):
+                    took[kind].append(seconds(f"{kind}{n:03}@x.io", n))
+                    time.sleep(0.02)  # the worker needs about this long to send a mail
+            return statistics.median(took["known"]) / statistics.median(took["other"])
+
+        # A difference in the program shows in every round, one of the machine does not.
+        ratios: list[float] = []
+        while len(ratios) < rounds and not any(abs(one - 1) < 0.1 for one in ratios):
+            ratios.append(ratio(len(ratios) * pairs))
+    assert [status for status, _, _ in answers] == [200]
+    assert abs(ratios[-1] - 1) < 0.1, ratios
+    if up:
+        asked = len(ratios) * pairs
+        assert {server.next()["To"] for _ in range(asked)} == {f"known{n:03}@x.io" for n in range(asked)}
+    else:
+        assert "mail_delayed" in service.log

@@ -1,0 +1,226 @@
+// The only script of the pages. Each form sends its fields to a route of the service and shows the result.
+"use strict";
+
+const page = document.body.dataset.page;
+const one = (selector, parent = document) => parent.querySelector(selector);
+const all = (selector, parent = document) => [...parent.querySelectorAll(selector)];
+const text = (name) => one("#texts").content.querySelector(`[data-text="${CSS.escape(name)}"]`)?.textContent;
+
+// Returns the JSON response with its status added; the status is 0 when the service cannot be reached.
+async function send(method, path, fields) {
+  try {
+    const body = fields && new URLSearchParams(fields);
+    // Without "manual", a browser would follow the logout's 302 with another DELETE.
+    const response = await fetch(path, {method, body, redirect: "manual", cache: "no-store"});
+    if (response.type === "opaqueredirect") return {status: 302};
+    return {...await response.json(), status: response.status};
+  } catch {
+    return {status: 0, message: text("unreachable")};
+  }
+}
+
+function showStatus(form, message, isError = false) {
+  const status = one(".status", form);
+  status.textContent = message;
+  status.classList.toggle("error", isError);
+}
+
+// The address to open after sign-in: the one in "return" if it is on this host or on a host that shares the cookie,
+// otherwise the account page.
+function destination() {
+  try {
+    const [, given] = location.search.split(/[?&]return=/);
+    // nginx cannot encode the address. Then it is the rest of the query, including its own & and =.
+    const wanted = new URL(given.includes("://") ? given : decodeURIComponent(given));
+    const domain = document.body.dataset.domain;
+    const shared = domain && (wanted.hostname === domain || wanted.hostname.endsWith(`.${domain}`));
+    const known = (wanted.origin === location.origin || shared) && wanted.protocol === location.protocol;
+    return known && !wanted.username && !wanted.password ? wanted.href : "/account";
+  } catch {
+    return "/account";
+  }
+}
+
+// An action takes the fields of its form and returns the text to show. The message of an error is shown in red.
+const actions = {
+  async login(fields) {
+    const response = await send("POST", "/sessions", fields);
+    if (response.message === "one-time code required") {
+      one("#login-code").hidden = false;
+      one("#login-otp").required = true;
+      one("#login-otp").focus();
+    }
+    requireSuccess(response);
+    await leaveLogin();
+  },
+
+  async register(fields, form) {
+    requireSuccess(await send("POST", "/users", fields));
+    showStatus(form, text("registered"));
+    requireSuccess(await send("POST", "/sessions", fields));
+    await leaveLogin();
+  },
+
+  async forgot(fields) {
+    const response = requireSuccess(await send("POST", "/reset_password", fields));
+    if (response.reset_token) { // only a development service answers with the token
+      location.assign(`/reset#${new URLSearchParams({token: response.reset_token, email: response.email})}`);
+    }
+    return text("mailed");
+  },
+
+  async reset(fields, form) {
+    requireSuccess(await send("PUT", "/reset_password", {...fields, reset_token: link.get("token")}));
+    one("button", form).hidden = true;
+    one("a", form.parentElement).href = "/login";
+    one("a", form.parentElement).textContent = one("#login h1").textContent;
+    return text("set");
+  },
+
+  async logout() {
+    requireSuccess(await send("DELETE", "/sessions"));
+    location.assign("/login");
+  },
+
+  async others() {
+    requireSuccess(await send("DELETE", "/sessions/others"));
+    await showAccount();
+    return text("ended");
+  },
+
+  async password(fields) {
+    requireSuccess(await send("PUT", "/password", fields));
+    await showAccount();
+    return text("changed");
+  },
+
+  async begin(fields) {
+    const {secret, uri, qr} = requireSuccess(await send("POST", "/totp", fields));
+    showFactor("pending");
+    one("#factor-key").textContent = secret.match(/.{1,4}/g).join(" ");
+    one("#factor-link").href = uri;
+    one("#factor-picture").hidden = !qr;
+    if (qr) one("#factor-picture").src = qr;
+    one("#confirm-otp").focus();
+  },
+
+  async confirm(fields) {
+    const response = requireSuccess(await send("PUT", "/totp", fields));
+    one("#codes").replaceChildren(...response.recovery_codes.map((code) => listItem(element("code", code))));
+    one("#recovery").hidden = false;
+    showFactor("on");
+    await showAccount();
+  },
+
+  async off(fields) {
+    requireSuccess(await send("DELETE", "/totp", fields));
+    one("#recovery").hidden = true;
+    showFactor("off");
+    await showAccount();
+    showStatus(one("[data-action=begin]"), text("factor-off"));
+  },
+
+  async delete(fields) {
+    requireSuccess(await send("DELETE", "/profile", fields));
+    document.body.dataset.page = "login";
+    showStatus(one("[data-action=login]"), text("deleted"));
+  },
+};
+
+// Returns a successful response, and throws an error with the text to show otherwise.
+function requireSuccess(response) {
+  if (response.status >= 200 && response.status < 400) return response;
+  throw new Error(text(`:${response.message}`) ?? response.message);
+}
+
+function element(name, content) {
+  const created = document.createElement(name);
+  created.textContent = content;
+  return created;
+}
+
+function listItem(...parts) {
+  const created = document.createElement("li");
+  created.append(...parts);
+  return created;
+}
+
+function showFactor(state) {
+  for (const form of all("[data-factor]")) form.hidden = form.dataset.factor !== state;
+}
+
+async function showAccount() {
+  const {status, message, email = "", second_factor: factor = false, sessions = []} = await send("GET", "/sessions");
+  if (message === "not logged in") return location.reload(); // the service redirects to the sign-in page
+  one("#onward").hidden = !location.search || status !== 200;
+  one("#onward a").href = destination();
+  one("#who").textContent = status === 200 ? email : text(`:${message}`) ?? message;
+  for (const field of all(".aside")) field.value = email;
+  showFactor(factor ? "on" : "off");
+  one("#sessions").replaceChildren(...sessions.map(sessionItem));
+}
+
+function sessionItem(session) {
+  const lastSeen = `${text("seen")} ${new Date(session.last_seen).toLocaleString()}`;
+  const details = element("small", `${session.user_agent} · ${lastSeen}`);
+  if (session.current) return listItem(element("strong", `${session.address}, ${text("this")}`), details);
+  const end = element("button", text("end"));
+  end.setAttribute("aria-label", `${text("end")} ${session.address}, ${lastSeen}`);
+  end.addEventListener("click", async () => {
+    await send("DELETE", `/sessions/${session.id}`);
+    await showAccount();
+  });
+  return listItem(element("span", `${session.address} `), end, details);
+}
+
+// With login=1 the answer is a 302 for a visitor without a session. A browser would report a 401 in its console.
+const isSignedIn = async () => (await send("GET", "/verify?login=1")).status === 200;
+
+// Returns the next address for a visitor with a session. A visitor who returns here within 10 s gets the account page,
+// because the application would redirect back here in an endless loop. That happens when a second cookie is sent to
+// the application only: the service accepts neither of two different sessions.
+function nextAddress() {
+  const [last, at] = (sessionStorage.getItem("onward") ?? "").split(" ");
+  sessionStorage.setItem("onward", `${location.search} ${Date.now()}`);
+  return last === location.search && Date.now() - at < 10_000 ? `/account${location.search}` : destination();
+}
+
+// A user who must set up two-factor authentication first gets the account page, because the application would redirect
+// back here in an endless loop.
+async function leaveLogin() {
+  location.assign(await isSignedIn() ? destination() : `/account${location.search}`);
+}
+
+for (const form of all("form")) {
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const button = one("button", form);
+    if (button.disabled) return;
+    button.disabled = true;
+    showStatus(form, text("working"));
+    try {
+      showStatus(form, (await actions[form.dataset.action](Object.fromEntries(new FormData(form)), form)) ?? "");
+      for (const field of all("[type=password], [name=otp]", form)) field.value = "";
+    } catch (error) {
+      showStatus(form, error.message, true);
+    }
+    button.disabled = false;
+  });
+}
+
+// First of all, the token is removed from the address bar, and so from the history.
+const link = new URLSearchParams(page === "reset" ? location.hash.slice(1) : "");
+if (page === "reset") {
+  history.replaceState(null, "", location.pathname);
+  one("#reset-email").value = link.get("email") ?? "";
+  if (!link.get("token") || !link.get("email")) {
+    showStatus(one("[data-action=reset]"), text("incomplete"), true);
+    one("[data-action=reset] button").disabled = true;
+  }
+}
+for (const anchor of all("a[data-keep]")) anchor.search = location.search;
+document.title = one(`#${page} h1`).textContent;
+if (page === "account") showAccount();
+if (page === "login") isSignedIn().then((signedIn) => signedIn && location.replace(nextAddress()));
+// A link opened in a tab that already shows this page changes only the fragment.
+addEventListener("hashchange", () => location.reload());
