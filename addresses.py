@@ -21,8 +21,8 @@ def parse_address(text: str) -> Address | None:
 
 @functools.lru_cache(maxsize=1024)
 def is_loopback(address: str | None) -> bool:
-    """Return whether a peer is on this machine. ``None``, no address at all, is no peer on a network."""
-    if address is None or address == "localhost":  # waitress names the peer of a Unix socket so
+    """Return whether a peer is on this machine. ``None`` means that there is no network peer."""
+    if address is None or address == "localhost":  # waitress uses this name for the peer of a Unix socket
         return True
     parsed = parse_address(address)
     return parsed is not None and parsed.is_loopback

@@ -1,13 +1,18 @@
 """The rules: who may create an account, who may sign in, what a session is, and when each credential dies.
 
-Plain strings come in from the routes, hashes and unix seconds go out to storage. Knows no HTTP and no SQL.
+Plain strings come in from the routes, hashes and unix seconds go out to storage. Reads no request and builds no
+response; each refusal names its status. Knows no SQL.
 
 - A session id or a reset token is random, shown once, and stored only as its SHA-256.
 - A session ends ``session_idle`` seconds after its last use, ``session_lifetime`` seconds after its start, at logout,
   when newer sessions replace it, when its user ends it, and when the password or the second factor changes. The
   session in which that change is made continues under a new id.
 - A reset token expires after ``reset_lifetime`` seconds, an invitation after 7 days. Both die when they are used, when
-  a newer one is made, and with the same changes. Neither switches a second factor off.
+  a newer one is made, and when the password or the second factor changes. Neither switches a second factor off.
+- A recovery code dies when it is used and when the second factor is switched off. A seed that no code has confirmed
+  dies when it is replaced and when the password changes.
+- Disabling or deleting a user, a restored backup and the operator's ``sessions end --all`` end sessions, and with them
+  reset tokens, invitations and unconfirmed seeds. ``sessions end EMAIL`` and ``totp-off`` end the sessions of one user.
 - A one-time code works once, and only after the password. Nobody can sign in to a disabled account.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
 - A time that is more than 300 s ahead of the clock is invalid: a clock that was set back extends nothing.
@@ -40,7 +45,7 @@ from tables.rate_limits import CLOCK_TOLERANCE, Bucket
 MAX_EMAIL_BYTES = 254  # RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_USER_AGENT = 200  # characters that are stored
 RESET_INTERVAL = 300  # seconds between two reset mails to one user
-INVITATION_LIFETIME = 604_800  # seconds, 7 days: its recipient did not ask for it
+INVITATION_LIFETIME = 604_800  # seconds, 7 days: longer than a reset link, as the recipient does not expect it
 SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
 PRUNE_STEP = 200  # rows of a kind that are deleted in one transaction: 10 ms in which nobody else can write
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
@@ -51,8 +56,8 @@ NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; m
 class AuthError(ValueError):
     """A refusal by the rules. ``message`` is fit to be shown to the client; ``str()`` may say more.
 
-    Each class states the HTTP status, the log event and the message of its refusals. ``event`` is None where the caller
-    logs the refusal.
+    Each class states the HTTP status, the log event and the message of its refusals. ``event`` is None if the caller
+    logs the refusal, or nothing does.
     """
 
     status: ClassVar[int]
@@ -148,8 +153,9 @@ class Auth:
 
     ``clock`` returns unix seconds. ``run_in_background`` runs a write that no answer waits for, by default at once.
 
-    A method that takes the ``address`` of a client counts the attempt, and raises TooManyAttempts where a rate limit is
-    exceeded. None as the address counts nothing; only the methods of the Python contract pass it.
+    A method that takes the ``address`` of a client counts the attempt, and raises TooManyAttempts if a rate limit is
+    exceeded; mail_reset_token() counts later, on the mail thread. With ``address=None`` nothing is counted; only the
+    methods of the Python contract pass it.
     """
 
     def __init__(
@@ -216,14 +222,14 @@ class Auth:
             CodeRequired: the password is right, but the code is missing.
         """
         buckets = self._check_rate_limit(self._limiter.login, email, address=address)
-        checked = None  # the second factor whose code was checked
+        checked_since = None  # of the second factor whose code was checked
         for _ in range(LOGIN_TRIES):
             user = self._verified_user(email, password)
             if not user:
                 break
-            if user.totp_since != checked:
+            if user.totp_since != checked_since:
                 self._check_code(user, otp, address, buckets)
-                checked = user.totp_since
+                checked_since = user.totp_since
             if session_id := self._start_session(user, replaced, address, user_agent):
                 self._run_in_background(self._remember_client, user, address, buckets)
                 return user, session_id
@@ -406,7 +412,7 @@ class Auth:
         """Return a new reset token, which replaces the previous one.
 
         Raises:
-            UnknownEmail: no account has this email, or it may not reset its password.
+            UnknownEmail: no account has this email, or its user may not reset the password.
         """
         self._check_rate_limit(self._limiter.reset_request, email, address=address)
         user = self._find_user(email)
@@ -638,7 +644,7 @@ class Auth:
         return token
 
     def _new_reset_token(self, user: User, lifetime: int, *, keep_for: int) -> str | None:
-        """Store a new reset token and return it; None if a live one is younger than ``keep_for`` seconds."""
+        """Store and return a new reset token; None if a live one is younger than ``keep_for`` or the user is gone."""
         token, now = self._new_secret(), self._now()
         times = {"now": now, "expires_at": now + lifetime, "keep_since": now - keep_for}
         return token if self._db.set_reset_token(user.id, _digest(token), **times) else None
@@ -680,5 +686,5 @@ def _check_email(email: str, *, production: bool) -> None:
 
 
 def _digest(secret: str | None) -> str:
-    # Plain SHA-256 is enough for a secret with 122 random bits: there is nothing to guess.
+    # Plain SHA-256 is enough: a secret with 122 random bits cannot be guessed.
     return hashlib.sha256((secret or "").encode("utf-8", "surrogatepass")).hexdigest()

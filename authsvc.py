@@ -40,7 +40,7 @@ Settings are environment variables, AUTHSVC_…; the README lists them. The most
 AUTHSVC_DATABASE. Exit codes: 0 success; 1 the command failed and says why; 2 wrong usage, settings or database."""
 
 PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting expired rows
-PRUNE_REST = 10  # the pause after a step is so many times as long as the step, so that no request notices it
+PRUNE_REST = 10  # the pause after a step lasts this many times as long as the step, so that no request notices
 
 PAGES = Path(__file__).with_name("web") / "pages"
 PAGE_NAMES = "login", "register", "forgot", "reset", "account"
@@ -145,7 +145,7 @@ class Handlers:
 
     @_route("GET", "/verify")
     def verify(self) -> Response:
-        """Tell a proxy, which asks before each request to an application, which user sent it."""
+        """Tell a proxy which user sent a request to an application."""
         try:
             user = self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
@@ -242,7 +242,7 @@ class Handlers:
 
     def _cookie(self) -> str | None:
         """Return the session id in the cookie; None where there is none, or more than one."""
-        # Not Bottle's reader: it fails on a malformed cookie beside ours.
+        # Not Bottle's reader: it fails on a malformed cookie next to ours.
         pairs = [pair.strip(" ").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
         found = [value for name, _, value in pairs if name == self._cookie_name]
         # Two are ambiguous: a sibling host may have set one.
@@ -257,6 +257,7 @@ class Handlers:
         return answer
 
 
+# The server looks them up by path, so none may have a variable or be a GET: those run on the I/O thread.
 HASHING_ROUTES = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
 
 

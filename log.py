@@ -22,8 +22,8 @@ FLOOD_WINDOW = 10.0  # seconds
 def log_event(event: str, **details: Any) -> None:
     """Write one line for an event.
 
-    Past ``FLOOD_LIMIT`` lines of one event within ``FLOOD_WINDOW`` lines are dropped. The first line of the next window
-    tells how many are ``missing``.
+    After ``FLOOD_LIMIT`` lines of one event within ``FLOOD_WINDOW``, further lines are dropped. The first line of the
+    next window tells how many are ``missing``.
     """
     with _lock:
         start, lines = _floods.get(event, (0.0, 0))

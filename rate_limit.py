@@ -1,9 +1,9 @@
 """Rate limits: which attempts are counted, and how fast each limit refills.
 
-An attempt consumes from every bucket that it falls into before anything is hashed, or it is refused. The buckets are
-stored in the database: they survive a restart, and copies of the service share them. Their keys are HMACs under a
-secret of the database, so the table holds no address and no email. An unknown email counts like a known one, so a limit
-does not reveal which emails have an account.
+An attempt consumes from each of its buckets before anything is hashed. If one is empty, the attempt is refused. The
+buckets are stored in the database: they survive a restart, and copies of the service share them. Their keys are HMACs
+under a secret of the database, so the table names no address and no email; a stolen database lets a thief test guesses.
+An unknown email counts like a known one, so a limit does not reveal which emails have an account.
 
 An account is never locked. A login from an address that the account has logged in from before is not counted together
 with the attempts of strangers.
@@ -26,7 +26,7 @@ LOGIN_ACCOUNT_AND_ADDRESS = 10, 60
 LOGIN_STRANGERS = 20, 900  # one account, from all addresses that it never logged in from
 LOGIN_ADDRESS = 30, 30
 # At any moment three of a million one-time codes are good. An attacker who has the password and guesses codes for a
-# year succeeds with a chance of 3 %, from an address of the owner's with 10 %.
+# year has a chance of 3 %, or of 10 % from an address that the owner has used.
 CODE_ACCOUNT_AND_ADDRESS = 5, 900
 CODE_STRANGERS = 5, 3600
 REGISTER_ADDRESS = 20, 180
@@ -42,7 +42,7 @@ MAX_KNOWN_ADDRESSES = 10  # of one account
 
 
 class RateLimiter:
-    """Counts attempts in the tables ``limits``; ``clock`` returns unix seconds."""
+    """Counts attempts in ``limits``; ``clock`` returns unix seconds."""
 
     def __init__(self, limits: RateLimits, settings: Settings, clock: Callable[[], float]) -> None:
         self._limits = limits
@@ -85,12 +85,12 @@ class RateLimiter:
         return self._limits.consume(buckets, int(self._clock())) if self._enabled and buckets else 0
 
     def refund(self, buckets: Sequence[Bucket]) -> None:
-        """Take an attempt back that succeeded."""
+        """Give back an attempt that succeeded."""
         if self._enabled and buckets:
             self._limits.refund(buckets)
 
     def remember(self, user_id: int, email: str, address: str) -> None:
-        """Count later logins to this account from this address apart from those of strangers."""
+        """Count later logins to this account from this address separately from those of strangers."""
         key = self._key("login", email.casefold(), client_network(address))
         self._limits.remember_address(user_id, key, int(self._clock()), MAX_KNOWN_ADDRESSES)
 

@@ -24,7 +24,7 @@ FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
 
 RANGES = {
     "bcrypt_cost": (4, 15),  # 4 takes 1 ms, for tests; 15 takes 2 s of a core for each login
-    "sessions_per_user": (1, 100),  # a user's sessions are listed on the I/O thread, which must not be held up
+    "sessions_per_user": (1, 100),  # a user's sessions are listed on the I/O thread, which must not be delayed
     "session_idle": (1, 31_536_000),
     "session_lifetime": (1, 31_536_000),
     "reset_lifetime": (1, 3600),  # OWASP ASVS 6.5.5 asks for 10 minutes; we allow up to an hour
@@ -103,7 +103,7 @@ class Settings:
         proxy = not self.trusted_proxy or parse_address(self.trusted_proxy)
         self._require(proxy, "trusted_proxy", "must be one IP address")
         paired = bool(self.smtp_url) == bool(self.mail_from)
-        self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL go together: set both or neither")
+        self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL must both be set, or neither")
         self._require(not self.mail_from or MAILBOX.fullmatch(self.mail_from), "mail_from", "must be name@host")
         smtp = not self.smtp_url or self.smtp_server
         self._require(smtp, "smtp_url", "must be smtp+starttls://user@host:port or smtps://…, without a password")

@@ -1,4 +1,4 @@
-"""Storage: users and sessions, and all SQL about them. One method is one transaction.
+"""Storage: users and sessions, and all SQL about them. Each method is one transaction, but for prune(), which is two.
 
 Hashes and unix seconds come in, frozen rows go out. auth.py decides what they mean; schema.sql explains each column.
 The statements are the same on both engines. Knows no clock, no password and no HTTP.
@@ -25,6 +25,7 @@ IDS = range(-(2**63), 2**63)  # what a column of integers can hold
 # The names that callers may use. No other strings enter a statement.
 UPDATABLE_COLUMNS = frozenset({"email", "hashed_password", "session_id", "reset_token"})
 LOOKUP_COLUMNS = {name: name for name in UPDATABLE_COLUMNS} | {"id": "id", "email": "email_key"}
+# In the order of the fields of User.
 USER_COLUMNS = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
                users.created_at, users.disabled_at, users.totp_secret, users.totp_since"""
 
@@ -97,7 +98,7 @@ def public_id(session_hash: str) -> str:
 class DB:
     """The users and their sessions in one database. Safe to use from many threads.
 
-    ``database`` is a path or a PostgreSQL URL, by default that of the settings. It is made where there is none. A
+    ``database`` is a path or a PostgreSQL URL, by default that of the settings. It is created if it does not exist. A
     ``private`` file that other users of the machine can read is refused.
 
     Raises:
@@ -115,7 +116,7 @@ class DB:
     def _user_transaction(
         self, user_id: int | None = None, session_hash: str | None = None
     ) -> AbstractContextManager[Transaction]:
-        """Begin a transaction about one user, or about the user of a session. No two of a user run at the same time."""
+        """Begin a transaction about one user, or about a session's user. No other about that user overlaps with it."""
         return self._engine.transaction(lock=LOCK_USER, values={"user_id": user_id, "session_hash": session_hash})
 
     # Users

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     except OSError as error:
         print(_printable(f"authsvc: {error.filename or arguments.command}: {error.strerror}"), file=sys.stderr)
     except KeyboardInterrupt:
-        print("authsvc: interrupted; nothing was changed", file=sys.stderr)
+        print("authsvc: interrupted", file=sys.stderr)
     return 1
 
 
@@ -203,7 +203,7 @@ def _user_record(user: User) -> dict[str, Any]:
 
 
 def _invite(operator: Operator) -> None:
-    """Print a link, valid for 7 days, to set a first password; adds a user who is new."""
+    """Print a link, valid for 7 days, to set a first password; adds the user if needed."""
     if operator.settings.registration == "closed":
         raise CommandFailed("AUTHSVC_REGISTRATION=closed allows no invitations: set it to invitation or open")
     with operator.open_database() as (auth, _):
@@ -272,7 +272,7 @@ def _end_sessions(operator: Operator) -> None:
 
 
 def _import_users(operator: Operator) -> None:
-    """Add all users in a file, or none: CSV with a header, JSON lines, htpasswd -B."""
+    """Add all users in a file, or none. Reads CSV with a header, JSON lines and htpasswd -B."""
     path = operator.arguments.file
     form = user_files.detect_format(path, operator.arguments.format)
     problems: dict[int, str] = {}
@@ -302,7 +302,7 @@ def _import_users(operator: Operator) -> None:
 
 
 def _export_users(operator: Operator) -> None:
-    """Write all users and their password hashes to a new file or standard output."""
+    """Write all users, with password hashes and TOTP seeds, to a new file or standard output."""
     path = operator.arguments.file
     form = user_files.detect_format(path or ".csv", operator.arguments.format)
     with operator.open_database() as (_, db), _open_output(path) as file:
@@ -459,7 +459,7 @@ def _format(value: object) -> str:
 
 
 # All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
-# here. Brackets mark an argument that may be left out.
+# here; options are added in add_commands(). Brackets mark an argument that may be left out.
 
 GROUPS = {"user": "add, list, show, disable, enable and delete users", "sessions": "list and end sessions"}
 

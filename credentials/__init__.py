@@ -1,1 +1,1 @@
-"""Credentials: passwords and one-time codes. Pure functions without SQL, HTTP or a clock of their own."""
+"""What proves who somebody is: passwords and one-time codes. No SQL, no HTTP, and no clock of their own."""

@@ -1,7 +1,14 @@
 """Engines: how a statement reaches SQLite or PostgreSQL.
 
 An engine knows connections, locks, timeouts and schema versions, and nothing of what the rows mean. Statements have
-named parameters (``:name``) and are written once for both engines, wherever SQL allows it.
+named parameters (``:name``) and are written once for both engines, wherever SQL allows it. The engines differ in:
+
+- types and collations: ``schema.sql`` and ``schema_postgres.sql``; password hashes as bytes: ``rows.hash_as_given``
+- locks of users, which only PostgreSQL needs: ``LOCK_USER`` and ``LOCK_ALL_USERS`` in ``schema.py``
+- generated ids: ``LAST_ID`` and ``SET_LAST_ID`` in ``rows.py``
+- the statements that count attempts: ``CONSUME`` and ``WAIT`` in ``tables/rate_limits.py``
+- connections, timeouts, errors: ``sqlite.py`` and ``postgres.py``; backup and restore: ``sqlite_files.py`` only
+- text: PostgreSQL stores no NUL, see ``rows.is_storable``
 """
 
 from __future__ import annotations
@@ -38,8 +45,8 @@ class Transaction(Protocol):
 class Engine(Protocol):
     """One open database. Safe to use from many threads.
 
-    All methods raise StorageUnavailable where the database does not answer, AlreadyExists where a uniqueness rule is
-    broken, and ValueError where another constraint is or a value does not fit.
+    All methods raise StorageUnavailable if the database does not answer, AlreadyExists if a uniqueness rule is broken,
+    and ValueError if another constraint is broken or a value does not fit.
     """
 
     name: str  # "SQLite" or "PostgreSQL"
@@ -70,7 +77,7 @@ class Engine(Protocol):
         """Yield a new connection without a statement timeout, for the operator's long work."""
 
     def check(self) -> None:
-        """Raise StorageUnavailable where the database is no longer the one that was opened."""
+        """Raise StorageUnavailable if the database is no longer the one that was opened."""
 
     def close(self) -> None:
         """Close all connections. No other thread may use the engine then or later."""
@@ -83,7 +90,7 @@ class Operations(Protocol):
         """Return whether there is a database, perhaps a damaged one."""
 
     def check(self, database: str) -> dict[str, list[str]]:
-        """Return the problems that were found, by what was checked. ``database`` is empty where it can be read."""
+        """Return the problems found, by what was checked. The list under "database" is empty if it can be read."""
 
     def backup(self, database: str, target: str) -> None:
         """Write a copy of one snapshot to a new file."""
@@ -102,14 +109,14 @@ class Operations(Protocol):
 
 
 def open_engine(database: str, *, private: bool = False) -> Engine:
-    """Open a database by its path or PostgreSQL URL, make it where there is none, and migrate it to this release.
+    """Open a database by its path or PostgreSQL URL, create it if it does not exist, and migrate it to this release.
 
     Raises:
         DatabaseRefused: it cannot be opened, belongs to another program or to a newer release; or ``private`` is set
             and other users of the machine can read the file.
     """
     if is_url(database):
-        from engines.postgres import PostgresEngine  # only here: with a file nothing of PostgreSQL need be installed
+        from engines.postgres import PostgresEngine  # only here: a file needs no psycopg
 
         return PostgresEngine(database)
     from engines.sqlite import SQLiteEngine

@@ -32,7 +32,7 @@ except ImportError as error:
 
 MIGRATION_LOCK = 0x61757468, 1  # "auth": the numbers of the advisory lock that one of several starting copies gets
 
-# A fault must show within seconds: the thread that serves everybody may be the one that waits for the server.
+# A fault must be noticed within seconds: the thread that serves everybody may be the one that waits for the server.
 CONNECTION_LIMITS: dict[str, int | str] = {"connect_timeout": 2, "tcp_user_timeout": 3000}  # seconds, milliseconds
 CONNECTION_LIMITS |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 2}  # seconds, seconds, tries
 FIXED_PARAMETERS = {"application_name": "authsvc", "client_encoding": "UTF8"}  # _refuse_if_served() looks for the name
@@ -42,7 +42,7 @@ READ_TIMEOUT = 2.0  # seconds without a byte from the server
 WRITE_TIMEOUT = 6.0  # longer than the server's own timeouts, of which none ends a commit that waits for a lost standby
 CANCEL_TIMEOUT = 1.0  # seconds
 WAIT_STEP = 100  # milliseconds between two looks at these timeouts
-EXTRA_CONNECTIONS = 6  # beside one for each hashing thread: to read, to write (3 threads), for mail and for pruning
+EXTRA_CONNECTIONS = 6  # besides one for each hashing thread: to read, to write (3 threads), for mail and for pruning
 POOL_TIMEOUT = 1.0  # seconds for a connection that must be made first
 POOL_TIMEOUT_DOWN = 0.002  # seconds, after a failed attempt to connect: long enough for the pool to try again
 SERVED_TRIES, SERVED_INTERVAL = 20, 0.1  # times, seconds: a closed connection stays visible for a moment
@@ -140,7 +140,7 @@ class PostgresEngine:
             finally:
                 closed = connection.closed
                 self._pool.putconn(connection)
-                if closed:  # the others are likely to be dead too, and no request shall have to find out
+                if closed:  # the others are probably dead too, and no request should have to fail first
                     self._pool.drain()
 
     def _set_down(self, _pool: object) -> None:
@@ -240,7 +240,7 @@ class _Connection(psycopg.Connection):
                     if cancelled or self.reading:  # a read leaves nothing behind: the server's own timeout ends it
                         self.close()
                         raise _NoAnswer("the server does not answer")
-                    # A cancelled commit that waited for a standby is done, and its locks are released.
+                    # A cancelled commit that waited for a standby has committed, and its locks are released.
                     left, cancelled = CANCEL_TIMEOUT, True
                     with suppress(psycopg.Error):
                         self.cancel_safe(timeout=CANCEL_TIMEOUT)
@@ -293,7 +293,7 @@ def _converted(statement: str) -> bytes:
 
 def _conninfo(database: str, timeouts: dict[str, int] = SERVER_TIMEOUTS) -> str:
     given = conninfo_to_dict(database)
-    if "service" not in given:  # the settings checked the URL: PGHOST and PGHOSTADDR must not lead elsewhere
+    if "service" not in given:  # the settings checked the URL: PGHOST and PGHOSTADDR must not change the server
         given = {"host": "", "hostaddr": "", **given}
     options = " ".join([*(f"-c {name}={value}" for name, value in timeouts.items()), str(given.get("options", ""))])
     return make_conninfo(database, **{**CONNECTION_LIMITS, **given, **FIXED_PARAMETERS, "options": options.strip()})

@@ -62,7 +62,7 @@ class Rows:
         return max(highest or 0, generated or 0)
 
     def set_last_id(self, table: str, last_id: int) -> None:
-        """Have the next row of the table numbered after this id."""
+        """Number the next row of the table after this id."""
         if last_id:
             for statement in SET_LAST_ID[self._engine]:
                 self._transaction.execute(statement, {"table": table, "last_id": last_id})

@@ -1,6 +1,6 @@
 """The schema of both engines: tables, schema files, migrations.
 
-Migrations only add, so that a copy of the last release goes on working on a schema that is one step newer.
+Migrations only add, so that a running copy of the last release goes on working on a schema that is one step newer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SQLITE_VERSION = len(SQLITE_MIGRATIONS) + 1
 POSTGRES_MIGRATIONS: tuple[str, ...] = ()
 POSTGRES_VERSION = len(POSTGRES_MIGRATIONS) + 1
 
-# Locks, for Engine.transaction(). Two transactions about one user would otherwise pass each other on PostgreSQL, where
+# Locks, for Engine.transaction(). Two transactions about one user would otherwise overlap on PostgreSQL, where
 # each statement sees what was committed when it began (READ COMMITTED): a login that compared with the old password
 # would start a session that the change of the password does not see, and so does not end. A statement of its own locks
 # the row of the user; the next one sees what the other transaction did. Rows are locked in the order of their ids, so

@@ -112,7 +112,7 @@ class SQLiteEngine:
     def check(self) -> None:
         """Raise StorageUnavailable where the file or its write-ahead log was deleted, replaced or cut short.
 
-        A deleted file accepts every write and keeps none.
+        Writes to a deleted file succeed and are lost.
         """
         known = self._files  # first: another thread may record a larger file after this one has looked
         found = self._stat_files()
@@ -259,7 +259,7 @@ def translated_errors() -> Iterator[None]:
         if isinstance(error, sqlite3.IntegrityError):
             raise ValueError(str(error)) from error
         if "no such table" in str(error) or code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):  # emptied, damaged
-            raise StorageUnavailable(f"{error}: {DATA_LOSS}; restore one") from error
+            raise StorageUnavailable(f"{error}: {DATA_LOSS}; restore a backup") from error
         if code in ("", "SQLITE_ERROR", "SQLITE_MISMATCH"):  # a mistake of ours, or a value of a wrong type
             raise
         raise StorageUnavailable(str(error)) from error

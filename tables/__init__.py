@@ -1,1 +1,1 @@
-"""What is stored beside users and sessions, one file for each concern, over the same engine."""
+"""What is stored in addition to users and their sessions, one file for each concern, over the same engine."""

@@ -16,7 +16,7 @@ CLOCK_TOLERANCE = 300  # seconds by which a time may be ahead of the clock; beyo
 # The generic cell rate algorithm (ITU-T I.371) keeps one number for a bucket: the time at which it is full again. If
 # that time is later than an empty bucket can have, the clock was set back; the bucket then has one attempt left.
 # Both statements consume one attempt. SQLite's does so from one bucket, PostgreSQL's from all in one round trip. There,
-# a bucket that another client empties between the look and the update becomes NULL, which the column refuses.
+# a bucket that another client empties between the check and the update becomes NULL, which the column refuses.
 CONSUME = {
     "SQLite": """
         INSERT INTO throttle (key, full_at) VALUES (:key, :now + :interval)

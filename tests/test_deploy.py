@@ -509,7 +509,7 @@ class Alone(Service):
         super().__init__(folder / "alone", SHIV_ROOT=str(folder / "unpacked"), **environ)
 
     def use(self) -> None:
-        """Let main.py send a request to every route."""
+        """Let main.py send its requests."""
         command = [sys.executable, str(HERE / "main.py")]
         subprocess.run(command, env={**os.environ, "AUTHSVC_URL": self.url}, check=True, timeout=120)
 

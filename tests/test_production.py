@@ -167,8 +167,11 @@ REFUSED_STARTS = [
     ({"AUTHSVC_UNSAFE_LISTEN": "1"}, "AUTHSVC_UNSAFE_LISTEN is for development only"),
     ({"AUTHSVC_TRUSTED_PROXY": "10.0.0.0/8"}, "AUTHSVC_TRUSTED_PROXY must be one IP address"),
     ({"AUTHSVC_TRUSTED_PROXY": "proxy"}, "AUTHSVC_TRUSTED_PROXY must be one IP address"),
-    ({"AUTHSVC_SMTP_URL": "smtps://mail.example.com"}, "AUTHSVC_MAIL_FROM and AUTHSVC_SMTP_URL go together"),
-    ({"AUTHSVC_MAIL_FROM": "a@example.com"}, "AUTHSVC_MAIL_FROM and AUTHSVC_SMTP_URL go together"),
+    (
+        {"AUTHSVC_SMTP_URL": "smtps://mail.example.com"},
+        "AUTHSVC_MAIL_FROM and AUTHSVC_SMTP_URL must both be set, or neither",
+    ),
+    ({"AUTHSVC_MAIL_FROM": "a@example.com"}, "AUTHSVC_MAIL_FROM and AUTHSVC_SMTP_URL must both be set, or neither"),
     (
         {"AUTHSVC_SMTP_URL": "smtps://mail.example.com", "AUTHSVC_MAIL_FROM": "A <a@x>"},
         "AUTHSVC_MAIL_FROM must be name@host",

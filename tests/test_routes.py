@@ -368,3 +368,8 @@ def test_the_policy_of_a_page_allows_only_what_the_page_needs() -> None:
 @pytest.mark.parametrize("accept", ["", "text/html", "text/html,application/xhtml+xml,*/*;q=0.8", "*/*"])
 def test_the_welcome_is_json_for_every_client(call: Client, accept: str) -> None:
     assert_200(call("GET", "/", HTTP_ACCEPT=accept), {"message": "Bienvenue"})
+
+
+def test_hashing_routes_have_a_fixed_path_and_are_no_get() -> None:
+    # The server looks them up by path; GET and HEAD run on the I/O thread.
+    assert [(method, path) for method, path in authsvc.HASHING_ROUTES if "<" in path or method in ("GET", "HEAD")] == []

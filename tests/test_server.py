@@ -194,6 +194,20 @@ def test_a_fast_request_does_not_wait_for_hashes(server: LocalServer) -> None:
     assert {connection.status() for connection in slow} == {200}
 
 
+@pytest.fixture
+def without_niceness(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(web.server.os, "setpriority", refuse)
+
+
+def test_hashes_are_made_where_the_system_refuses_a_niceness(without_niceness: None, server: LocalServer) -> None:
+    connection = server.hash_one()
+    server.release.set()
+    assert connection.status() == 200
+
+
 def test_a_write_does_not_wait_for_hashes(server: LocalServer) -> None:
     server.hash_one()
     assert server.dial().send(http("DELETE", "/sessions")).status() == 200

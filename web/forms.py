@@ -92,7 +92,7 @@ def _field(pairs: list[tuple[str, Any]], name: str) -> str:
         raise Refusal(400, f"{name} must be text")
     if not value:
         raise Refusal(400, f"{name} is empty")
-    # JSON can carry a lone surrogate, which is no text. NUL is good in a password, where every byte counts.
+    # JSON can carry a lone surrogate, which is no text. NUL is allowed in a password, where every byte counts.
     if any("\ud800" <= character <= "\udfff" for character in value) or ("\0" in value and "password" not in name):
         raise Refusal(400, f"{name} is not valid text")
     return value

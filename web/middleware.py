@@ -73,7 +73,7 @@ class SecurityMiddleware:
             raise Refusal(403, "cross-origin request refused")
 
     def _is_same_origin(self, environ: WSGIEnvironment) -> bool:
-        # Instead of CSRF tokens: a browser says where a request comes from, curl and scripts say nothing
+        # Instead of CSRF tokens: a browser says where a request comes from, curl and scripts send neither header
         # (Fetch Metadata Request Headers, 2.4; RFC 6454, 7).
         if environ["REQUEST_METHOD"] in SAFE_METHODS:
             return True

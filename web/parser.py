@@ -15,7 +15,7 @@ from waitress.parser import HTTPRequestParser, ParsingError
 SINGLE_HEADERS = b"host content-length transfer-encoding content-type cookie origin x-forwarded-proto".split()
 BODY_HEADERS = frozenset({"CONTENT_LENGTH", "TRANSFER_ENCODING"})  # only a request with a body has one of these
 
-# A request head that leaves no room for interpretation, as nearly all do: ASCII, nothing encoded, folded or empty. The
+# A request head that can be read in one way only, like nearly all: ASCII, nothing encoded, folded or empty. The
 # quantifiers are possessive, so a head that does not match fails in linear time.
 PLAIN_HEAD = re.compile(
     r"(?P<command>[A-Z]++) (?P<uri>(?P<path>/[\w/.~-]*+)(?:\?(?P<query>[!\"$-~]*+))?+) HTTP/1\.1\r\n"

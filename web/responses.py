@@ -1,4 +1,4 @@
-"""Responses: the answer of a route, the refusal that stands for one, and the headers that every answer carries."""
+"""Responses and refusals of the routes, and the headers that every answer carries."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ pool of threads the fast requests would wait behind the slow ones. So there are 
 - **The I/O thread** of waitress answers GET and HEAD requests and refusals itself, without a hand-off. Nothing on it
   may write: a locked database must not stop the thread that serves everybody.
 - **The hashing threads** run the routes that may hash: as many threads as cores, at niceness 10, so that they yield to
-  the others. Requests wait in a queue. When it is full the answer is 503 at once, otherwise after 15 s.
+  the others. Requests wait in a queue. A full queue answers 503 at once; a request that has waited 15 s gets 503.
 - **Two writer threads** run all other methods, and one more runs writes in the background.
 
 Built on waitress's dispatcher and channel, which it keeps private: hence ``waitress<4`` in pyproject.toml.
@@ -57,7 +57,7 @@ IDLE_TIMEOUT = 30  # seconds that a connection may be silent
 
 
 class Busy(Error):  # type: ignore[misc]
-    """The ``error`` of a request that there is no capacity for."""
+    """The ``error`` of a request that cannot be served now."""
 
     code = 503
     reason = "Service Unavailable"
@@ -264,7 +264,8 @@ class Dispatcher:
 
     def _hash(self) -> None:
         if sys.platform == "linux":  # there niceness is per thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASHING_NICENESS)
+            with contextlib.suppress(OSError):  # a sandbox may refuse it: then fast requests get less of the processor
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASHING_NICENESS)
         while True:
             since, channel, client = self._hashing_queue.get()
             too_late = time.monotonic() - since > HASHING_WAIT
@@ -318,7 +319,7 @@ class Server:
         self._wake()
 
     def run(self) -> bool:
-        """Serve until stopped, then finish the requests in hand within 8 s; return whether all were finished."""
+        """Serve until stopped, then finish open requests within 8 s; return whether all were finished."""
         checked = time.monotonic()
         while not self._stopping:
             self._run_loop_once(1.0)
@@ -350,7 +351,7 @@ class Server:
 
     def _run_loop_once(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
-        # All together: sent one by one, each would wake a sleeping reader, which takes as long as looking up a session.
+        # All together: sent one by one, each would wake a sleeping client, which takes as long as looking up a session.
         for channel, data in self._answers:
             channel.send_now(data)
         self._answers.clear()
