@@ -199,7 +199,7 @@ def without_niceness(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(web.server.os, "setpriority", refuse)
+    monkeypatch.setattr(os, "setpriority", refuse)
 
 
 def test_hashes_are_made_where_the_system_refuses_a_niceness(without_niceness: None, server: LocalServer) -> None:
