@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -166,6 +167,18 @@ class Service:
 def clean_environ() -> dict[str, str]:
     """The environment of this process without any setting of the service."""
     return {name: value for name, value in os.environ.items() if not name.startswith("AUTHSVC_")}
+
+
+# Test files that need more packages than requirements/dev.txt, by a package and the target of make that installs it.
+EXTRAS = {"test_pages.py": ("playwright", ".venv/browser"), "test_openapi.py": ("schemathesis", ".venv/fuzz")}
+collect_ignore = [name for name, (package, _) in EXTRAS.items() if not find_spec(package)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name in collect_ignore:
+        terminalreporter.write_line(
+            f"tests/{name} was left out: make {EXTRAS[name][1]} installs the packages that it needs"
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
