@@ -11,6 +11,7 @@ import fcntl
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -225,11 +226,11 @@ def lock(lock_file: int) -> None:
     Raises:
         StorageUnavailable: another process held it for BUSY_TIMEOUT.
     """
-    for _ in range(int(BUSY_TIMEOUT / LOCK_INTERVAL)):
-        try:
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while time.monotonic() < deadline:
+        with suppress(BlockingIOError):
             return fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            threading.Event().wait(LOCK_INTERVAL)
+        time.sleep(LOCK_INTERVAL)
     raise StorageUnavailable("another process holds the write lock")
 
 

@@ -39,7 +39,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "log": (set(), HTTP | DATABASES | {"bcrypt"}),
     "engines.errors": (set(), HTTP | DATABASES | {"bcrypt"}),
     "engines": (LEAVES | {"engines"}, HTTP | DATABASES | {"bcrypt", "hashlib", "time"}),
-    "engines.sqlite": (LEAVES | {"engines"}, HTTP | POSTGRESQL | {"bcrypt", "hashlib", "time"}),
+    "engines.sqlite": (LEAVES | {"engines"}, HTTP | POSTGRESQL | {"bcrypt", "hashlib"}),
     "engines.sqlite_files": (LEAVES | {"engines"}, HTTP | POSTGRESQL | {"bcrypt", "hashlib", "time"}),
     "engines.postgres": (LEAVES | {"engines"}, HTTP | {"sqlite3", "bcrypt", "hashlib", "time"}),
     "tables": (LEAVES | {"engines"}, HTTP | DATABASES | {"bcrypt", "hashlib", "time"}),
