@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,7 +157,7 @@ def add_expired_sessions(settings: Settings, count: int) -> None:
 @pytest.fixture
 def one_second_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reading of the monotonic clock is one second after the last, so that every step takes one second."""
-    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    monkeypatch.setattr(authsvc, "time", SimpleNamespace(monotonic=itertools.count().__next__))
 
 
 @pytest.mark.usefixtures("one_second_steps")

@@ -529,12 +529,14 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
     """A service whose threads have opened their connections to the database, but perhaps for one that writes."""
     service, crowd = Service(tmp_path_factory.mktemp("service"), **UNLIMITED), Crowd("warm")
     connections = 3 + passwords.CORES  # that for writing, and those of the I/O thread, a writer and the hashing threads
-    with crowd.using(service.url):
-        assert awaited(lambda: descriptors(service).count(str(database_of(service))) >= connections, 60)
-        assert crowd.goes_on(60)
-    crowd.check(service.url)
-    yield service
-    service.end()
+    try:
+        with crowd.using(service.url):
+            assert awaited(lambda: descriptors(service).count(str(database_of(service))) >= connections, 60)
+            assert crowd.goes_on(60)
+        crowd.check(service.url)
+        yield service
+    finally:
+        service.end()
 
 
 @pytest.fixture
