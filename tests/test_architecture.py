@@ -19,7 +19,7 @@ import requests
 import authsvc
 from settings import FOREIGN, Settings
 from tests.conftest import HERE, Service, clean_environ
-from tests.product import MODULES, TREES
+from tests.product import MODULES, TREES, counts
 
 README = (HERE / "README.md").read_text()
 ARCHITECTURE = (HERE / "docs" / "architecture.md").read_text()
@@ -411,3 +411,11 @@ def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Ser
     service.end()
     printed, shown = transcript(serving.splitlines()[0] + "\n" + stopped, tmp_path, **environ)
     assert printed == shown
+
+
+def test_the_product_stays_small() -> None:
+    lines = counts()
+    assert lines.pop("all") <= 5200
+    assert lines.pop("deciding who gets in") <= 2000
+    limits = {"authsvc.py": 500, "storage.py": 600}
+    assert [name for name, found in lines.items() if found > limits.get(name, 450)] == []
