@@ -209,7 +209,7 @@ class Handlers:
         if self._settings.production:
             self._auth.mail_reset_token(email, _client(), functools.partial(log_event, **_context()))
             return json_response(200, message="if the email has an account, a mail is on its way")
-        # Whoever has the token can take over the account.
+        # Anyone with the token can take over the account.
         if not is_direct(request.environ):
             raise Refusal(403, "reset tokens are given only to this machine, and through no proxy")
         return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, address=_client()))
