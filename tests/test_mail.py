@@ -743,7 +743,7 @@ def test_the_response_time_does_not_reveal_whether_an_email_is_known(
     authority_file: str,
     up: bool,
 ) -> None:
-    rounds, pairs = 3, 40
+    rounds, pairs = 6, 40  # the best of six, as a busy machine delays some requests
     (tmp_path / "password").write_text(SMTP_PASSWORD)
     with closing(DB(tmp_path / "authsvc.db")) as db:
         for n in range(rounds * pairs):
@@ -761,7 +761,7 @@ def test_the_response_time_does_not_reveal_whether_an_email_is_known(
     with requests.Session() as client:
 
         def seconds(email: str, n: int) -> float:
-            headers = {"X-Forwarded-For": f"10.0.0.{n}", "X-Forwarded-Proto": "https"}
+            headers = {"X-Forwarded-For": f"10.0.{n // 250}.{n % 250}", "X-Forwarded-Proto": "https"}
             began = time.perf_counter()
             answer = client.post(f"{service.url}/reset_password", {"email": email}, headers=headers, timeout=10)
             took = time.perf_counter() - began
