@@ -670,7 +670,10 @@ def test_a_client_that_disconnects_leaves_nothing_behind(warm: Service, sent: st
     assert only_listens(service)
     assert ask(service, "GET", "/health", timeout=5) == 200
     assert ask(service, "POST", "/users", account_form(f"stayed@{domain}")) == 200
-    assert awaited(lambda: len(descriptors_but_readers(service)) <= len(before)), descriptors(service)
+    # The service may accept a connection late, after the system has dropped it; it closes that one after IDLE_TIMEOUT.
+    within = web.server.IDLE_TIMEOUT + 10
+    closed = awaited(lambda: len(descriptors_but_readers(service)) <= len(before), within)
+    assert closed, "\n".join(set(descriptors_but_readers(service)) - set(before))
     threads = len(list(Path(f"/proc/{service.process.pid}/task").iterdir()))
     assert len(descriptors(service)) - len(before) <= 3 * threads, descriptors(service)  # a file, its log and its index
     created = {email for email in stored_emails(database_of(service)) if email.endswith(f"@{domain}")}
