@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from addresses import Address, is_loopback, parse_address
+from addresses import Address, is_loopback, is_wide, parse_networks
 
 PREFIX = "AUTHSVC_"
 
@@ -72,7 +72,7 @@ class Settings:
     password_min: int = 15  # minimum characters of a new password; production only
     registration: str = "open"  # who can create an account: anyone (open), invited people (invitation), no one (closed)
     require_totp: bool = False  # if on, a session without two-factor authentication can only be used to set it up
-    trusted_proxy: str = ""  # the only IP address that may send X-Forwarded-For and X-Forwarded-Proto
+    trusted_proxy: str = ""  # IP addresses and networks that may send X-Forwarded-For and X-Forwarded-Proto
     cookie_domain: str = ""  # shares the session cookie with all hosts under this domain, which can read it; production
     smtp_url: str = ""  # smtp+starttls://user@host:587 or smtps://user@host:465; without it no mail is sent
     smtp_password_file: str = ""  # path of a file with the password of the user in smtp_url
@@ -100,8 +100,7 @@ class Settings:
             self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
         self._check_database()
         self._require(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
-        proxy = not self.trusted_proxy or parse_address(self.trusted_proxy)
-        self._require(proxy, "trusted_proxy", "must be one IP address")
+        self._check_proxies()
         paired = bool(self.smtp_url) == bool(self.mail_from)
         self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL must both be set, or neither")
         self._require(not self.mail_from or MAILBOX.fullmatch(self.mail_from), "mail_from", "must be name@host")
@@ -125,6 +124,12 @@ class Settings:
                 self._require(options is not None, "database", f"must be a file or {form}")
                 safe = not self.production or _is_encrypted(options or {})
                 self._require(safe, "database", "would connect without TLS: add ?sslmode=verify-full")
+
+    def _check_proxies(self) -> None:
+        try:
+            parse_networks(self.trusted_proxy)
+        except ValueError as error:
+            self._require(False, "trusted_proxy", str(error))
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::[0-9]{1,5})?", self.public_url, re.ASCII)
@@ -152,7 +157,13 @@ class Settings:
         """Return warnings about settings that are allowed but probably not intended."""
         found = []
         if self.production and not self.trusted_proxy:
-            found.append("AUTHSVC_TRUSTED_PROXY is not set: behind a proxy all clients would share one address")
+            place = "behind a proxy on this machine or on a private network"
+            shared = "all clients share one address in the rate limits"
+            unlimited = "the limits per client of the queue for password hashing are off"
+            found.append(f"AUTHSVC_TRUSTED_PROXY is not set: {place}, {shared}, and {unlimited}")
+        for network in filter(is_wide, parse_networks(self.trusted_proxy)):
+            risk = "every client inside it can forge its address and so avoid the rate limits"
+            found.append(f"AUTHSVC_TRUSTED_PROXY contains the wide network {network}: {risk}; list only your proxies")
         if self.production and not self.smtp_url:
             found.append("AUTHSVC_SMTP_URL is not set: password reset links cannot be mailed")
         return found

@@ -1,4 +1,4 @@
-"""Forwarded headers: only the trusted proxy may say who the client is and that it came over plain HTTP."""
+"""Forwarded headers: only a trusted proxy may say who the client is and that it came over plain HTTP."""
 
 from __future__ import annotations
 
@@ -49,11 +49,32 @@ def call(database: str, db: DB, clock: Clock) -> Client:
         (PROXY, "HTTP", 403),
         (PROXY, "ws", 403),
         (PROXY, "https,http", 403),
+        (PROXY, "https, HTTP ", 403),
+        (PROXY, "wss, ws", 403),
+        (PROXY, "https,", 403),
+        (PROXY, "https, ", 403),
+        (PROXY, ",", 403),
         (PROXY, "", 403),
+        (PROXY, " ", 403),
+        (PROXY, "https http", 403),
+        (PROXY, "https;", 403),
+        (PROXY, "https\xa0", 403),
+        (PROXY, "httpſ", 403),
+        ("::ffff:127.0.0.1", "http", 403),
         (PROXY, "https", 200),
         (PROXY, "HTTPS", 200),
+        (PROXY, " https\t", 200),
+        (PROXY, "wss", 200),
+        (PROXY, "Wss", 200),
+        (PROXY, "http, https", 200),
+        (PROXY, "http,https,", 403),
+        (PROXY, "ws,\twss ", 200),
+        (PROXY, ",https", 200),
         (PROXY, None, 200),
+        ("::ffff:127.0.0.1", "https", 200),
         ("192.0.2.9", "http", 200),
+        ("192.0.2.9", "", 200),
+        ("", "http", 200),
     ],
 )
 def test_a_request_that_reached_the_proxy_over_http_is_refused(
@@ -78,12 +99,17 @@ def test_a_request_that_reached_the_proxy_over_http_is_refused(
         (PROXY, "evil", "unknown"),
         (PROXY, "", "unknown"),
         (PROXY, "203.0.113.5,", "unknown"),
-        (PROXY, "203.0.113.5:443", "unknown"),
-        (PROXY, "[2001:db8::1]:443", "unknown"),
+        (PROXY, "203.0.113.5:443", "203.0.113.5"),
+        (PROXY, "[2001:db8::1]:443", "2001:db8::1"),
+        (PROXY, "6.6.6.6, 203.0.113.5, 127.0.0.1", "203.0.113.5"),
+        (PROXY, "6.6.6.6, evil, 127.0.0.1", "unknown"),
         (PROXY, "x" * 300, "unknown"),
         (PROXY, "203.0.113.5\r\nx", "unknown"),
         ("192.0.2.9", "203.0.113.5", "192.0.2.9"),
         ("127.0.0.2", "203.0.113.5", "127.0.0.2"),
+        ("::ffff:127.0.0.1", "203.0.113.5", "203.0.113.5"),
+        ("::ffff:192.0.2.9", "203.0.113.5", "192.0.2.9"),
+        ("", "203.0.113.5", "unknown"),
     ],
 )
 def test_only_the_trusted_proxy_can_name_the_client_address(
@@ -105,6 +131,20 @@ def test_an_untrusted_forwarded_address_gives_no_more_guesses(call: Client) -> N
 def test_all_invalid_forwarded_addresses_count_as_one_client(call: Client) -> None:
     statuses = [
         call("POST", "/sessions", FORM, REMOTE_ADDR=PROXY, HTTP_X_FORWARDED_FOR=f"junk{n}").status for n in range(30)
+    ]
+    assert statuses == [401] * 10 + [429] * 20
+
+
+@pytest.mark.parametrize("proxies", ["127.0.0.1, 10.20.0.0/16, 2001:db8::/48", "::ffff:10.20.0.0/112,2001:db8:0::1"])
+def test_forged_hops_before_those_of_several_proxies_give_no_more_guesses(
+    database: str, db: DB, clock: Clock, proxies: str
+) -> None:
+    settings = production_settings(database, trusted_proxy=proxies)
+    call = Client(create_app(settings, Auth(db, settings, clock)))
+    hops = ["203.0.113.5", "10.20.0.1", "[2001:db8::1]:443"]
+    statuses = [
+        call("POST", "/sessions", FORM, REMOTE_ADDR="10.20.9.9", HTTP_X_FORWARDED_FOR=", ".join([forged, *hops])).status
+        for forged in [*(f"6.6.6.{n}" for n in range(10)), *(f"10.20.0.{n}, junk{n}" for n in range(10)), *[""] * 10]
     ]
     assert statuses == [401] * 10 + [429] * 20
 

@@ -44,7 +44,7 @@ class Gunicorn:
         environ = {
             "AUTHSVC_DATABASE": str(folder / "authsvc.db"),
             "AUTHSVC_PUBLIC_URL": "https://auth.example.com",
-            "AUTHSVC_TRUSTED_PROXY": "127.0.0.1",
+            "AUTHSVC_TRUSTED_PROXY": "127.0.0.1, 10.20.0.0/16, 2001:db8::/48",
             "AUTHSVC_BCRYPT_COST": "10",
         }
         options = ["--bind", f"unix:{self.socket}", "--threads", "4", "--pythonpath", str(HERE), "--no-control-socket"]
@@ -97,8 +97,9 @@ def gunicorn(tmp_path: Path) -> Iterator[Gunicorn]:
 
 def test_clients_without_an_address_share_one_rate_limit(gunicorn: Gunicorn) -> None:
     form = {"email": "bob@x.io", "password": "wrong"}
-    # A forwarded address counts only from the trusted proxy, and a Unix socket cannot name it.
-    forwarded = [{}, *({"X-Forwarded-For": f"192.0.2.{number}"} for number in range(1, 40))]
+    # A forwarded address counts only from a trusted proxy, and the peer of a Unix socket has no address to trust.
+    hops = ["192.0.2.{}", "192.0.2.{}, 127.0.0.1", "10.20.0.{}", "[2001:db8::{}]:443"]
+    forwarded = [{}, *({"X-Forwarded-For": hops[number % len(hops)].format(number)} for number in range(1, 40))]
     statuses = Counter(gunicorn.status("POST", "/sessions", form, **headers) for headers in forwarded)
     assert statuses == {401: 10, 429: 30}  # a 429 is answered before bcrypt runs
     assert {event["address"] for event in gunicorn.events("authn_login_fail")} == {"unknown"}

@@ -225,6 +225,22 @@ def test_a_client_without_an_address_is_named_unknown(environ: dict[str, Any]) -
     assert Client(SecurityMiddleware(greet, production))("GET", "/", **environ).body == b"unknown"
 
 
+@pytest.mark.parametrize(
+    ("client", "environ"),
+    [
+        ("192.0.2.1", {"REMOTE_ADDR": "::ffff:192.0.2.1"}),
+        ("192.0.2.1", {"REMOTE_ADDR": "::ffff:10.20.0.1", "HTTP_X_FORWARDED_FOR": "6.6.6.6, 192.0.2.1:80, 127.0.0.1"}),
+        ("192.0.2.1", {"REMOTE_ADDR": "192.0.2.1", "HTTP_X_FORWARDED_FOR": "6.6.6.6"}),
+        ("2001:db8::1", {"REMOTE_ADDR": "127.0.0.1", "HTTP_X_FORWARDED_FOR": "[2001:DB8::1]:443"}),
+        ("fe80::1", {"REMOTE_ADDR": "fe80::1%eth0"}),
+        ("localhost", {"REMOTE_ADDR": "localhost", "HTTP_X_FORWARDED_FOR": "6.6.6.6"}),
+    ],
+)
+def test_the_address_of_a_client_has_one_spelling(client: str, environ: dict[str, Any]) -> None:
+    production = Settings(public_url="https://auth.example.com", trusted_proxy="127.0.0.1, 10.20.0.0/16")
+    assert Client(SecurityMiddleware(greet, production))("GET", "/", **environ).body == client.encode()
+
+
 def test_a_forwarded_address_does_not_make_a_peer_local() -> None:
     client = Client(SecurityMiddleware(greet, SETTINGS))
     assert client("GET", "/", REMOTE_ADDR="10.0.0.1", HTTP_X_FORWARDED_FOR="127.0.0.1").status == 403

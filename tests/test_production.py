@@ -165,8 +165,17 @@ REFUSED_STARTS = [
     ({"AUTHSVC_RESET_LIFETIME": "3601"}, "AUTHSVC_RESET_LIFETIME must be from 1 to 3600"),
     ({"AUTHSVC_REGISTRATION": "no"}, "AUTHSVC_REGISTRATION must be one of open, invitation, closed"),
     ({"AUTHSVC_UNSAFE_LISTEN": "1"}, "AUTHSVC_UNSAFE_LISTEN is for development only"),
-    ({"AUTHSVC_TRUSTED_PROXY": "10.0.0.0/8"}, "AUTHSVC_TRUSTED_PROXY must be one IP address"),
-    ({"AUTHSVC_TRUSTED_PROXY": "proxy"}, "AUTHSVC_TRUSTED_PROXY must be one IP address"),
+    *[
+        ({"AUTHSVC_TRUSTED_PROXY": proxies}, f"AUTHSVC_TRUSTED_PROXY must not contain {proxies.split()[-1]!r}: every")
+        for proxies in ("0.0.0.0/0", "::/0", "127.0.0.1, ::ffff:0.0.0.0/96")
+    ],
+    (
+        {"AUTHSVC_TRUSTED_PROXY": "10.0.0.1/8"},
+        "AUTHSVC_TRUSTED_PROXY must name a network by its first address: write 10",
+    ),
+    ({"AUTHSVC_TRUSTED_PROXY": "proxy"}, "AUTHSVC_TRUSTED_PROXY must list IP addresses and networks, and 'proxy'"),
+    ({"AUTHSVC_TRUSTED_PROXY": "127.0.0.1,"}, "AUTHSVC_TRUSTED_PROXY has an empty item"),
+    ({"AUTHSVC_TRUSTED_PROXY": "fe80::1%eth0"}, "AUTHSVC_TRUSTED_PROXY must list addresses without a zone"),
     (
         {"AUTHSVC_SMTP_URL": "smtps://mail.example.com"},
         "AUTHSVC_MAIL_FROM and AUTHSVC_SMTP_URL must both be set, or neither",
@@ -266,7 +275,17 @@ def test_a_start_without_a_trusted_proxy_logs_a_warning(start: Callable[..., Ser
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_BCRYPT_COST="10")
     requests.get(service.url, timeout=5)  # the warnings are written before the first answer
     reasons = [line["reason"] for line in log_lines(service.log) if line["event"] == "sys_warning"]
-    assert any("AUTHSVC_TRUSTED_PROXY" in reason for reason in reasons)
+    (reason,) = [reason for reason in reasons if "AUTHSVC_TRUSTED_PROXY" in reason]
+    assert "all clients share one address" in reason
+
+
+def test_a_start_with_a_wide_network_of_proxies_logs_a_warning(start: Callable[..., Service]) -> None:
+    proxies = "127.0.0.1, 10.0.0.0/8"
+    service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY=proxies, AUTHSVC_BCRYPT_COST="10")
+    requests.get(service.url, timeout=5)
+    reasons = [line["reason"] for line in log_lines(service.log) if line["event"] == "sys_warning"]
+    (reason,) = [reason for reason in reasons if "AUTHSVC_TRUSTED_PROXY" in reason]
+    assert "10.0.0.0/8: every client inside it can forge its address" in reason
 
 
 @pytest.mark.process

@@ -343,5 +343,61 @@ def test_settings_are_immutable() -> None:
             setattr(settings, field.name, None)
 
 
+@pytest.mark.parametrize(
+    "text", ["127.0.0.1", "127.0.0.1, 10.20.0.0/16,2001:db8::/48", "::ffff:10.20.0.0/112", "8.0.0.0/16"]
+)
+def test_trusted_proxies_are_addresses_and_networks(text: str) -> None:
+    settings = Settings.from_environ({"AUTHSVC_TRUSTED_PROXY": text})
+    assert settings.trusted_proxy == text
+    assert settings.warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("proxy", "must list IP addresses and networks, and 'proxy' is neither"),
+        ("127.0.0.1, proxy.example.com", "must list IP addresses and networks, and 'proxy.example.com' is neither"),
+        ("127.0.0.1:80", "must list IP addresses and networks, and '127.0.0.1:80' is neither"),
+        ("10.0.0.0/255.0.0.0", "must list IP addresses and networks, and '10.0.0.0/255.0.0.0' is neither"),
+        ("127.0.0.1,", "has an empty item: remove the extra comma"),
+        ("127.0.0.1,,::1", "has an empty item: remove the extra comma"),
+        ("::1, 10.0.0.1/8", "must name a network by its first address: write 10.0.0.0/8 instead of '10.0.0.1/8'"),
+        ("fe80::1%eth0", "must list addresses without a zone, and 'fe80::1%eth0' has one"),
+        ("0.0.0.0/0", "must not contain '0.0.0.0/0': every client could then forge its address"),
+        ("127.0.0.1, ::/0", "must not contain '::/0': every client could then forge its address"),
+        ("::ffff:0.0.0.0/96", "must not contain '::ffff:0.0.0.0/96': every client could then forge its address"),
+    ],
+)
+def test_a_trusted_proxy_that_is_refused_is_named(text: str, reason: str) -> None:
+    assert refusal({"AUTHSVC_TRUSTED_PROXY": text}) == f"AUTHSVC_TRUSTED_PROXY={text} {reason}"
+    with pytest.raises(SettingsError, match="AUTHSVC_TRUSTED_PROXY"):
+        Settings(trusted_proxy=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "networks"),
+    [
+        ("10.0.0.0/8", ["10.0.0.0/8"]),
+        ("127.0.0.0/8, 172.16.0.0/12, 192.168.0.0/16", ["172.16.0.0/12"]),
+        ("::ffff:10.0.0.0/104,fd00::/8", ["10.0.0.0/8", "fd00::/8"]),
+        ("8.0.0.0/8, 2001:db8::/31, 2001:db8::/32", ["8.0.0.0/8", "2001:db8::/31"]),
+    ],
+)
+def test_a_wide_network_of_trusted_proxies_gives_a_warning(text: str, networks: list[str]) -> None:
+    warnings = Settings(trusted_proxy=text).warnings()
+    assert len(warnings) == len(networks)
+    for warning, network in zip(warnings, networks, strict=True):
+        assert f" {network}: every client inside it can forge its address" in warning
+
+
+def test_only_production_warns_of_a_missing_proxy() -> None:
+    assert Settings().warnings() == []
+    missing, _ = Settings(public_url="https://auth.example.com").warnings()
+    assert missing.startswith("AUTHSVC_TRUSTED_PROXY is not set: ")
+    assert "on this machine or on a private network" in missing
+    assert "all clients share one address in the rate limits" in missing
+    assert missing.endswith("the limits per client of the queue for password hashing are off")
+
+
 def test_a_cookie_domain_needs_production() -> None:
     assert refusal({"AUTHSVC_COOKIE_DOMAIN": "example.com"}).endswith("needs AUTHSVC_PUBLIC_URL")

@@ -63,8 +63,7 @@ class SecurityMiddleware:
         settings, peer = self._settings, environ.get("REMOTE_ADDR")
         if not (settings.production or settings.unsafe_listen or is_loopback(peer)):
             raise Refusal(403, "this is a development service, for its own machine only")
-        scheme = environ.get("HTTP_X_FORWARDED_PROTO", "https")
-        if settings.production and is_trusted(peer, settings.trusted_proxy) and scheme.lower() != "https":
+        if settings.production and is_trusted(peer, settings.trusted_proxy) and not _came_over_tls(environ):
             raise Refusal(403, "use https")
         if not _is_literal_path(environ):
             raise Refusal(404, "not found")
@@ -90,6 +89,12 @@ def is_direct(environ: WSGIEnvironment) -> bool:
     """
     forwarded = any(name in FORWARDING_HEADERS or name.startswith("HTTP_X_FORWARDED") for name in environ)
     return is_loopback(environ.get("REMOTE_ADDR")) and _names_this_machine(environ) and not forwarded
+
+
+def _came_over_tls(environ: WSGIEnvironment) -> bool:
+    # The nearest proxy writes the last value of a list. A client may have sent the others.
+    scheme: str = environ.get("HTTP_X_FORWARDED_PROTO", "https").rpartition(",")[2].strip(" \t")
+    return scheme.lower() in ("https", "wss")  # wss: a WebSocket over TLS
 
 
 def _names_this_machine(environ: WSGIEnvironment) -> bool:
