@@ -37,7 +37,9 @@ run: .venv/run
 	@exec $(BIN)/python authsvc.py
 
 # ONLY=browser, proxies, postgres, faults or fuzz runs the tests of one kind. Tests of time run alone, after the others.
+# "pytest -m long" runs the tests that take minutes. Here their files are ignored, so that none counts as left out.
 KIND = $(if $(ONLY),$(ONLY) and )
+LONG = --ignore=tests/test_crowds.py --ignore=tests/test_login_times.py
 NONE = [ $$? -eq 5 ]  # pytest's exit code where no test is selected
 
 # Compiled test files are kept, which saves some seconds of each further run.
@@ -45,14 +47,14 @@ test quick: export PYTHONDONTWRITEBYTECODE =
 
 test: .venv/dev $(if $(ONLY),$(filter .venv/$(ONLY),$(EXTRAS)),$(EXTRAS))
 	@rm -rf .results .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -n auto --dist worksteal -m "$(KIND)not timing" --record .results/parallel || $(NONE)
-	$(BIN)/coverage run -m pytest -m "$(KIND)timing" --record .results/serial || $(NONE)
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal -m "$(KIND)not (timing or long)" $(LONG) --record .results/parallel || $(NONE)
+	$(BIN)/coverage run -m pytest -m "$(KIND)timing and not long" $(LONG) --record .results/serial || $(NONE)
 	@$(BIN)/coverage combine -q
 	@$(BIN)/python -m tests.results $(STRICT) .results/parallel .results/serial
 
 quick: .venv/dev
 	$(BIN)/pytest -q -n auto --dist worksteal \
-		-m "not (slow or process or postgres or browser or proxies or faults or fuzz or timing)"
+		-m "not (slow or process or postgres or browser or proxies or faults or fuzz or timing or long)"
 
 bench: .venv/dev
 	$(BIN)/python bench/run.py --write

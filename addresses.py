@@ -126,11 +126,6 @@ def client_networks(address: str) -> tuple[str, ...]:
     return (str(parsed or address),)
 
 
-def client_network(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 network of an IPv6 address."""
-    return client_networks(address)[0]
-
-
 @functools.lru_cache(maxsize=1024)
 def network_path(address: str) -> tuple[str, str, str]:
     """Return the networks that an address is in, from the widest to one client, for taking turns between networks."""

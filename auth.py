@@ -11,8 +11,10 @@ response; each refusal names its status. Knows no SQL.
   a newer one is made, and when the password or the second factor changes. Neither switches a second factor off.
 - A recovery code dies when it is used and when the second factor is switched off. A seed that no code has confirmed
   dies when it is replaced and when the password changes.
+- A device cookie expires after 90 days, and dies when the password changes or is reset and when the user is disabled.
 - Disabling or deleting a user, a restored backup and the operator's ``sessions end --all`` end sessions, and with them
   reset tokens, invitations and unconfirmed seeds. ``sessions end EMAIL`` and ``totp-off`` end the sessions of one user.
+  ``sessions end`` also voids device cookies.
 - A one-time code works once, and only after the password. Nobody can sign in to a disabled account.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
 - A time that is more than 300 s ahead of the clock is invalid: a clock that was set back extends nothing.
@@ -33,14 +35,15 @@ from email.message import EmailMessage
 from typing import ClassVar
 from urllib.parse import urlsplit
 
+from credentials import device as devices
 from credentials import passwords, totp
 from engines.errors import AlreadyExists, StorageUnavailable
 from log import timestamp
 from mail import Mailer
-from rate_limit import KNOWN_FOR, RateLimiter
+from rate_limit import Buckets, RateLimiter
 from settings import MAILBOX, Settings
 from storage import DB, NoResultFound, Session, User, public_id
-from tables.rate_limits import CLOCK_TOLERANCE, Bucket
+from tables.rate_limits import CLOCK_TOLERANCE
 
 MAX_EMAIL_BYTES = 254  # RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_USER_AGENT = 200  # characters that are stored
@@ -154,9 +157,11 @@ class Auth:
     ``clock`` returns unix seconds. ``run_in_background`` runs a write that no answer waits for, by default at once.
 
     A method that takes the ``address`` of a client counts the attempt, and raises TooManyAttempts if a rate limit is
-    exceeded; mail_reset_token() counts later, on the mail thread. With ``address=None`` nothing is counted; only the
-    methods of the Python contract pass it.
+    exceeded. With ``address=None`` nothing is counted; only the methods of the Python contract pass it. ``device`` is
+    the device cookie that came with the request: an attempt from a browser that the account knows is counted apart.
     """
+
+    device_lifetime = devices.LIFETIME  # seconds
 
     def __init__(
         self,
@@ -194,7 +199,7 @@ class Auth:
             raise RegistrationClosed("registration is closed" if closed else "registration is by invitation only")
         self.check_email(email)
         self._check_password(password, email)
-        self._check_rate_limit(self._limiter.registration, address=address)
+        self._count(address, self._limiter.registration)
         return self._add_user(email, _hash_password(password, self._settings.bcrypt_cost))
 
     def check_email(self, email: str) -> None:
@@ -210,6 +215,7 @@ class Auth:
         otp: str = "",
         *,
         address: str | None,
+        device: str | None = None,
         replaced: str | None = None,
         user_agent: str = "",
     ) -> tuple[User, str]:
@@ -221,20 +227,23 @@ class Auth:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
             CodeRequired: the password is right, but the code is missing.
         """
-        buckets = self._check_rate_limit(self._limiter.login, email, address=address)
+        found = self._find_user(email)
+        known = self._known_device(found, device)
+        nonce = known.nonce if known else None
+        buckets = self._count(address, lambda client: self._limiter.login(email, client, nonce))
         checked_since = None  # of the second factor whose code was checked
         for _ in range(LOGIN_TRIES):
-            user = self._verified_user(email, password)
+            user = self._verified(found, password)
             if not user:
                 break
             if user.totp_since != checked_since:
-                self._check_code(user, otp, address, buckets)
+                self._check_code(user, otp, address, known, buckets)
                 checked_since = user.totp_since
             if session_id := self._start_session(user, replaced, address, user_agent):
-                self._run_in_background(self._remember_client, user, address, buckets)
+                self._run_in_background(self._limiter.refund, buckets)
                 return user, session_id
-            # The password or the second factor changed after it was compared: compare again.
-        raise LoginFailed(user_id=user.id if (user := self._find_user(email)) else None)
+            found = self._find_user(email)  # the password or the second factor has changed: compare again
+        raise LoginFailed(user_id=found.id if found else None)
 
     def identify(self, session_id: str | None, *, enrolling: bool = False) -> User:
         """Return the user of a live session. ``enrolling`` allows a user who has yet to set up a second factor.
@@ -243,16 +252,20 @@ class Auth:
             SessionRequired: the session is not live.
             SecondFactorRequired: a second factor is required, and the user has none.
         """
+        return self._identify(session_id, enrolling=enrolling)[0]
+
+    def _identify(self, session_id: str | None, *, enrolling: bool = False) -> tuple[User, int]:
+        """Return the user of a live session, and the id of its row, which stays when the session is renewed."""
         session_hash, window = _digest(session_id), self._session_window()
         found = self._db.find_session(session_hash, **window) if session_id else None
         if not found:
             raise SessionRequired
-        user, last_seen_at = found
+        user, session, last_seen_at = found
         if last_seen_at <= window["now"] - min(SEEN_INTERVAL, self._settings.session_idle // 2):
             self._run_in_background(self._db.touch_session, session_hash, window["now"])
         if self._settings.require_totp and not user.totp_since and not enrolling:
             raise SecondFactorRequired
-        return user
+        return user, session
 
     def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
         """Return the user of a session, all live sessions of that user, and the public id of this one."""
@@ -312,7 +325,41 @@ class Auth:
         self._db.end_sessions(user.id, kept=_digest(session_id) if except_this else None)
         return user
 
-    # Changes by a signed-in user. The current password is checked, and counted like a login.
+    # Known browsers
+
+    def device_cookie(self, user: User, held: str | None, kind: str = "full") -> str | None:
+        """Return a new value for the device cookie of a browser that has just signed in or, "reset", set the password.
+
+        ``held`` is its present value: tokens of other accounts stay in it. None in development, where no browser is
+        told from another.
+        """
+        if not self._settings.production:
+            return None
+        new = devices.issue(self._limiter.secret, user.id, user.device_key, kind, self._now())
+        return devices.with_new(devices.parse(held), new)
+
+    # Which request is hashed first when many wait
+
+    def has_priority(self, email: str, device: str | None) -> bool:
+        """Return whether a login from this browser goes before those of strangers."""
+        if not self._settings.production or not devices.parse(device):  # no look-up for those without a cookie
+            return False
+        known = self._known_device(self._find_user(email), device)
+        return known is not None and self._limiter.has_priority(email)
+
+    def session_has_priority(self, session_id: str | None) -> tuple[bool, str]:
+        """Return whether a change in this session goes before others, and the email of its user, or ""."""
+        try:
+            user = self.identify(session_id, enrolling=True)
+        except SessionRequired:
+            return False, ""
+        return self._limiter.has_priority(user.email), user.email
+
+    def is_live_reset(self, reset_token: str) -> bool:
+        """Return whether a reset token is live; one that is goes before others."""
+        return self._db.find_reset(_digest(reset_token), **self._window()) is not None
+
+    # Changes by a signed-in user. The current password is checked, and counted for the session.
 
     def change_password(
         self, session_id: str | None, password: str, new_password: str, *, address: str | None
@@ -323,15 +370,15 @@ class Auth:
             PasswordRejected: the new password is not acceptable, as in create_account().
             ReauthenticationFailed: the current password is wrong.
         """
-        user = self.identify(session_id)
+        user, session = self._identify(session_id)
         self._check_password(new_password, user.email)
-        self._reauthenticate(user, password, address)
+        self._reauthenticate(user, password, session, address)
         new_hash, new_id = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
         old, session_hash = user.hashed_password, _digest(session_id)
         if not self._db.change_password(user.id, old, new_hash, session_hash, _digest(new_id)):
             raise SessionRequired  # the session ended while we hashed
         self._notify(user, "Your password was changed")
-        return user, new_id
+        return self._reloaded(user), new_id
 
     def delete_account(self, session_id: str | None, password: str, *, address: str | None) -> User:
         """Delete the account with everything that belongs to it; return the former user.
@@ -339,8 +386,8 @@ class Auth:
         Raises:
             ReauthenticationFailed: the password is wrong.
         """
-        user = self.identify(session_id)
-        self._reauthenticate(user, password, address)
+        user, session = self._identify(session_id)
+        self._reauthenticate(user, password, session, address)
         if not self._db.delete_verified_user(user, _digest(session_id)):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
@@ -355,17 +402,19 @@ class Auth:
             ReauthenticationFailed: the password is wrong.
             SecondFactorRejected: a second factor is on.
         """
-        user = self.identify(session_id, enrolling=True)
+        user, session = self._identify(session_id, enrolling=True)
         if user.totp_since:
             raise SecondFactorRejected("a second factor is on already")
-        self._reauthenticate(user, password, address)
+        self._reauthenticate(user, password, session, address)
         seed = totp.new_seed()
         if not self._db.set_totp(user, seed, _digest(session_id)):
             raise SessionRequired  # the session ended, or another setup began, while we hashed
         uri = totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
         return seed, uri, totp.qr_code(uri)
 
-    def confirm_totp(self, session_id: str | None, otp: str, *, address: str | None) -> tuple[User, str, list[str]]:
+    def confirm_totp(
+        self, session_id: str | None, otp: str, *, address: str | None, device: str | None = None
+    ) -> tuple[User, str, list[str]]:
         """Switch the second factor on; return the user, the new id of this session, and the recovery codes.
 
         Raises:
@@ -375,7 +424,7 @@ class Auth:
         user = self.identify(session_id, enrolling=True)
         if not user.totp_secret or user.totp_since:
             raise SecondFactorRejected("no second factor is being set up")
-        buckets = self._check_rate_limit(self._limiter.code, user.email, address=address)
+        buckets = self._count_code(user, address, self._known_device(user, device))
         step = totp.matching_step(user.totp_secret, otp, self._now())
         if step is None:
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
@@ -387,18 +436,20 @@ class Auth:
         self._notify(user, "A second factor was switched on")
         return user, new_id, codes
 
-    def remove_totp(self, session_id: str | None, password: str, otp: str, *, address: str | None) -> tuple[User, str]:
+    def remove_totp(
+        self, session_id: str | None, password: str, otp: str, *, address: str | None, device: str | None = None
+    ) -> tuple[User, str]:
         """Switch the second factor off; return the user and the new id of this session. All other sessions end.
 
         Raises:
             ReauthenticationFailed: the password or the code is wrong.
             SecondFactorRejected: no second factor is on.
         """
-        user = self.identify(session_id)
+        user, session = self._identify(session_id)
         if not user.totp_since:
             raise SecondFactorRejected("no second factor is on")
-        self._reauthenticate(user, password, address)
-        if not self._spend_code(user, otp, address):
+        self._reauthenticate(user, password, session, address)
+        if not self._spend_code(user, otp, address, self._known_device(user, device)):
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
         new_id = self._new_secret()
         if not self._db.remove_totp(user.id, _digest(session_id), _digest(new_id)):
@@ -414,36 +465,42 @@ class Auth:
         Raises:
             UnknownEmail: no account has this email, or its user may not reset the password.
         """
-        self._check_rate_limit(self._limiter.reset_request, email, address=address)
+        self._count(address, self._limiter.reset_address)
+        self._count(address, lambda _: self._limiter.reset_account(email, known=False))
         user = self._find_user(email)
         if not user or not _may_reset(user):
             raise UnknownEmail
         return self._replace_reset_token(user, self._settings.reset_lifetime)
 
-    def mail_reset_token(self, email: str, address: str, log: Callable[..., None]) -> None:
-        """Queue a reset mail if the account exists. Neither the result nor the timing reveals whether it does."""
+    def mail_reset_token(
+        self, email: str, log: Callable[..., None], *, address: str | None, device: str | None = None
+    ) -> None:
+        """Queue a reset mail if the account exists. Neither the result nor the timing reveals whether it does.
+
+        The mails to one account are counted later, on the mail thread, without an answer.
+        """
+        self._count(address, self._limiter.reset_address)
         if self._mailer:
-            self._mailer.enqueue(functools.partial(self._reset_mail, email, address, log))
+            self._mailer.enqueue(functools.partial(self._reset_mail, email, device, log))
 
     def reset_password(self, reset_token: str, password: str, *, email: str | None, address: str | None) -> User:
         """Set a new password, spend the token and end all sessions, in one transaction; return the user.
 
         Raises:
             PasswordRejected: the password is not acceptable, as in create_account(). The token stays valid.
-            TokenRejected: the token is not live, or not that of ``email`` where one is given.
+            TokenRejected: the token is not live, or not that of ``email`` where one is given. Only this is counted.
         """
-        buckets = self._check_rate_limit(self._limiter.reset_confirmation, address=address)
         token_hash = _digest(reset_token)
-        user = self._db.find_reset(token_hash, **self._reset_window())  # first: a guess costs no bcrypt
+        user = self._db.find_reset(token_hash, **self._window())  # first: a guess costs no bcrypt
         if not user or (email is not None and user.email.casefold() != email.casefold()):
+            self._count(address, self._limiter.unknown_token)
             raise TokenRejected
         self._check_password(password, user.email)
         new_hash = _hash_password(password, self._settings.bcrypt_cost)
-        if not self._db.spend_reset(token_hash, new_hash, **self._reset_window()):
+        if not self._db.spend_reset(token_hash, new_hash, **self._window()):
             raise TokenRejected  # another request spent it while we hashed
-        self._run_in_background(self._limiter.refund, buckets)
         self._notify(user, "Your password was changed")
-        return user
+        return self._reloaded(user)
 
     # For the operator's commands
 
@@ -476,9 +533,8 @@ class Auth:
         return self._replace_reset_token(user, lifetime), self._now() + lifetime
 
     def prune(self) -> bool:
-        """Delete some expired sessions, full buckets and old addresses; return whether there may be more."""
-        now = self._now()
-        return self._db.prune(now=now, known_since=now - KNOWN_FOR, limit=PRUNE_STEP) >= PRUNE_STEP
+        """Delete some expired sessions and full buckets; return whether there may be more."""
+        return self._db.prune(now=self._now(), limit=PRUNE_STEP) >= PRUNE_STEP
 
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""
@@ -492,7 +548,7 @@ class Auth:
 
     def valid_login(self, email: str, password: str) -> bool:
         """Return whether this is the password of this email, in the same time whether or not the email is known."""
-        return self._verified_user(email, password) is not None
+        return self._verified(self._find_user(email), password) is not None
 
     def create_session(self, email: str) -> str | None:
         """Start a session without a password and return its id; None if the email is unknown or the user disabled."""
@@ -549,32 +605,33 @@ class Auth:
             return self._db.find_user_by(email=email)
         return None
 
-    def _verified_user(self, email: str, password: str) -> User | None:
-        user = self._find_user(email)
+    def _verified(self, user: User | None, password: str) -> User | None:
         cost = self._settings.bcrypt_cost
         if not passwords.verify(password, user.hashed_password if user else None, cost) or not user:
             return None
         return None if user.disabled_at else self._with_current_cost(user, password)
 
-    def _reauthenticate(self, user: User, password: str, address: str | None) -> None:
-        buckets = self._check_rate_limit(self._limiter.login, user.email, address=address)
+    def _reauthenticate(self, user: User, password: str, session: int, address: str | None) -> None:
+        buckets = self._count(address, lambda _: self._limiter.session_password(session, user.email))
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
 
-    def _check_code(self, user: User, otp: str, address: str | None, buckets: Sequence[Bucket]) -> None:
+    def _check_code(
+        self, user: User, otp: str, address: str | None, known: devices.Device | None, buckets: Buckets
+    ) -> None:
         if not user.totp_since:
             return
         if not otp:
             self._run_in_background(self._limiter.refund, buckets)  # the password was right, so this was no guess
             raise CodeRequired
-        if not self._spend_code(user, otp, address):
+        if not self._spend_code(user, otp, address, known):
             raise LoginFailed("wrong one-time code", user_id=user.id)
 
-    def _spend_code(self, user: User, otp: str, address: str | None) -> bool:
+    def _spend_code(self, user: User, otp: str, address: str | None, known: devices.Device | None) -> bool:
         if not totp.is_code(otp):  # a recovery code is too long to be guessed
             return self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
-        buckets = self._check_rate_limit(self._limiter.code, user.email, address=address)
+        buckets = self._count_code(user, address, known)
         step = totp.matching_step(user.totp_secret or "", otp, self._now())
         if step is None or not self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP):
             return False
@@ -613,25 +670,38 @@ class Auth:
         now = self._now()
         return {"now": now, "idle_since": now - self._settings.session_idle, "latest": now + CLOCK_TOLERANCE}
 
-    def _reset_window(self) -> dict[str, int]:
+    def _window(self) -> dict[str, int]:
         now = self._now()
         return {"now": now, "latest": now + CLOCK_TOLERANCE}
 
-    def _check_rate_limit(self, limit: Callable[..., list[Bucket]], *counted: str, address: str | None) -> list[Bucket]:
-        """Count an attempt in the buckets of ``limit``, and return them for a refund.
+    def _count(self, address: str | None, limit: Callable[[str], Sequence[Buckets]]) -> Buckets:
+        """Count an attempt of the client with this address, and return the buckets for a refund.
 
         Raises:
-            TooManyAttempts: one of them is empty.
+            TooManyAttempts: the limit is exceeded.
         """
-        buckets = [] if address is None else limit(*counted, address)
-        if wait := self._limiter.consume(buckets):
+        wait, buckets = (0, ()) if address is None else self._limiter.consume(limit(address))
+        if wait:
             raise TooManyAttempts(wait)
         return buckets
 
-    def _remember_client(self, user: User, address: str | None, buckets: Sequence[Bucket]) -> None:
-        if address is not None:
-            self._limiter.refund(buckets)
-            self._limiter.remember(user.id, user.email, address)
+    def _count_code(self, user: User, address: str | None, known: devices.Device | None) -> Buckets:
+        # A browser that has shown no code before counts as a stranger's here: it has reset the password, or signed in
+        # before the second factor was switched on.
+        signed_in = known is not None and known.kind == "full" and known.issued_at >= (user.totp_since or 0)
+        return self._count(address, lambda _: self._limiter.code(user.email, known=signed_in))
+
+    def _reloaded(self, user: User) -> User:
+        # A new password has replaced the device key, which device_cookie() needs. The change is done whatever happens.
+        with contextlib.suppress(NoResultFound, StorageUnavailable):
+            return self._db.find_user_by(id=user.id)
+        return user
+
+    def _known_device(self, user: User | None, cookie: str | None) -> devices.Device | None:
+        if not user or not self._settings.production:
+            return None
+        found, window = devices.parse(cookie), self._window()
+        return devices.verified(found, self._limiter.secret, user.id, user.device_key, **window)
 
     def _new_secret(self) -> str:
         # OWASP ASVS 7.2.3 asks for 128 random bits; a version-4 UUID has 122.
@@ -649,11 +719,12 @@ class Auth:
         times = {"now": now, "expires_at": now + lifetime, "keep_since": now - keep_for}
         return token if self._db.set_reset_token(user.id, _digest(token), **times) else None
 
-    def _reset_mail(self, email: str, address: str, log: Callable[..., None]) -> EmailMessage | None:
-        if self._limiter.consume(self._limiter.reset_request(email, address)):
+    def _reset_mail(self, email: str, device: str | None, log: Callable[..., None]) -> EmailMessage | None:
+        user = self._find_user(email)
+        known = self._known_device(user, device) is not None
+        if self._limiter.consume(self._limiter.reset_account(email, known=known))[0]:
             log("excess_rate_limit_exceeded")
             return None
-        user = self._find_user(email)
         if not user or not _may_reset(user) or not self._mailer:
             return None
         # A token younger than five minutes is not replaced: requests of strangers must not invalidate the owner's link.

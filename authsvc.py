@@ -29,6 +29,7 @@ from engines.errors import DatabaseRefused, StorageUnavailable
 from log import log_crash, log_event
 from mail import Mailer
 from settings import Settings, SettingsError
+from storage import User
 from web import responses
 from web.forms import read_form
 from web.middleware import SecurityMiddleware, is_direct
@@ -50,6 +51,8 @@ PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 
 PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 SESSION_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
+DEVICE_TOKENS = re.compile("[A-Za-z0-9_.~-]{1,1024}", re.ASCII)
+DEVICE_COOKIE = "__Host-device"  # never shared with sibling hosts, even where the session is
 HEADER_TEXT = re.compile("[!-$&-~]+")  # an email that a header can hold unencoded; "%" begins an encoded character
 
 Handler = Callable[..., Response]
@@ -98,14 +101,16 @@ class Handlers:
     def log_in(self) -> Response:
         email, password, otp = _read_form("email", "password", optional=("otp",))
         client, own, agent = _client(), self._cookie(), request.environ.get("HTTP_USER_AGENT", "")
+        arguments = {"address": client, "device": _device(), "replaced": own, "user_agent": agent}
         try:
-            user, session_id = self._auth.log_in(email, password, otp, address=client, replaced=own, user_agent=agent)
+            user, session_id = self._auth.log_in(email, password, otp, **arguments)
         except rules.LoginFailed as failure:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
             raise
         _log("authn_login_success", user_id=user.id)
-        return self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
+        answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
+        return self._with_device(answer, user)
 
     @_route("DELETE", "/sessions")
     def log_out(self) -> Response:
@@ -181,7 +186,8 @@ class Handlers:
         password, new_password = _read_form("password", "new_password")
         user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
         _log("authn_password_change", user_id=user.id)
-        return self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
+        answer = self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
+        return self._with_device(answer, user)
 
     @_route("POST", "/totp", hashes=True)
     def begin_totp(self) -> Response:
@@ -192,14 +198,16 @@ class Handlers:
     @_route("PUT", "/totp")
     def confirm_totp(self) -> Response:
         (otp,) = _read_form("otp")
-        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client())
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=_device())
         _log("authn_factor_added", user_id=user.id)
-        return self._with_cookie(json_response(200, message="second factor on", recovery_codes=codes), session_id)
+        answer = self._with_cookie(json_response(200, message="second factor on", recovery_codes=codes), session_id)
+        return self._with_device(answer, user)
 
     @_route("DELETE", "/totp", hashes=True)
     def remove_totp(self) -> Response:
         password, otp = _read_form("password", "otp")
-        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=_client())
+        client, device = _client(), _device()
+        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=client, device=device)
         _log("authn_factor_removed", user_id=user.id)
         return self._with_cookie(json_response(200, message="second factor off"), session_id)
 
@@ -207,7 +215,8 @@ class Handlers:
     def request_reset(self) -> Response:
         (email,) = _read_form("email")
         if self._settings.production:
-            self._auth.mail_reset_token(email, _client(), functools.partial(log_event, **_context()))
+            log = functools.partial(log_event, **_context())
+            self._auth.mail_reset_token(email, log, address=_client(), device=_device())
             return json_response(200, message="if the email has an account, a mail is on its way")
         # Anyone with the token can take over the account.
         if not is_direct(request.environ):
@@ -219,7 +228,7 @@ class Handlers:
         email, reset_token, new_password = _read_form("email", "reset_token", "new_password")
         user = self._auth.reset_password(reset_token, new_password, email=email, address=_client())
         _log("authn_password_change", user_id=user.id)
-        return json_response(200, email=email, message="Password updated")
+        return self._with_device(json_response(200, email=email, message="Password updated"), user, "reset")
 
     @_route("GET", "/login", "/register", "/forgot", "/reset")
     def page(self) -> Response:
@@ -240,13 +249,25 @@ class Handlers:
             raise HTTPError(404)
         return _file(*self._files[name])
 
+    def rank(self, environ: WSGIEnvironment) -> tuple[bool, str]:
+        """Return whether a request that hashes goes before those of strangers, and the email of its account.
+
+        For web/server.py, which calls it on the I/O thread: it only reads.
+        """
+        path = environ["PATH_INFO"]
+        try:
+            if path not in ("/users", "/sessions", "/reset_password"):
+                return self._auth.session_has_priority(_read_cookie(environ, self._cookie_name, SESSION_ID))
+            email, token = read_form(environ, optional=("email", "reset_token"))
+            if path == "/reset_password":
+                return self._auth.is_live_reset(token), email
+            device = _read_cookie(environ, DEVICE_COOKIE, DEVICE_TOKENS) if path == "/sessions" else None
+            return self._auth.has_priority(email, device), email
+        except (Refusal, StorageUnavailable):  # the route answers that
+            return False, ""
+
     def _cookie(self) -> str | None:
-        """Return the session id in the cookie; None where there is none, or more than one."""
-        # Not Bottle's reader: it fails on a malformed cookie next to ours.
-        pairs = [pair.strip(" ").partition("=") for pair in request.environ.get("HTTP_COOKIE", "").split(";")]
-        found = [value for name, _, value in pairs if name == self._cookie_name]
-        # Two are ambiguous: a sibling host may have set one.
-        return found[0] if len(found) == 1 and SESSION_ID.fullmatch(found[0]) else None
+        return _read_cookie(request.environ, self._cookie_name, SESSION_ID)
 
     def _without_cookie(self, answer: Response) -> Response:
         return self._with_cookie(answer, "", "; Max-Age=0")
@@ -254,6 +275,12 @@ class Handlers:
     def _with_cookie(self, answer: Response, value: str, expiry: str = "") -> Response:
         # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
+        return answer
+
+    def _with_device(self, answer: Response, user: User, kind: str = "full") -> Response:
+        if value := self._auth.device_cookie(user, _device(), kind):
+            attributes = f"HttpOnly; Path=/; SameSite=Lax; Secure; Max-Age={self._auth.device_lifetime}"
+            answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}={value}; {attributes}"))
         return answer
 
 
@@ -367,8 +394,8 @@ def serve(settings: Settings) -> int:
 
     # The port first: a start that fails must not leave a file behind.
     listener = _bind(settings)
-    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings)
-    auth = _open_auth(settings, dispatcher.run_in_background)
+    auth = _open_auth(settings, lambda write: dispatcher.run_in_background(write))
+    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, Handlers(auth, settings).rank)
     server = Server(create_app(settings, auth), listener, dispatcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
@@ -434,6 +461,19 @@ def _bottle_error(error: HTTPError) -> bytes:
     """Return Bottle's own answers, 404 and 405, as JSON. They keep their Allow header."""
     response.content_type = "application/json"
     return responses.json_body({"message": responses.MESSAGES.get(error.status_code, "refused")})
+
+
+def _read_cookie(environ: WSGIEnvironment, name: str, form: re.Pattern[str]) -> str | None:
+    """Return the value of a cookie; None where there is none, more than one, or one of another form."""
+    # Not Bottle's reader: it fails on a malformed cookie next to ours.
+    pairs = [pair.strip(" ").partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";")]
+    found = [value for key, _, value in pairs if key == name]
+    # Two are ambiguous: a sibling host may have set one.
+    return found[0] if len(found) == 1 and form.fullmatch(found[0]) else None
+
+
+def _device() -> str | None:
+    return _read_cookie(request.environ, DEVICE_COOKIE, DEVICE_TOKENS)
 
 
 def _client() -> str:

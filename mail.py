@@ -27,6 +27,9 @@ from settings import MAILBOX, Settings, SettingsError
 
 WAITING = 1000  # most tasks in the queue, and most mails waiting for a retry; further ones are dropped
 TIMEOUT = 20  # seconds to connect to the mail server, and for each of its replies
+ANSWER_FIRST = (
+    0.03  # seconds that a task waits: the answer is sent by then, so its time does not tell what the task does
+)
 RETRIES = 5, 30, 120, 300  # seconds to wait before each retry
 
 RESET = """\
@@ -61,7 +64,7 @@ class Mailer:
         self._settings = settings
         self._log = log
         self._password = _read_password(settings.smtp_password_file)
-        self._tasks: queue.Queue[Task] = queue.Queue(WAITING)
+        self._tasks: queue.Queue[tuple[float, Task]] = queue.Queue(WAITING)  # with the time when it may run
         # A heap of mails to retry: due time in monotonic seconds, id of the mail, tries so far, mail.
         self._retries: list[tuple[float, int, int, EmailMessage]] = []
         self._starting = threading.Lock()
@@ -73,7 +76,7 @@ class Mailer:
             if self._worker.ident is None:
                 self._worker.start()
         try:
-            self._tasks.put_nowait(task)
+            self._tasks.put_nowait((time.monotonic() + ANSWER_FIRST, task))
         except queue.Full:
             self._log("mail_dropped", reason="queue full")
 
@@ -119,7 +122,9 @@ class Mailer:
                 self._deliver(mail, tries)
                 continue
             try:
-                if composed := self._tasks.get(timeout=wait)():
+                due, task = self._tasks.get(timeout=wait)
+                time.sleep(max(0.0, due - time.monotonic()))
+                if composed := task():
                     self._deliver(composed, 0)
             except queue.Empty:
                 pass

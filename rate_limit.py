@@ -5,8 +5,9 @@ buckets are stored in the database: they survive a restart, and copies of the se
 under a secret of the database, so the table names no address and no email; a stolen database lets a thief test guesses.
 An unknown email counts like a known one, so a limit does not reveal which emails have an account.
 
-An account is never locked. A login from an address that the account has logged in from before is not counted together
-with the attempts of strangers.
+An account is never locked. Attempts with a device cookie (credentials/device.py), in a live session or with a mailed
+token are counted apart from those of strangers, who therefore cannot use them up. An owner who has none of these shares
+the limits of the strangers.
 """
 
 from __future__ import annotations
@@ -17,93 +18,136 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 
-from addresses import client_network
+from addresses import client_networks
 from settings import Settings
 from tables.rate_limits import Bucket, RateLimits
 
 # (attempts at once, seconds until one more is allowed)
+LOGIN_DEVICE = 10, 60
+LOGIN_DEVICES = 100, 900  # of one account together
 LOGIN_ACCOUNT_AND_ADDRESS = 10, 60
-LOGIN_STRANGERS = 20, 900  # one account, from all addresses that it never logged in from
+LOGIN_ACCOUNT_AND_SITE = 40, 60  # an IPv6 /48, as large as a provider gives to one customer
+LOGIN_STRANGERS = 20, 900  # one account, from all browsers without a device cookie
 LOGIN_ADDRESS = 30, 30
+LOGIN_PRIORITY = 30, 60  # hashes of one account that other requests wait for; never refunded, never refuses
 # At any moment three of a million one-time codes are good. An attacker who has the password and guesses codes for a
-# year has a chance of 3 %, or of 10 % from an address that the owner has used.
-CODE_ACCOUNT_AND_ADDRESS = 5, 900
+# year has a chance of 3 %, or of 10 % with a copied device cookie.
+CODE_DEVICES = 5, 900
 CODE_STRANGERS = 5, 3600
 REGISTER_ADDRESS = 20, 180
 RESET_ACCOUNT = 3, 1200
 RESET_ADDRESS = 10, 360
 RESET_TOKEN_ADDRESS = 10, 60
+SESSION_PASSWORD = 10, 900  # the current password, asked again in one session
+
+# How much larger the limit of a network is than that of one client in it: an IPv6 /56 and /48.
+NETWORK_FACTORS = 1, 4, 16
 
 # In development all clients share one address, and test suites create accounts by the hundred.
 DEVELOPMENT_FACTOR = 100
 
-KNOWN_FOR = 90 * 86_400  # seconds that an address stays known after a login
-MAX_KNOWN_ADDRESSES = 10  # of one account
+Buckets = Sequence[Bucket]
 
 
 class RateLimiter:
-    """Counts attempts in ``limits``; ``clock`` returns unix seconds."""
+    """Counts attempts in ``limits``; ``clock`` returns unix seconds.
+
+    A method that names an attempt returns one or more lists of buckets. The attempt is counted in the first list that
+    has an attempt left in each bucket.
+    """
 
     def __init__(self, limits: RateLimits, settings: Settings, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
         self._enabled = settings.throttle
         self._factor = 1 if settings.production else DEVELOPMENT_FACTOR
-        self._secret = limits.secret(secrets.token_bytes(32))
+        self.secret = limits.secret(secrets.token_bytes(32))  # of this database; it signs device cookies, too
 
-    def login(self, email: str, address: str) -> list[Bucket]:
-        """Return the buckets of a login."""
-        account, client = email.casefold(), client_network(address)
-        pair = self._key("login", account, client)
-        buckets = [(pair, *LOGIN_ACCOUNT_AND_ADDRESS), self._scaled("login", client, LOGIN_ADDRESS)]
-        if not self._knows(pair):
-            buckets.append((self._key("strangers", account), *LOGIN_STRANGERS))
-        return buckets
+    def login(self, email: str, address: str, device: str | None = None) -> list[Buckets]:
+        """Return the buckets of a login. ``device`` is the nonce of a valid device cookie of the account."""
+        account, networks = email.casefold(), client_networks(address)
+        pairs = [self._bucket(LOGIN_ACCOUNT_AND_ADDRESS, "login", account, networks[0])]
+        if len(networks) > 1:
+            pairs.append(self._bucket(LOGIN_ACCOUNT_AND_SITE, "login", account, networks[-1]))
+        strangers = [
+            *(pair._replace(emptied=True) for pair in pairs),
+            self._bucket(LOGIN_STRANGERS, "strangers", account),
+            *self._by_network(LOGIN_ADDRESS, "login", networks),
+        ]
+        if device is None:
+            return [strangers]
+        own = [
+            self._bucket(LOGIN_DEVICE, "login of device", account, device),
+            self._bucket(LOGIN_DEVICES, "login of devices", account),
+        ]
+        priority = self._priority(account)
+        return [[*own, priority], [*strangers, priority]]
 
-    def code(self, email: str, address: str) -> list[Bucket]:
-        """Return the buckets of a one-time code."""
-        account, client = email.casefold(), client_network(address)
-        if self._knows(self._key("login", account, client)):
-            return [(self._key("code", account, client), *CODE_ACCOUNT_AND_ADDRESS)]
-        return [(self._key("code", account), *CODE_STRANGERS)]
+    def has_priority(self, email: str) -> bool:
+        """Return whether known browsers of this account go before others; not after many logins within minutes."""
+        return not self._limits.is_empty(self._priority(email.casefold()), int(self._clock()))
 
-    def registration(self, address: str) -> list[Bucket]:
+    def code(self, email: str, *, known: bool) -> list[Buckets]:
+        """Return the buckets of a one-time code. ``known``: from a browser that has signed in with a code before."""
+        account = email.casefold()
+        if known:
+            return [[self._bucket(CODE_DEVICES, "code of devices", account)]]
+        return [[self._bucket(CODE_STRANGERS, "code", account)]]
+
+    def session_password(self, session: int, email: str) -> list[Buckets]:
+        """Return the buckets of the current password in a session, given by the id of its row."""
+        return [[self._bucket(SESSION_PASSWORD, "session", str(session)), self._priority(email.casefold())]]
+
+    def registration(self, address: str) -> list[Buckets]:
         """Return the buckets of a registration."""
-        return [self._scaled("register", client_network(address), REGISTER_ADDRESS)]
+        return [self._by_network(REGISTER_ADDRESS, "register", client_networks(address))]
 
-    def reset_request(self, email: str, address: str) -> list[Bucket]:
+    def reset_account(self, email: str, *, known: bool) -> list[Buckets]:
+        """Return the buckets of a reset mail. ``known``: requested by a browser that has signed in before."""
+        kind = "reset account of devices" if known else "reset account"
+        return [[self._scaled(RESET_ACCOUNT, kind, email.casefold())]]
+
+    def reset_address(self, address: str) -> list[Buckets]:
         """Return the buckets of a request for a reset token."""
-        account = self._scaled("reset account", email.casefold(), RESET_ACCOUNT)
-        return [account, self._scaled("reset", client_network(address), RESET_ADDRESS)]
+        return [[self._scaled(RESET_ADDRESS, "reset", client_networks(address)[0])]]
 
-    def reset_confirmation(self, address: str) -> list[Bucket]:
-        """Return the buckets of the use of a reset token."""
-        return [self._scaled("confirm", client_network(address), RESET_TOKEN_ADDRESS)]
+    def unknown_token(self, address: str) -> list[Buckets]:
+        """Return the buckets of a reset token that is not live."""
+        return [[self._scaled(RESET_TOKEN_ADDRESS, "confirm", client_networks(address)[0])]]
 
-    def consume(self, buckets: Sequence[Bucket]) -> int:
-        """Count an attempt and return 0, or return the seconds to wait where a bucket is empty."""
-        return self._limits.consume(buckets, int(self._clock())) if self._enabled and buckets else 0
+    def consume(self, choices: Sequence[Buckets]) -> tuple[int, Buckets]:
+        """Count an attempt; return 0 and the buckets it consumed from, or the seconds to wait and no buckets."""
+        waits = []
+        for buckets in choices if self._enabled else ():
+            wait = self._limits.consume(buckets, int(self._clock()))
+            if not wait:
+                return 0, buckets
+            waits.append(wait)
+        return min(waits, default=0), []
 
-    def refund(self, buckets: Sequence[Bucket]) -> None:
+    def refund(self, buckets: Buckets) -> None:
         """Give back an attempt that succeeded."""
-        if self._enabled and buckets:
+        if buckets:
             self._limits.refund(buckets)
-
-    def remember(self, user_id: int, email: str, address: str) -> None:
-        """Count later logins to this account from this address separately from those of strangers."""
-        key = self._key("login", email.casefold(), client_network(address))
-        self._limits.remember_address(user_id, key, int(self._clock()), MAX_KNOWN_ADDRESSES)
 
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""
         return self._key("tag", email.casefold())[:16]
 
-    def _knows(self, key: str) -> bool:
-        return self._limits.knows_address(key, int(self._clock()) - KNOWN_FOR)
+    def _priority(self, account: str) -> Bucket:
+        return self._bucket(LOGIN_PRIORITY, "priority", account)._replace(refuses=False)
 
-    def _scaled(self, kind: str, counted: str, limit: tuple[int, int]) -> Bucket:
-        size, interval = limit
-        return self._key(kind, counted), size * self._factor, interval
+    def _by_network(self, limit: tuple[int, int], kind: str, networks: Sequence[str]) -> list[Bucket]:
+        buckets = [self._scaled(limit, kind, network) for network in networks]
+        pairs = zip(buckets, NETWORK_FACTORS, strict=False)  # an IPv4 address is the only network of its client
+        return [bucket._replace(size=bucket.size * factor) for bucket, factor in pairs]
+
+    def _scaled(self, limit: tuple[int, int], kind: str, counted: str) -> Bucket:
+        bucket = self._bucket(limit, kind, counted)
+        return bucket._replace(size=bucket.size * self._factor)
+
+    def _bucket(self, limit: tuple[int, int], *parts: str) -> Bucket:
+        return Bucket(self._key(*parts), *limit)
 
     def _key(self, *parts: str) -> str:
-        return hmac.digest(self._secret, json.dumps(parts).encode(), hashlib.sha256).hex()
+        return hmac.digest(self.secret, json.dumps(parts).encode(), hashlib.sha256).hex()

@@ -16,7 +16,10 @@ CREATE TABLE users (
     disabled_at      INTEGER,                            -- when the operator disabled the account, else NULL
     totp_secret      TEXT,                               -- base32, unencrypted: see SECURITY.md
     totp_since       INTEGER,                            -- when a first code confirmed it; NULL: not confirmed yet
-    totp_step        INTEGER NOT NULL DEFAULT 0          -- step of the last code used, so that none is accepted twice
+    totp_step        INTEGER NOT NULL DEFAULT 0,         -- step of the last code used, so that none is accepted twice
+    device_key       TEXT,                               -- random; part of the MAC of the user's device cookies, so that
+                                                         -- a new key voids them all; NULL until it is first replaced
+    last_login_at    INTEGER                             -- NULL: never, or before this column
 ) STRICT;
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;
@@ -42,10 +45,10 @@ CREATE TABLE recovery_codes (                        -- each replaces a one-time
     PRIMARY KEY (user_id, code_hash)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE known_addresses (  -- where users signed in before; attacks from elsewhere do not use up their limit
-    user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
-    address_hash TEXT NOT NULL,                      -- keyed hash of the account and the IP address
-    seen_at      INTEGER NOT NULL,                   -- time of the last login; the row expires after 90 days
+CREATE TABLE known_addresses (                       -- no longer used, and dropped by the next version of the schema;
+    user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,  -- copies of the last release still use it
+    address_hash TEXT NOT NULL,
+    seen_at      INTEGER NOT NULL,
     PRIMARY KEY (user_id, address_hash)
 ) STRICT, WITHOUT ROWID;
 
@@ -53,13 +56,13 @@ CREATE INDEX known_addresses_address_hash ON known_addresses (address_hash);
 CREATE INDEX known_addresses_seen_at ON known_addresses (seen_at);
 
 CREATE TABLE throttle (
-    key     TEXT PRIMARY KEY,                        -- keyed hash of the rate-limited address or account
+    key     TEXT PRIMARY KEY,                        -- keyed hash of what is limited: an address, an account, …
     full_at INTEGER NOT NULL                         -- when the bucket is full again and the row can go
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX throttle_full_at ON throttle (full_at);
 
-CREATE TABLE throttle_secret (                       -- one row: the key of the hashes in the two tables above
+CREATE TABLE throttle_secret (                       -- one row: the key of these hashes and of the device cookies
     id     INTEGER PRIMARY KEY CHECK (id = 1),
     secret BLOB NOT NULL                             -- 32 random bytes
 ) STRICT;

@@ -7,6 +7,7 @@ The statements are the same on both engines. Knows no clock, no password and no 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,8 @@ UPDATABLE_COLUMNS = frozenset({"email", "hashed_password", "session_id", "reset_
 LOOKUP_COLUMNS = {name: name for name in UPDATABLE_COLUMNS} | {"id": "id", "email": "email_key"}
 # In the order of the fields of User.
 USER_COLUMNS = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
-               users.created_at, users.disabled_at, users.totp_secret, users.totp_since"""
+               users.created_at, users.disabled_at, users.totp_secret, users.totp_since, users.device_key,
+               users.last_login_at"""
 
 # Conditions that several statements share.
 IS_LIVE_SESSION = """sessions.expires_at > :now AND sessions.last_seen_at > :idle_since
@@ -71,6 +73,8 @@ class User:
     disabled_at: int | None = None
     totp_secret: str | None = field(default=None, repr=False)
     totp_since: int | None = None
+    device_key: str | None = field(default=None, repr=False)
+    last_login_at: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,21 +212,23 @@ class DB:
     ) -> bool:
         """Set a new password and revoke all other credentials; this session continues under a new hash.
 
+        The user's device cookies become void.
+
         Return False and change nothing if the password was changed meanwhile or the session has ended.
         """
         with suppress(RolledBack), self._user_transaction(user_id) as db:
             if not db.execute(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new}).rowcount:
                 return False
-            _revoke_credentials(db, user_id, session_hash, new_session_hash)
+            _revoke_credentials(db, user_id, session_hash, new_session_hash, devices=True)
             return True
         return False
 
     def disable_user(self, user_id: int, now: int) -> None:
-        """Disable a user: end all sessions, and refuse login and reset."""
+        """Disable a user: end all sessions, void the device cookies, and refuse login and reset."""
         with self._user_transaction(user_id) as db:
             statement = "UPDATE users SET disabled_at = coalesce(disabled_at, :now) WHERE id = :user_id"
             db.execute(statement, {"user_id": user_id, "now": now})
-            _revoke_credentials(db, user_id)
+            _revoke_credentials(db, user_id, devices=True)
 
     def enable_user(self, user_id: int) -> None:
         """Enable a disabled user."""
@@ -266,21 +272,23 @@ class DB:
                                    WHERE user_id = :user_id AND expires_at > :created_at AND last_seen_at > :idle_since
                                    ORDER BY id DESC LIMIT :limit)"""
             db.execute(statement, values)
-            _update_newest_session(db, user.id)
+            _update_newest_session(db, user.id, login_at=session.created_at)
         return True
 
-    def find_session(self, session_hash: str, *, now: int, idle_since: int, latest: int) -> tuple[User, int] | None:
-        """Return the user of a live session and the time of its last use.
+    def find_session(
+        self, session_hash: str, *, now: int, idle_since: int, latest: int
+    ) -> tuple[User, int, int] | None:
+        """Return the user of a live session, the id of its row, which it keeps, and the time of its last use.
 
         A session is live if it has not expired, was used after ``idle_since``, and has no time later than ``latest``.
         """
         statement = f"""
-            SELECT {USER_COLUMNS}, sessions.last_seen_at
+            SELECT {USER_COLUMNS}, sessions.id, sessions.last_seen_at
               FROM sessions JOIN users ON users.id = sessions.user_id
              WHERE sessions.session_hash = :session_hash AND {IS_LIVE_SESSION}"""
         values = {"session_hash": session_hash, "now": now, "idle_since": idle_since, "latest": latest}
         row = self._engine.read(statement, values)
-        return row and (_user(row[:-1]), row[-1])
+        return row and (_user(row[:-2]), *row[-2:])
 
     def list_sessions(self, user_id: int, *, now: int, idle_since: int, latest: int) -> list[Session]:
         """Return the live sessions of a user, newest first."""
@@ -300,18 +308,25 @@ class DB:
         with self._user_transaction(session_hash=session_hash) as db:
             return _end_session(db, session_hash)
 
-    def end_sessions(self, user_id: int, *, kept: str | None = None) -> int:
-        """End all sessions of a user, except ``kept``; return how many."""
+    def end_sessions(self, user_id: int, *, kept: str | None = None, devices: bool = False) -> int:
+        """End all sessions of a user, except ``kept``, and with ``devices`` void the device cookies.
+
+        Return how many sessions ended.
+        """
         with self._user_transaction(user_id) as db:
+            if devices:
+                statement = "UPDATE users SET device_key = :device_key WHERE id = :user_id"
+                db.execute(statement, {"user_id": user_id, "device_key": _new_device_key()})
             return _end_sessions(db, user_id, kept)
 
     def end_all_sessions(self) -> int:
-        """End all sessions of all users and revoke all reset tokens and invitations; return how many sessions."""
+        """End all sessions of all users, revoke all reset tokens and invitations, and void all device cookies.
+
+        Return how many sessions ended.
+        """
         with self._engine.own_connection() as own, self._engine.transaction(lock=LOCK_ALL_USERS, connection=own) as db:
-            statement = f"""
-                {REVOKE_PENDING}, session_id = NULL
-                 WHERE session_id IS NOT NULL OR reset_token IS NOT NULL OR totp_secret IS NOT NULL"""
-            db.execute(statement)
+            # One key for all: a device cookie also names its user.
+            db.execute(f"{REVOKE_PENDING}, session_id = NULL, device_key = :key", {"key": _new_device_key()})
             return db.execute("DELETE FROM sessions").rowcount
 
     # Reset tokens
@@ -333,13 +348,16 @@ class DB:
         return row and _user(row)
 
     def spend_reset(self, token_hash: str, hashed_password: bytes, *, now: int, latest: int) -> bool:
-        """Set the password of the token's user and revoke all credentials; return whether the token was live."""
+        """Set the password of the token's user, revoke all credentials and void the device cookies.
+
+        Return whether the token was live.
+        """
         values = {"token_hash": token_hash, "hashed_password": hashed_password, "now": now, "latest": latest}
         with self._engine.transaction() as db:  # the first statement finds the user, and locks the row
             statement = f"UPDATE users SET hashed_password = :hashed_password WHERE {HAS_LIVE_RESET} RETURNING id"
             row = db.execute(statement, values).fetchone()
             if row:
-                _revoke_credentials(db, row[0])
+                _revoke_credentials(db, row[0], devices=True)
             return row is not None
 
     # Second factor
@@ -405,7 +423,7 @@ class DB:
             return True
         return False
 
-    def prune(self, *, now: int, known_since: int, limit: int) -> int:
+    def prune(self, *, now: int, limit: int) -> int:
         """Delete up to ``limit`` expired rows of each kind; return how many were deleted."""
         with self._engine.transaction(lock=LOCK_ALL_USERS) as db:
             statement = """
@@ -414,7 +432,7 @@ class DB:
             ended = db.execute(statement, {"now": now, "limit": limit}).fetchall()
             for user_id in {user_id for (user_id,) in ended}:
                 _update_newest_session(db, user_id)
-        return len(ended) + self.rate_limits.prune(now=now, known_since=known_since, limit=limit)
+        return len(ended) + self.rate_limits.prune(now=now, limit=limit)
 
 
 def newest_session_time(database: str) -> int:
@@ -468,14 +486,21 @@ def _end_sessions(db: Transaction, user_id: int, kept: str | None = None) -> int
 
 
 def _revoke_credentials(
-    db: Transaction, user_id: int, session_hash: str | None = None, new_session_hash: str | None = None
+    db: Transaction,
+    user_id: int,
+    session_hash: str | None = None,
+    new_session_hash: str | None = None,
+    *,
+    devices: bool = False,
 ) -> None:
     """Invalidate pending resets, invitations and unconfirmed TOTP seeds, and end all sessions.
 
+    With ``devices`` the user's device cookies become void as well.
     The session of ``session_hash`` continues under a new hash. If it has ended, raise RolledBack.
     """
-    values = {"user_id": user_id, "session_hash": session_hash, "new_session_hash": new_session_hash}
-    db.execute(f"{REVOKE_PENDING} WHERE id = :user_id", values)
+    values: dict[str, Any] = {"user_id": user_id, "device_key": _new_device_key() if devices else None}
+    values |= {"session_hash": session_hash, "new_session_hash": new_session_hash}
+    db.execute(f"{REVOKE_PENDING}, device_key = coalesce(:device_key, device_key) WHERE id = :user_id", values)
     if session_hash is not None:
         statement = """
             UPDATE sessions SET session_hash = :new_session_hash
@@ -485,9 +510,14 @@ def _revoke_credentials(
     _end_sessions(db, user_id, new_session_hash)
 
 
-def _update_newest_session(db: Transaction, user_id: int) -> None:
+def _update_newest_session(db: Transaction, user_id: int, login_at: int | None = None) -> None:
     statement = """
         UPDATE users
-           SET session_id = (SELECT session_hash FROM sessions WHERE user_id = :user_id ORDER BY id DESC LIMIT 1)
+           SET session_id = (SELECT session_hash FROM sessions WHERE user_id = :user_id ORDER BY id DESC LIMIT 1),
+               last_login_at = coalesce(:login_at, last_login_at)
          WHERE id = :user_id"""
-    db.execute(statement, {"user_id": user_id})
+    db.execute(statement, {"user_id": user_id, "login_at": login_at})
+
+
+def _new_device_key() -> str:
+    return secrets.token_hex(16)

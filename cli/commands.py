@@ -263,7 +263,7 @@ def _end_sessions(operator: Operator) -> None:
             operator.log("session_ended", which="all")
     else:
         with operator.open_user() as (_, db, user):
-            ended = db.end_sessions(user.id)
+            ended = db.end_sessions(user.id, devices=True)
             operator.log("session_ended", user_id=user.id)
     operator.print_record(f"{_count(ended, 'session')} ended", ended=ended)
 

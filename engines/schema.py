@@ -16,6 +16,7 @@ TABLES = {
     "users": (
         *("id", "email", "email_key", "hashed_password", "session_id", "reset_token", "reset_expires_at"),
         *("reset_created_at", "created_at", "disabled_at", "totp_secret", "totp_since", "totp_step"),
+        *("device_key", "last_login_at"),
     ),
     "sessions": ("id", "session_hash", "user_id", "created_at", "last_seen_at", "expires_at", "address", "user_agent"),
     "recovery_codes": ("user_id", "code_hash"),
@@ -43,9 +44,20 @@ SQLITE_MIGRATIONS: tuple[str, ...] = (
     CREATE INDEX sessions_expires_at ON sessions (expires_at);
     CREATE INDEX known_addresses_seen_at ON known_addresses (seen_at);
     """,
+    """
+    ALTER TABLE users ADD COLUMN device_key TEXT;
+    ALTER TABLE users ADD COLUMN last_login_at INTEGER;
+    DELETE FROM known_addresses;
+    """,
 )
 SQLITE_VERSION = len(SQLITE_MIGRATIONS) + 1
-POSTGRES_MIGRATIONS: tuple[str, ...] = ()
+POSTGRES_MIGRATIONS: tuple[str, ...] = (
+    """
+    ALTER TABLE users ADD COLUMN device_key text COLLATE "C";
+    ALTER TABLE users ADD COLUMN last_login_at bigint;
+    DELETE FROM known_addresses;
+    """,
+)
 POSTGRES_VERSION = len(POSTGRES_MIGRATIONS) + 1
 
 # Locks, for Engine.transaction(). Two transactions about one user would otherwise overlap on PostgreSQL, where

@@ -20,7 +20,9 @@ CREATE TABLE users (
     disabled_at      bigint,
     totp_secret      text,
     totp_since       bigint,
-    totp_step        bigint NOT NULL DEFAULT 0
+    totp_step        bigint NOT NULL DEFAULT 0,
+    device_key       text COLLATE "C",
+    last_login_at    bigint
 );
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;

@@ -52,7 +52,9 @@ class Answer:
 
     def __init__(self, status: str, headers: list[tuple[str, str]], body: bytes) -> None:
         self.status = int(status.split()[0])
-        self.headers = {name.title(): value for name, value in headers}
+        self.headers = {name.title(): value for name, value in reversed(headers)}  # the first of several counts
+        self.set_cookies = [value for name, value in headers if name == "Set-Cookie"]
+        self.cookies = dict(cookie.partition(";")[0].split("=", 1) for cookie in self.set_cookies)
         self.body = body
 
     @property

@@ -17,6 +17,7 @@ from engines import sqlite
 from engines.schema import TABLES
 from settings import Settings
 from storage import DB, Session, User
+from tables.rate_limits import Bucket
 
 T = TypeVar("T")
 
@@ -83,8 +84,10 @@ def populated(db: DB, eve: User, bob: User) -> None:
         assert enable_totp(db, user, f"{name}0", f"{name}1", f"{name} code", f"{name} spare")
         assert add_session(db, db.find_user_by(id=user.id), f"{name}2")
         assert set_reset_token(db, user.id, f"{name} token")
-        db.rate_limits.remember_address(user.id, f"{name} address", NOW, 10)
-    db.rate_limits.consume([("bucket", 1, 60)], NOW)
+        # Only copies of the last release still store addresses.
+        values = {"user_id": user.id, "address_hash": f"{name} address", "now": NOW}
+        db._engine.write("INSERT INTO known_addresses VALUES (:user_id, :address_hash, :now)", values)
+    db.rate_limits.consume([Bucket("bucket", 1, 60)], NOW)
     db.rate_limits.secret(b"secret")
 
 
@@ -176,18 +179,17 @@ def enable_totp(db: DB, user: User, session_hash: str, new_session_hash: str, *c
 
 
 def add_expiring_rows(other: Any, number: int = 1) -> None:
-    """Add sessions and addresses of bob and buckets: this many of each expire at NOW, and one a second later."""
+    """Add sessions of bob, and buckets: this many of each expire at NOW, and one a second later."""
     for index in range(number + 1):
         moment = NOW + (index == number)
         other.execute("INSERT INTO throttle VALUES (?, ?)", (f"b{index}", moment))
-        other.execute("INSERT INTO known_addresses VALUES (1, ?, ?)", (f"a{index}", moment - 100))
         other.execute(
             "INSERT INTO sessions VALUES (?, ?, 1, ?, ?, ?, '', '')", (100 + index, f"s{index}", NOW, NOW, moment)
         )
 
 
 def prune(db: DB, limit: int = 200) -> int:
-    return db.prune(now=NOW, known_since=NOW - 100, limit=limit)
+    return db.prune(now=NOW, limit=limit)
 
 
 # Every method that looks up rows, in an order in which each finds what it needs: one user with session "s" and "token".
@@ -208,6 +210,7 @@ LOOKUPS: dict[str, Callable[[DB], object]] = {
     "spend_reset": lambda db: spend_token(db),
     "list_sessions": lambda db: db.list_sessions(1, now=NOW, idle_since=NOW - 100, latest=NOW),
     "end_sessions but one": lambda db: db.end_sessions(1, kept="s"),
+    "end_sessions and devices": lambda db: db.end_sessions(1, devices=True),
     "another session": lambda db: add_session(db, db.find_user_by(id=1), "u"),
     "change_password": lambda db: db.change_password(1, NEW_HASH, HASH, "u", "v"),
     "set_totp": lambda db: begin_totp(db, 1),
@@ -215,8 +218,12 @@ LOOKUPS: dict[str, Callable[[DB], object]] = {
     "spend_totp": lambda db: db.spend_totp(1, 2, 2),
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "a"),
     "remove_totp": lambda db: db.remove_totp(1, "w", "x"),
-    "prune": lambda db: db.prune(now=NOW + 1000, known_since=NOW, limit=200),
+    "prune": lambda db: db.prune(now=NOW + 1000, limit=200),
     "disable_user": lambda db: db.disable_user(1, NOW),
     "enable_user": lambda db: db.enable_user(1),
     "delete_user": lambda db: db.delete_verified_user(db.find_user_by(id=1), "s"),
+    "consume": lambda db: db.rate_limits.consume([Bucket("a", 1, 60), Bucket("b", 5, 60, emptied=True)], NOW),
+    "a refused attempt": lambda db: db.rate_limits.consume([Bucket("a", 1, 60), Bucket("b", 5, 60, emptied=True)], NOW),
+    "is_empty": lambda db: db.rate_limits.is_empty(Bucket("a", 1, 60), NOW),
+    "refund": lambda db: db.rate_limits.refund([Bucket("a", 1, 60)]),
 }

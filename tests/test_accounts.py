@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import bcrypt
@@ -23,6 +24,7 @@ from auth import (
     UnknownEmail,
     _hash_password,
 )
+from credentials import totp
 from settings import Settings
 from storage import DB, NoResultFound, User
 from tests import accounts
@@ -346,12 +348,11 @@ def test_a_weak_new_password_is_refused_in_production(db: DB, settings: Settings
     ],
     ids=["change password", "delete account", "begin second factor"],
 )
-def test_guesses_at_the_current_password_count_as_logins(auth: Auth, hash_calls: list[bytes], act: Action) -> None:
+def test_guesses_at_the_current_password_in_a_session_are_limited(
+    auth: Auth, hash_calls: list[bytes], act: Action
+) -> None:
     mine = auth.create_session(EMAIL)
-    for _ in range(5):
-        with pytest.raises(LoginFailed):
-            sign_in(auth, "wrong", address=OWN_ADDRESS)
-    for _ in range(5):
+    for _ in range(10):
         with pytest.raises(ReauthenticationFailed):
             act(auth, mine)
     for _ in range(5):
@@ -359,6 +360,38 @@ def test_guesses_at_the_current_password_count_as_logins(auth: Auth, hash_calls:
             act(auth, mine)
     assert len(hash_calls) == 10
     assert live(auth, mine) == [True]
+
+
+def is_compared(auth: Auth, session_id: str | None) -> bool:
+    """Guess the current password in this session; return whether the guess was compared."""
+    with pytest.raises((ReauthenticationFailed, TooManyAttempts)) as refusal:
+        auth.delete_account(session_id, "wrong", address=OWN_ADDRESS)
+    return refusal.type is ReauthenticationFailed
+
+
+def test_guesses_at_the_current_password_are_counted_across_renewals_of_a_session(
+    auth: Auth, user: User, clock: Clock
+) -> None:
+    mine, guesses = auth.create_session(EMAIL), 0
+    for _ in range(3):
+        for _ in range(4):
+            guesses += is_compared(auth, mine)
+        seed, *_ = auth.begin_totp(mine, PASSWORD, address=None)
+        code = totp.code(seed, int(clock()) // totp.STEP)
+        _, mine, codes = auth.confirm_totp(mine, code, address=None)
+        _, mine = auth.remove_totp(mine, PASSWORD, codes[0], address=None)
+    assert guesses == 10
+
+
+def test_guesses_in_one_session_do_not_limit_another_and_logins_limit_none(auth: Auth, user: User) -> None:
+    thief = auth.create_session(EMAIL)
+    for _ in range(30):
+        with suppress(LoginFailed, TooManyAttempts):
+            sign_in(auth, "wrong", address=OWN_ADDRESS)
+    assert sum(is_compared(auth, thief) for _ in range(12)) == 10
+    mine = auth.create_session(EMAIL)
+    mine = auth.change_password(mine, PASSWORD, NEW_PASSWORD, address=OWN_ADDRESS)[1]
+    assert auth.delete_account(mine, NEW_PASSWORD, address=OWN_ADDRESS).id == user.id
 
 
 @pytest.mark.both_engines
@@ -408,7 +441,7 @@ def test_of_8_concurrent_password_changes_in_one_session_one_succeeds(auth: Auth
 # Deleting an account
 
 
-OWNED_TABLES = ("sessions", "recovery_codes", "known_addresses")
+OWNED_TABLES = ("sessions", "recovery_codes")
 
 
 @pytest.mark.both_engines

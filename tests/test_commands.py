@@ -363,6 +363,24 @@ def test_sessions_are_ended(run: Run, people: Auth, chosen: str) -> None:
     assert (people.get_user_from_session_id(session_id) is None) is (chosen == "--all")
 
 
+@pytest.mark.both_engines
+@pytest.mark.parametrize("chosen", ["bob@x.io", "--all"])
+def test_sessions_end_voids_the_device_cookies_of_these_users(run: Run, people: Auth, chosen: str) -> None:
+    keys = set()
+    for number in range(3):
+        before = device_keys(people)
+        assert run("sessions", "end", chosen, "--json").records == [{"ended": 0 if number else 1}]
+        bob, eve = device_keys(people)
+        assert bob not in (None, before[0])
+        assert (eve != before[1]) is (chosen == "--all")
+        keys.add(bob)
+    assert len(keys) == 3
+
+
+def device_keys(people: Auth) -> list[str | None]:
+    return [user.device_key for user in people._db.each_user()]
+
+
 # Import and export
 
 
@@ -495,6 +513,22 @@ def test_a_backup_is_restored(run: Run, people: Auth, path: Path, tmp_path: Path
     assert people.valid_login("eve@x.io", "3v3")
     with pytest.raises(ValueError, match="invalid reset token"):
         people.update_password(token, "t4rt1fl3tt3")
+
+
+def test_a_restored_backup_voids_all_device_cookies(run: Run, people: Auth, path: Path) -> None:
+    """The keys in a backup are those of cookies that were voided after it was made, perhaps because of a theft."""
+    people._db.end_sessions(1, devices=True)
+    voided = {*device_keys(people)}
+    assert run("backup", "copy.db").code == 0
+    people._db.end_sessions(1, devices=True)
+    voided |= {*device_keys(people)}
+    people.close()
+    assert run("restore", "copy.db").code == 0
+    people._db = DB(path)  # the fixture closes it
+    restored = {*device_keys(people)}
+    assert len(voided) == 3  # two of bob, and None of eve
+    assert restored
+    assert not restored & voided
 
 
 def test_a_restore_keeps_the_old_file_beside_the_one_that_a_link_names(

@@ -178,21 +178,28 @@ def test_the_evidence_command_counts_and_fails_for_an_outdated_page(
 
 def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock: Clock) -> None:
     limiter = rate_limit.RateLimiter(db.rate_limits, settings, clock)
-    buckets = [
-        *limiter.login("bob", "1.2.3.4"),
-        *limiter.registration("1.2.3.4"),
-        *limiter.code("bob", "5.6.7.8"),
-        *limiter.reset_request("bob", "1.2.3.4"),
-        *limiter.reset_confirmation("1.2.3.4"),
+    attempts = [
+        limiter.login("bob", "2001:db8::1"),
+        limiter.registration("1.2.3.4"),
+        limiter.code("bob", known=False),
+        limiter.reset_account("bob", known=False),
+        limiter.reset_address("1.2.3.4"),
+        limiter.unknown_token("1.2.3.4"),
+        limiter.session_password(1, "bob"),
     ]
-    limiter.remember(db.add_user("bob", "!").id, "bob", "1.2.3.4")
-    buckets += limiter.code("bob", "1.2.3.4")
-    in_development = Counter((size, interval) for _, size, interval in buckets)
+    buckets = [bucket for choices in attempts for buckets in choices for bucket in buckets]
+    in_development = Counter((bucket.size, bucket.interval) for bucket in buckets)
+    size, interval = rate_limit.LOGIN_ADDRESS
+    factors = [factor * rate_limit.DEVELOPMENT_FACTOR for factor in rate_limit.NETWORK_FACTORS]
+    in_development.subtract([(size * factor, interval) for factor in factors[1:]])
     constants = {name: value for name, value in vars(rate_limit).items() if name.isupper() and isinstance(value, tuple)}
+    assert constants.pop("NETWORK_FACTORS") == (1, 4, 16)
+    assert "4 times as large for an IPv6 /56, and 16 times as large for a /48" in text_of(section("Rate limits"))
     documented = {}
     for what, size, interval, development in rows("Rate limits")[2:]:
         documented[re.findall("`(.*)`", what)[0]] = int(size), int(interval.removesuffix(" s"))
-        in_development.subtract([(int(development), int(interval.removesuffix(" s")))])
+        if development:
+            in_development.subtract([(int(development), int(interval.removesuffix(" s")))])
     assert documented == constants
     assert not any(in_development.values())
 

@@ -54,9 +54,14 @@ def use_a_session(call: Client, auth: Auth, clock: Clock, odd: str, environ: dic
     new = "canary-password of the same account"
     ask(call, "POST", "/users", account, **environ)
     secrets: list[str] = []
+    devices: dict[str, str] = {}
 
     def request(method: str, path: str, form: dict[str, Any]) -> Answer:
-        answer = ask(call, method, path, form, cookie=f"__Host-session_id={secrets[-1] if secrets else ''}", **environ)
+        cookies = {"__Host-session_id": secrets[-1] if secrets else "", "__Host-device": next(iter(devices), "")}
+        cookie = "; ".join(f"{name}={value}" for name, value in cookies.items())
+        answer = ask(call, method, path, form, cookie=cookie, **environ)
+        if device := answer.cookies.get("__Host-device"):
+            devices[device] = path
         if "=;" not in answer.headers.get("Set-Cookie", "=;"):
             secrets.append(answer.session_id)
         return answer
@@ -93,7 +98,8 @@ def use_a_session(call: Client, auth: Auth, clock: Clock, odd: str, environ: dic
     fail("GET", "/sessions")
     succeed("POST", "/sessions", email="live@x.io", password=new)
     succeed("DELETE", "/profile", password=new)
-    return [*secrets, *codes, *(code.replace("-", "") for code in codes), seed]
+    assert set(devices.values()) >= {"/sessions", "/password", "/totp"}
+    return [*secrets, *devices, *codes, *(code.replace("-", "") for code in codes), seed]
 
 
 def use_every_route(call: Client, auth: Auth, clock: Clock, odd: str) -> list[str]:

@@ -23,9 +23,9 @@ import pytest
 from engines import postgres as postgres_engine
 from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from engines.postgres import _converted
-from engines.schema import LOCK_USER, POSTGRES_VERSION
+from engines.schema import LOCK_USER, POSTGRES_MIGRATIONS, POSTGRES_VERSION, TABLES
 from storage import DB, User
-from tables.rate_limits import CONSUME, Bucket
+from tables.rate_limits import CONSUME, EMPTY, Bucket
 from tests import postgres
 from tests.conftest import HERE, clean_environ
 from tests.stored_users import (
@@ -42,6 +42,7 @@ from tests.stored_users import (
 )
 
 BOB = {"user_id": 1, "session_hash": None}  # values of LOCK_USER
+PAIR = Bucket("pair", 1, 60)
 
 Beside = Callable[[Callable[[], Any]], "Future[Any]"]
 
@@ -143,7 +144,7 @@ def test_ending_all_sessions_ends_one_that_is_just_starting(db: DB, second: DB, 
 def test_a_login_and_pruning_do_not_deadlock(db: DB, second: DB, bob: User, beside: Beside) -> None:
     add_session(db, bob, "old")
     with db._engine.transaction(lock=LOCK_USER, values=BOB) as held:  # the steps of add_session
-        pruned = beside(lambda: second.prune(now=NOW + 2000, known_since=0, limit=200))
+        pruned = beside(lambda: second.prune(now=NOW + 2000, limit=200))
         assert held.execute("DELETE FROM sessions WHERE session_hash = 'old'").rowcount == 1
     assert pruned.result(5) == 0
 
@@ -166,7 +167,7 @@ def test_simultaneous_logins_and_logouts_do_not_deadlock(database: str, db: DB, 
             assert add_session(storage, user, f"{index} {number}", replaced=f"{index} {number - 1}", limit=6)
             if number % 5 == 4:
                 storage.end_sessions(user.id, kept=f"{index} {number}")
-                storage.prune(now=NOW, known_since=0, limit=200)
+                storage.prune(now=NOW, limit=200)
 
     run_together(8, use)
     newest = [user.session_id for user in db.each_user()]
@@ -208,7 +209,7 @@ def test_one_of_16_clients_spends_a_code(db: DB, second: DB, bob: User, code: st
 
 def test_50_simultaneous_attempts_use_up_exactly_the_bucket(database: str, db: DB, second: DB) -> None:
     for number in range(5):
-        buckets = [(f"wide{number}", 100, 60), (f"pair{number}", 10, 60)]
+        buckets = [Bucket(f"wide{number}", 100, 60), Bucket(f"pair{number}", 10, 60)]
 
         def consume(index: int, buckets: list[Bucket] = buckets) -> int:
             return (db if index % 2 else second).rate_limits.consume(buckets, NOW)
@@ -226,7 +227,7 @@ def test_a_bucket_emptied_meanwhile_protects_the_other_buckets(
 ) -> None:
     with db._engine.transaction() as held:
         held.execute("INSERT INTO throttle VALUES ('pair', :full)", {"full": NOW + 60})  # of size 1: empty
-        taking = beside(lambda: second.rate_limits.consume([("wide", 5, 60), ("pair", 1, 60)], NOW))
+        taking = beside(lambda: second.rate_limits.consume([Bucket("wide", 5, 60), PAIR], NOW))
         assert not taking.done()
     assert taking.result(5) == 60
     with closing(postgres.RawConnection(database)) as connection:
@@ -234,27 +235,63 @@ def test_a_bucket_emptied_meanwhile_protects_the_other_buckets(
 
 
 def test_deleting_full_buckets_waits_for_no_lock(database: str, db: DB, second: DB) -> None:
-    db.rate_limits.consume([("old", 5, 60)], NOW)
-    db.rate_limits.consume([("older", 5, 60)], NOW)
+    db.rate_limits.consume([Bucket("old", 5, 60)], NOW)
+    db.rate_limits.consume([Bucket("older", 5, 60)], NOW)
     with db._engine.transaction() as held:
         held.execute("UPDATE throttle SET full_at = full_at WHERE key = 'old'")
-        assert second.rate_limits.consume([("new", 5, 60)], NOW + 1000) == 0
+        assert second.rate_limits.consume([Bucket("new", 5, 60)], NOW + 1000) == 0
     with closing(postgres.RawConnection(database)) as connection:
         assert {key for (key,) in connection.execute("SELECT key FROM throttle").fetchall()} == {"old", "new"}
 
 
-def test_buckets_are_locked_in_the_order_given(db: DB) -> None:
+@pytest.mark.parametrize("statement", [CONSUME, EMPTY], ids=["consume", "empty"])
+def test_buckets_are_locked_in_the_order_given(db: DB, statement: str) -> None:
+    db.rate_limits.consume([Bucket("a", 5, 60), Bucket("b", 5, 60)], NOW)
+    db._engine.write("ANALYZE throttle", {})  # a small table, of which PostgreSQL reads all rows
     values: dict[str, Any] = {
         "keys": ["b", "a"],
         "intervals": [60, 60],
-        "fulls": [NOW, NOW],
+        "fulls": [NOW + 300, NOW + 300],
+        "refuses": [True, True],
+        "emptied": [True, True],
         "now": NOW,
         "tolerance": 300,
     }
-    plan = [line for (line,) in db._engine.read_all(f"EXPLAIN {CONSUME['PostgreSQL']}", values)]
-    assert any(re.search(r"Sort Key: asked\w*\.place", line) for line in plan), (
-        plan
-    )  # without it the order is left to chance
+    plan = [line for (line,) in db._engine.read_all(f"EXPLAIN {statement}", values)]
+    # Without this the order is left to chance.
+    assert any(re.search(r"Sort Key: asked\w*\.place", line) for line in plan), plan
+
+
+def test_emptying_buckets_and_consuming_from_them_do_not_deadlock(db: DB, second: DB, beside: Beside) -> None:
+    a, b = (Bucket(key, 5, 60, emptied=True) for key in "ab")
+    for bucket in a, b, PAIR, *(Bucket(f"{number}", 5, 60) for number in range(20)):
+        db.rate_limits.consume([bucket], NOW)
+    db._engine.write("ANALYZE throttle", {})  # of a small table PostgreSQL reads all rows in order, "a" before "b"
+    with db._engine.transaction() as held:  # the steps of an attempt that consumes from "b" and then from "a"
+        held.execute("UPDATE throttle SET full_at = full_at + 60 WHERE key = 'b'")
+        emptying = beside(lambda: second.rate_limits.consume([b, a, PAIR], NOW))
+        assert not emptying.done()
+        held.execute("UPDATE throttle SET full_at = full_at + 60 WHERE key = 'a'")
+    assert emptying.result(5) == 60
+    assert db._engine.read_all("SELECT full_at FROM throttle WHERE key IN ('a', 'b')", {}) == [(NOW + 300,)] * 2
+
+
+def test_a_bucket_that_another_copy_empties_later_stays_as_empty(
+    db: DB, second: DB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the other copy is ahead, and it writes between the two statements of this one."""
+    buckets = [Bucket("emptied", 5, 60, emptied=True), PAIR]
+    assert db.rate_limits.consume(buckets, NOW) == 0
+    read = db._engine.read
+
+    def read_before_the_other_writes(statement: str, values: dict[str, Any]) -> Any:
+        found = read(statement, values)
+        assert second.rate_limits.consume(buckets, NOW + 20) == 60
+        return found
+
+    monkeypatch.setattr(db._engine, "read", read_before_the_other_writes)
+    assert db.rate_limits.consume(buckets, NOW) == 60
+    assert second._engine.read("SELECT full_at FROM throttle WHERE key = 'emptied'", {}) == (NOW + 20 + 300,)
 
 
 # Statements
@@ -333,7 +370,8 @@ def test_a_lookup_of_a_session_is_one_round_trip(db: DB, round_trips: list[int])
 
 
 def test_consuming_from_all_buckets_is_one_round_trip(db: DB, round_trips: list[int]) -> None:
-    buckets = [("pair", 2, 60), ("address", 30, 30), ("strangers", 20, 900)]
+    priority = Bucket("priority", 1, 60, refuses=False)
+    buckets = [Bucket("pair", 2, 60, emptied=True), Bucket("address", 30, 30), Bucket("strangers", 20, 900), priority]
     for _ in range(2):
         round_trips.clear()
         assert db.rate_limits.consume(buckets, NOW) == 0
@@ -341,10 +379,26 @@ def test_consuming_from_all_buckets_is_one_round_trip(db: DB, round_trips: list[
 
 
 def test_a_refusal_by_a_bucket_is_two_round_trips(db: DB, round_trips: list[int]) -> None:
-    assert db.rate_limits.consume([("pair", 1, 60)], NOW) == 0
+    assert db.rate_limits.consume([PAIR], NOW) == 0
     round_trips.clear()
-    assert db.rate_limits.consume([("pair", 1, 60), ("address", 30, 30)], NOW) == 60
+    assert db.rate_limits.consume([PAIR, Bucket("address", 30, 30)], NOW) == 60
     assert count_own(round_trips) == 2  # the refused statement, and one that computes the time to wait
+
+
+def test_only_the_first_refusal_takes_a_third_round_trip_to_empty_a_bucket(db: DB, round_trips: list[int]) -> None:
+    buckets = [Bucket("address", 5, 60, emptied=True), PAIR]
+    assert db.rate_limits.consume(buckets, NOW) == 0
+    counts = []
+    for _ in range(3):
+        round_trips.clear()
+        assert db.rate_limits.consume(buckets, NOW) == 60
+        counts.append(count_own(round_trips))
+    assert counts == [3, 2, 2]
+
+
+def test_a_look_at_a_bucket_is_one_round_trip(db: DB, round_trips: list[int]) -> None:
+    assert not db.rate_limits.is_empty(PAIR, NOW)
+    assert count_own(round_trips) == 1
 
 
 def test_a_transaction_takes_more_than_one_round_trip(db: DB, bob: User, round_trips: list[int]) -> None:
@@ -522,30 +576,55 @@ def test_one_of_four_starting_copies_makes_the_tables(database: str) -> None:
         assert connection.execute("SELECT version FROM authsvc_version").fetchall() == [(POSTGRES_VERSION,)]
 
 
+def add_migration(monkeypatch: pytest.MonkeyPatch, *steps: str) -> None:
+    """Let this release migrate to newer versions of the schema."""
+    monkeypatch.setattr(postgres_engine, "POSTGRES_MIGRATIONS", (*POSTGRES_MIGRATIONS, *steps))
+    monkeypatch.setattr(postgres_engine, "POSTGRES_VERSION", POSTGRES_VERSION + len(steps))
+
+
 def test_one_of_four_starting_copies_migrates_the_tables(
     database: str, db: DB, bob: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        postgres_engine, "POSTGRES_MIGRATIONS", ("ALTER TABLE users ADD COLUMN colour text DEFAULT '100%'",)
-    )
-    monkeypatch.setattr(postgres_engine, "POSTGRES_VERSION", 2)
+    add_migration(monkeypatch, "ALTER TABLE users ADD COLUMN colour text DEFAULT '100%'")
     for migrated in run_together(4, lambda index: DB(database)):
         assert migrated.find_user_by(id=1) == bob
         migrated.close()
     with psycopg.connect(database, autocommit=True) as connection:
-        assert connection.execute("SELECT version, colour FROM authsvc_version, users").fetchall() == [(2, "100%")]
+        found = connection.execute("SELECT version, colour FROM authsvc_version, users").fetchall()
+    assert found == [(POSTGRES_VERSION + 1, "100%")]
+
+
+def test_copies_that_wait_for_a_migration_do_not_repeat_it(
+    database: str, db: DB, bob: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_migration(monkeypatch, "ALTER TABLE users ADD COLUMN colour text DEFAULT '100%'")
+    waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = %s AND NOT granted"
+    number, _ = postgres_engine.MIGRATION_LOCK
+    with ThreadPoolExecutor(2) as pool, psycopg.connect(database, autocommit=True) as other:
+        other.execute("SELECT pg_advisory_lock(%s::integer, %s::integer)", postgres_engine.MIGRATION_LOCK)
+        starting = [pool.submit(DB, database) for _ in range(2)]
+        while other.execute(waiting, [number]).fetchone() != (2,) and not any(one.done() for one in starting):
+            time.sleep(0.005)  # both have read the old version by then
+        other.execute("SELECT pg_advisory_unlock_all()")
+        for one in starting:
+            with closing(one.result(5)) as migrated:
+                assert migrated.find_user_by(id=1) == bob
+        assert other.execute("SELECT version FROM authsvc_version").fetchall() == [(POSTGRES_VERSION + 1,)]
 
 
 def test_a_migration_that_fails_changes_nothing(
     database: str, db: DB, bob: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgres_engine, "POSTGRES_MIGRATIONS", ("ALTER TABLE users ADD COLUMN colour text; NONSENSE",))
-    monkeypatch.setattr(postgres_engine, "POSTGRES_VERSION", 2)
+    add_migration(monkeypatch, "ALTER TABLE users ADD COLUMN colour text; DELETE FROM users", "NONSENSE")
     with pytest.raises(DatabaseRefused, match="syntax error"):
         DB(database)
     monkeypatch.undo()
     with closing(DB(database)) as reopened:
         assert reopened.find_user_by(id=1) == bob
+    with psycopg.connect(database) as connection:
+        assert [column.name for column in connection.execute("SELECT * FROM users").description or ()] == [
+            *TABLES["users"]
+        ]
 
 
 UNREACHABLE = {

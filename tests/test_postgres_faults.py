@@ -19,6 +19,7 @@ import pytest
 
 from engines.errors import StorageUnavailable
 from storage import DB, NoResultFound
+from tables.rate_limits import Bucket
 from tests import postgres
 from tests.conftest import Service
 from tests.crowd import SEED, UNLIMITED, Crowd, account_form, ask, awaited, events, program_with, signed_in
@@ -288,7 +289,7 @@ def test_a_write_to_a_frozen_server_is_given_up(server: Server, db: DB) -> None:
 
 WRITES: dict[str, Callable[[DB], object]] = {
     "a transaction": lambda db: db.add_user(f"{time.monotonic()}@x.io", b"hash"),
-    "a statement": lambda db: db.rate_limits.consume([("key", 10, 60)], 1_800_000_000),
+    "a statement": lambda db: db.rate_limits.consume([Bucket("key", 10, 60)], 1_800_000_000),
 }
 
 

@@ -22,7 +22,7 @@ from auth import Auth, TooManyAttempts
 from authsvc import create_app
 from credentials import totp
 from engines.sqlite import SQLiteEngine
-from rate_limit import RateLimiter
+from rate_limit import Buckets, RateLimiter
 from settings import Settings
 from storage import DB
 from tables.rate_limits import Bucket
@@ -34,22 +34,38 @@ AWAY = "198.51.100.7"  # an address that he never signed in from
 DAY = 86_400
 
 Rows = Callable[[], list[tuple[str, int]]]
-Attempt = Callable[[RateLimiter, int], list[Bucket]]
+Attempt = Callable[[RateLimiter, int], list[Buckets]]
+
+
+def ipv6(network: int, client: int = 0) -> str:
+    """Return an address in the /64 ``client`` of the /56 ``network``, in one /48."""
+    return f"2001:db8:0:{network:02x}{client:02x}::1"
+
 
 # The buckets of the n-th attempt of a series; attempts that are allowed at once; seconds until one more is allowed.
 LIMITS: dict[str, tuple[Attempt, int, int]] = {
-    "login: account and address": (lambda limiter, n: limiter.login(BOB, HOME)[:1], 10, 60),
+    "login: account and address": (lambda limiter, n: limiter.login(BOB, HOME), 10, 60),
+    "login: account and /64": (lambda limiter, n: limiter.login(BOB, f"2001:db8::{n:x}"), 10, 60),
     "login: account": (lambda limiter, n: limiter.login(BOB, f"192.0.2.{n}"), 20, 900),
     "login: address": (lambda limiter, n: limiter.login(f"{n}@x.io", HOME), 30, 30),
+    "login: /56": (lambda limiter, n: limiter.login(f"{n}@x.io", ipv6(0, n)), 120, 30),
+    "login: /48": (lambda limiter, n: limiter.login(f"{n}@x.io", ipv6(n % 200, n // 200)), 480, 30),
+    "login: device": (lambda limiter, n: limiter.login(BOB, f"192.0.2.{n}", "one")[:1], 10, 60),
+    "login: devices": (lambda limiter, n: limiter.login(BOB, HOME, f"{n}")[:1], 100, 900),
     "register: address": (lambda limiter, n: limiter.registration(HOME), 20, 180),
-    "reset: account": (lambda limiter, n: limiter.reset_request(BOB, f"192.0.2.{n}"), 3, 1200),
-    "reset: address": (lambda limiter, n: limiter.reset_request(f"{n}@x.io", HOME), 10, 360),
-    "confirm: address": (lambda limiter, n: limiter.reset_confirmation(HOME), 10, 60),
-    "code: account": (lambda limiter, n: limiter.code(BOB, f"192.0.2.{n}"), 5, 3600),
+    "register: /56": (lambda limiter, n: limiter.registration(ipv6(0, n)), 80, 180),
+    "register: /48": (lambda limiter, n: limiter.registration(ipv6(n % 200, n // 200)), 320, 180),
+    "reset: account": (lambda limiter, n: limiter.reset_account(BOB, known=False), 3, 1200),
+    "reset: account, known": (lambda limiter, n: limiter.reset_account(BOB, known=True), 3, 1200),
+    "reset: address": (lambda limiter, n: limiter.reset_address(HOME), 10, 360),
+    "confirm: address": (lambda limiter, n: limiter.unknown_token(HOME), 10, 60),
+    "code: account": (lambda limiter, n: limiter.code(BOB, known=False), 5, 3600),
+    "code: account, known": (lambda limiter, n: limiter.code(BOB, known=True), 5, 900),
+    "session": (lambda limiter, n: limiter.session_password(1, BOB), 10, 900),
 }
 ALL_LIMITS = pytest.mark.parametrize(("attempt", "size", "interval"), LIMITS.values(), ids=LIMITS)
 # The arithmetic depends only on the number of buckets: here one, two and three.
-SAMPLES = {name: LIMITS[name] for name in ("confirm: address", "reset: account", "login: account")}
+SAMPLES = {name: LIMITS[name] for name in ("confirm: address", "session", "login: account")}
 SOME_LIMITS = pytest.mark.parametrize(("attempt", "size", "interval"), SAMPLES.values(), ids=SAMPLES)
 
 
@@ -87,8 +103,11 @@ def bob(auth: Auth) -> None:
     auth.register_user(BOB, PASSWORD)
 
 
-def log_in(call: Client, email: str = BOB, password: str = "wrong", address: str = HOME) -> Answer:
-    return call("POST", "/sessions", {"email": email, "password": password}, REMOTE_ADDR=address)
+def log_in(
+    call: Client, email: str = BOB, password: str = "wrong", address: str = HOME, device: str | None = None
+) -> Answer:
+    cookie = device and f"__Host-device={device}"
+    return call("POST", "/sessions", {"email": email, "password": password}, cookie=cookie, REMOTE_ADDR=address)
 
 
 @pytest.fixture
@@ -96,6 +115,11 @@ def rows(db: DB, settings: Settings) -> Iterator[Rows]:
     """Read the rows of the table."""
     with raw_connection(settings.database) as connection:
         yield lambda: connection.execute("SELECT key, full_at FROM throttle ORDER BY key").fetchall()
+
+
+def wait(limiter: RateLimiter, choices: list[Buckets]) -> int:
+    """Count an attempt; return the seconds to wait, or 0."""
+    return limiter.consume(choices)[0]
 
 
 def allowed(consume: Callable[[int], int], limit: int = 10_000) -> int:
@@ -111,7 +135,7 @@ def allowed(consume: Callable[[int], int], limit: int = 10_000) -> int:
 def test_a_bucket_allows_its_size_of_attempts_at_once(
     limiter: RateLimiter, attempt: Attempt, size: int, interval: int
 ) -> None:
-    assert allowed(lambda n: limiter.consume(attempt(limiter, n))) == size
+    assert allowed(lambda n: wait(limiter, attempt(limiter, n))) == size
 
 
 @pytest.mark.both_engines
@@ -120,13 +144,22 @@ def test_an_empty_bucket_allows_one_attempt_per_interval(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
 ) -> None:
     for n in range(size):
-        limiter.consume(attempt(limiter, n))
+        wait(limiter, attempt(limiter, n))
     for n in range(size, size + 3):
-        assert limiter.consume(attempt(limiter, n)) == interval
-        clock.advance(interval - 1)
-        assert limiter.consume(attempt(limiter, n)) == 1
-        clock.advance(1)
-        assert limiter.consume(attempt(limiter, n)) == 0
+        assert wait(limiter, attempt(limiter, n)) == interval
+        clock.advance(interval)
+        assert wait(limiter, attempt(limiter, n)) == 0
+
+
+@pytest.mark.both_engines
+@ALL_LIMITS
+def test_an_empty_bucket_allows_no_attempt_before_the_interval(
+    limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
+) -> None:
+    for n in range(size):
+        wait(limiter, attempt(limiter, n))
+    clock.advance(interval - 1)
+    assert wait(limiter, attempt(limiter, size)) > 0
 
 
 @pytest.mark.both_engines
@@ -135,27 +168,37 @@ def test_a_bucket_refills_to_its_size_and_no_further(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
 ) -> None:
     for n in range(size):
-        limiter.consume(attempt(limiter, n))
+        wait(limiter, attempt(limiter, n))
     clock.advance(size * interval - 1)
-    assert allowed(lambda n: limiter.consume(attempt(limiter, n))) == size - 1
+    assert allowed(lambda n: wait(limiter, attempt(limiter, n))) == size - 1
     clock.advance(7 * DAY)
-    assert allowed(lambda n: limiter.consume(attempt(limiter, n))) == size
+    assert allowed(lambda n: wait(limiter, attempt(limiter, n))) == size
 
 
 def test_development_limits_are_higher_except_for_guesses_at_one_account(
     db: DB, development: Settings, clock: Clock
 ) -> None:
     limiter = RateLimiter(db.rate_limits, development, clock)
-    sizes = {name: [size for _, size, _ in attempt(limiter, 0)] for name, (attempt, _, _) in LIMITS.items()}
+    sizes = {name: [bucket.size for bucket in attempt(limiter, 0)[0]] for name, (attempt, _, _) in LIMITS.items()}
     assert sizes == {
-        "login: account and address": [10],
-        "login: account": [10, 3000, 20],
-        "login: address": [10, 3000, 20],
+        "login: account and address": [10, 20, 3000],
+        "login: account and /64": [10, 40, 20, 3000, 12_000, 48_000],
+        "login: account": [10, 20, 3000],
+        "login: address": [10, 20, 3000],
+        "login: /56": [10, 40, 20, 3000, 12_000, 48_000],
+        "login: /48": [10, 40, 20, 3000, 12_000, 48_000],
+        "login: device": [10, 100, 30],
+        "login: devices": [10, 100, 30],
         "register: address": [2000],
-        "reset: account": [300, 1000],
-        "reset: address": [300, 1000],
+        "register: /56": [2000, 8000, 32_000],
+        "register: /48": [2000, 8000, 32_000],
+        "reset: account": [300],
+        "reset: account, known": [300],
+        "reset: address": [1000],
         "confirm: address": [1000],
         "code: account": [5],
+        "code: account, known": [5],
+        "session": [10, 30],
     }
 
 
@@ -169,26 +212,27 @@ def test_nothing_is_counted_when_rate_limits_are_off(rows: Rows, db: DB, develop
 # One attempt
 
 
-def test_a_refused_attempt_writes_nothing(rows: Rows, limiter: RateLimiter, settings: Settings) -> None:
+def test_an_attempt_from_a_new_address_that_is_refused_writes_nothing(
+    rows: Rows, limiter: RateLimiter, settings: Settings
+) -> None:
     for n in range(20):
-        limiter.consume(limiter.login(BOB, f"192.0.2.{n}"))
+        wait(limiter, limiter.login(BOB, f"192.0.2.{n}"))
     with closing(sqlite3.connect(settings.database)) as other:
         before = rows(), other.execute("PRAGMA data_version").fetchone()
         for n in range(20, 60):
-            # The empty bucket of the account comes last. The attempts consumed from the others must be rolled back.
-            assert limiter.consume(limiter.login(BOB, f"192.0.2.{n}"))
+            assert wait(limiter, limiter.login(BOB, f"192.0.2.{n}"))
         assert (rows(), other.execute("PRAGMA data_version").fetchone()) == before
 
 
 @pytest.mark.both_engines
 def test_refused_attempts_do_not_prolong_the_wait(limiter: RateLimiter, clock: Clock) -> None:
-    confirmation = limiter.reset_confirmation(HOME)
-    assert allowed(lambda n: limiter.consume(confirmation)) == 10
+    confirmation = limiter.unknown_token(HOME)
+    assert allowed(lambda n: wait(limiter, confirmation)) == 10
     for _ in range(59):
         clock.advance(1)
-        assert limiter.consume(confirmation)
+        assert wait(limiter, confirmation)
     clock.advance(1)
-    assert limiter.consume(confirmation) == 0
+    assert wait(limiter, confirmation) == 0
 
 
 @pytest.mark.both_engines
@@ -210,7 +254,7 @@ def test_of_50_simultaneous_logins_only_10_reach_bcrypt(
 @pytest.mark.both_engines
 def test_an_attempt_with_a_slightly_older_time_is_counted_too(db: DB) -> None:
     # An attempt reads the clock before it waits for the write lock, so another one may be a second ahead.
-    bucket = [("key", 10, 60)]
+    bucket = [Bucket("key", 10, 60)]
     assert [db.rate_limits.consume(bucket, 1_800_000_001) for _ in range(10)] == [0] * 10
     assert db.rate_limits.consume(bucket, 1_800_000_000) > 0
 
@@ -235,7 +279,7 @@ def test_a_successful_login_refunds_every_bucket(rows: Rows, call: Client, bob: 
     assert rows() == before
 
 
-def test_a_successful_reset_is_not_counted(auth: Auth, bob: None) -> None:
+def test_a_valid_reset_token_is_not_counted(auth: Auth, bob: None) -> None:
     for number in range(12):
         token = auth.get_reset_password_token(BOB)
         auth.reset_password(token, f"{PASSWORD} {number}", email=BOB, address=HOME)
@@ -254,13 +298,14 @@ def test_a_successful_registration_is_counted(call: Client) -> None:
 
 
 class Phone:
-    """Bob's authenticator app. Each code is for a new time step."""
+    """Bob's authenticator app, and his browser. Each code is for a new time step."""
 
     def __init__(self, auth: Auth, clock: Clock) -> None:
         self.session_id = auth.log_in(BOB, PASSWORD, address=HOME)[1]
         self._clock = clock
         self._seed, *_ = auth.begin_totp(self.session_id, PASSWORD, address=None)
-        _, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code(), address=None)
+        user, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code(), address=None)
+        self.device = auth.device_cookie(user, None)
 
     def code(self) -> str:
         self._clock.advance(totp.STEP)
@@ -273,7 +318,7 @@ class Phone:
 
 @pytest.fixture
 def phone(auth: Auth, clock: Clock, bob: None) -> Phone:
-    """Bob uses two-factor authentication, and HOME is known for his account."""
+    """Bob uses two-factor authentication."""
     return Phone(auth, clock)
 
 
@@ -300,9 +345,9 @@ def outcome(act: Callable[[], object]) -> str:
     return "done"
 
 
-def log_in_with(auth: Auth, otp: str, address: str, password: str = PASSWORD) -> str:
+def log_in_with(auth: Auth, otp: str, address: str, password: str = PASSWORD, device: str | None = None) -> str:
     """Sign in as Bob; return the outcome."""
-    return outcome(lambda: auth.log_in(BOB, password, otp, address=address))
+    return outcome(lambda: auth.log_in(BOB, password, otp, address=address, device=device))
 
 
 def test_100_addresses_share_5_code_guesses_and_the_owner_can_sign_in(
@@ -313,16 +358,16 @@ def test_100_addresses_share_5_code_guesses_and_the_owner_can_sign_in(
     for n in range(100):
         guesses[log_in_with(auth, guess, f"10.0.0.{n}")] += 1
         if n % 20 == 0:
-            owners.append(log_in_with(auth, phone.code(), HOME))
+            owners.append(log_in_with(auth, phone.code(), HOME, device=phone.device))
     assert clock() - began < 900
     assert guesses == {"LoginFailed": 5, "TooManyAttempts": 95}
     assert owners == ["done"] * 5
     assert checked.count(guess) == 5
 
 
-def test_code_guesses_from_the_owners_address_are_limited_to_5(auth: Auth, phone: Phone, checked: list[str]) -> None:
+def test_code_guesses_from_the_owners_browser_are_limited_to_5(auth: Auth, phone: Phone, checked: list[str]) -> None:
     guess = phone.wrong()
-    outcomes = [log_in_with(auth, guess, HOME) for _ in range(8)]
+    outcomes = [log_in_with(auth, guess, HOME, device=phone.device) for _ in range(8)]
     assert outcomes == ["LoginFailed"] * 5 + ["TooManyAttempts"] * 3
     assert len(checked) == 5
     assert log_in_with(auth, phone.code(), AWAY) == "done"
@@ -354,14 +399,13 @@ def test_guesses_at_the_confirming_code_are_limited_to_5(auth: Auth, bob: None, 
     assert len(checked) == 5
 
 
-@pytest.mark.parametrize("address", [HOME, AWAY])
-def test_a_correct_code_is_not_counted(auth: Auth, phone: Phone, address: str) -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_a_correct_code_is_not_counted(auth: Auth, phone: Phone, known: bool) -> None:
     guess = phone.wrong()
 
     def answer(otp: str) -> str:
-        return log_in_with(auth, otp, address)
+        return log_in_with(auth, otp, HOME, device=phone.device if known else None)
 
-    answer(phone.code())  # from now on the address is known
     assert [answer(guess) for _ in range(4)] == ["LoginFailed"] * 4
     assert {answer(phone.recovery.pop()) for _ in range(7)} == {"done"}
     assert answer(phone.code()) == "done"
@@ -388,8 +432,8 @@ def test_an_empty_code_bucket_states_the_wait(auth: Auth, phone: Phone, clock: C
         log_in_with(auth, guess, HOME)
     with pytest.raises(TooManyAttempts) as refusal:
         auth.log_in(BOB, PASSWORD, guess, address=HOME)
-    assert refusal.value.wait == 900
-    clock.advance(900)
+    assert refusal.value.wait == 3600
+    clock.advance(3600)
     assert log_in_with(auth, phone.code(), HOME) == "done"
 
 
@@ -422,11 +466,9 @@ PUT = {"email": BOB, "reset_token": "0", "new_password": PASSWORD}
     ],
     ids=["login: pair", "login: address", "login: account", "register", "confirm"],
 )
-def test_an_attempt_is_allowed_exactly_after_retry_after(call: Client, clock: Clock, ask: Ask) -> None:
+def test_an_attempt_is_allowed_after_retry_after(call: Client, clock: Clock, ask: Ask) -> None:
     refused = next(answer for answer in (ask(call) for _ in range(100)) if answer.status == 429)
-    clock.advance(int(refused.headers["Retry-After"]) - 1)
-    assert ask(call).status == 429
-    clock.advance(1)
+    clock.advance(int(refused.headers["Retry-After"]))
     assert ask(call).status != 429
 
 
@@ -460,12 +502,12 @@ def test_the_letter_case_of_an_email_makes_no_second_bucket(call: Client) -> Non
 
 @pytest.mark.usefixtures("bob")
 def test_100_addresses_share_20_guesses_and_the_owner_can_sign_in(call: Client, compared: list[bytes]) -> None:
-    assert log_in(call, password=PASSWORD).status == 200
+    device = log_in(call, password=PASSWORD).cookies["__Host-device"]
     guesses, owners = Counter[int](), []
     for n in range(100):
         guesses[log_in(call, address=f"10.0.0.{n}").status] += 1
         if n % 5 == 0:
-            owners.append(log_in(call, password=PASSWORD).status)
+            owners.append(log_in(call, password=PASSWORD, address="10.0.0.1", device=device).status)
     assert guesses == {401: 20, 429: 80}
     assert owners == [200] * 20
     assert compared.count(b"wrong") == 20
@@ -499,7 +541,7 @@ def test_the_profile_and_logout_have_no_rate_limit(call: Client) -> None:
     assert call("DELETE", "/sessions", cookie=cookie, REMOTE_ADDR=HOME).status == 302
 
 
-# Clients and known addresses
+# Clients
 
 
 @pytest.mark.parametrize(
@@ -524,80 +566,6 @@ def test_addresses_of_one_network_are_one_client(call: Client, one: str, other: 
     assert confirm(other) == (429 if same else 403)
 
 
-def knows(limiter: RateLimiter, email: str, address: str) -> bool:
-    """Return whether a login is counted apart from logins from unknown addresses."""
-    return len(limiter.login(email, address)) == 2
-
-
-@pytest.fixture
-def remembered(db: DB, limiter: RateLimiter) -> int:
-    user = db.add_user(BOB, b"hash")
-    limiter.remember(user.id, BOB, HOME)
-    return user.id
-
-
-def test_codes_from_a_known_address_have_a_bucket_of_their_own(
-    limiter: RateLimiter, clock: Clock, remembered: int
-) -> None:
-    (shared,) = limiter.code(BOB, AWAY)
-    (known,) = limiter.code("BOB@x.io", HOME)
-    assert (shared[1:], known[1:]) == ((5, 3600), (5, 900))
-    assert limiter.code(BOB, "203.0.113.9") == [shared]
-    assert shared[0] != known[0]
-    assert allowed(lambda n: limiter.consume([shared])) == 5
-    assert allowed(lambda n: limiter.consume([known])) == 5
-    assert limiter.consume(limiter.code(BOB, HOME)) == 900
-    clock.advance(900)
-    assert limiter.consume(limiter.code(BOB, HOME)) == 0
-    assert limiter.consume(limiter.code(BOB, AWAY)) == 2700
-
-
-def test_codes_from_a_forgotten_address_use_the_shared_bucket(
-    limiter: RateLimiter, clock: Clock, remembered: int
-) -> None:
-    clock.advance(90 * DAY)
-    assert limiter.code(BOB, HOME) == limiter.code(BOB, AWAY)
-
-
-def test_an_address_is_known_only_for_its_account(limiter: RateLimiter, remembered: int) -> None:
-    assert knows(limiter, BOB, HOME)
-    assert knows(limiter, "BOB@x.io", HOME)
-    assert not knows(limiter, BOB, AWAY)
-    assert not knows(limiter, "eve@x.io", HOME)
-
-
-@pytest.mark.both_engines
-def test_an_address_is_known_for_90_days(limiter: RateLimiter, clock: Clock, remembered: int) -> None:
-    clock.advance(90 * DAY - 1)
-    assert knows(limiter, BOB, HOME)
-    clock.advance(1)
-    assert not knows(limiter, BOB, HOME)
-
-
-@pytest.mark.both_engines
-def test_another_login_keeps_an_address_known_for_longer(limiter: RateLimiter, clock: Clock, remembered: int) -> None:
-    clock.advance(80 * DAY)
-    limiter.remember(remembered, BOB, HOME)
-    clock.advance(80 * DAY)
-    assert knows(limiter, BOB, HOME)
-
-
-@pytest.mark.both_engines
-def test_an_account_keeps_its_10_newest_known_addresses(limiter: RateLimiter, clock: Clock, remembered: int) -> None:
-    for n in range(10):
-        clock.advance(1)
-        limiter.remember(remembered, BOB, f"203.0.113.{n}")
-    assert not knows(limiter, BOB, HOME)
-    assert all(knows(limiter, BOB, f"203.0.113.{n}") for n in range(10))
-
-
-def test_a_failed_login_makes_no_address_known(call: Client, auth: Auth, bob: None) -> None:
-    log_in(call)
-    assert not knows(auth._limiter, BOB, HOME)
-    log_in(call, password=PASSWORD)
-    assert knows(auth._limiter, BOB, HOME)
-
-
 # The clock
 
 
@@ -607,16 +575,16 @@ def test_a_clock_that_is_set_back_locks_nobody_out(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
 ) -> None:
     for n in range(size):
-        limiter.consume(attempt(limiter, n))
+        wait(limiter, attempt(limiter, n))
     clock.advance(-DAY)
     # One attempt is allowed at once or after one interval, and later ones no faster than usual.
-    if limiter.consume(attempt(limiter, size)):
+    if wait(limiter, attempt(limiter, size)):
         clock.advance(interval)
-        assert limiter.consume(attempt(limiter, size)) == 0
-    assert allowed(lambda n: limiter.consume(attempt(limiter, size + n))) <= size
+        assert wait(limiter, attempt(limiter, size)) == 0
+    assert allowed(lambda n: wait(limiter, attempt(limiter, size + n))) <= size
     clock.advance(interval)
-    assert limiter.consume(attempt(limiter, size)) == 0
-    assert limiter.consume(attempt(limiter, size)) > 0
+    assert wait(limiter, attempt(limiter, size)) == 0
+    assert wait(limiter, attempt(limiter, size)) > 0
 
 
 @pytest.mark.both_engines
@@ -625,12 +593,12 @@ def test_a_clock_that_is_set_forward_only_refills_the_bucket(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
 ) -> None:
     for n in range(size):
-        limiter.consume(attempt(limiter, n))
+        wait(limiter, attempt(limiter, n))
     clock.advance(DAY)
-    assert allowed(lambda n: limiter.consume(attempt(limiter, n))) == size
+    assert allowed(lambda n: wait(limiter, attempt(limiter, n))) == size
     clock.advance(-DAY)
     clock.advance(interval)
-    assert limiter.consume(attempt(limiter, size)) == 0
+    assert wait(limiter, attempt(limiter, size)) == 0
 
 
 # The table
@@ -652,23 +620,29 @@ def test_the_keys_of_two_databases_differ(tmp_path: Path, limiter: RateLimiter, 
     path = str(tmp_path / "other.db")
     with closing(DB(path)) as db:
         other = RateLimiter(db.rate_limits, production_settings(path), clock)
-        keys = {key for key, _, _ in limiter.login(BOB, HOME)}
-        assert keys.isdisjoint(key for key, _, _ in other.login(BOB, HOME))
+        keys = {bucket.key for bucket in limiter.login(BOB, HOME)[0]}
+        assert keys.isdisjoint(bucket.key for bucket in other.login(BOB, HOME)[0])
         assert limiter.tag(BOB) != other.tag(BOB)
 
 
 def test_different_limits_never_share_a_key(limiter: RateLimiter) -> None:
     # An email may look like an address. The parts of a key must not run into each other.
-    buckets = [
+    choices = [
+        *limiter.login(HOME, HOME, HOME)[:1],
         *limiter.login(HOME, HOME),
         *limiter.registration(HOME),
-        *limiter.reset_request(HOME, HOME),
-        *limiter.reset_confirmation(HOME),
-        *limiter.code(HOME, HOME),
+        *limiter.reset_account(HOME, known=True),
+        *limiter.reset_account(HOME, known=False),
+        *limiter.reset_address(HOME),
+        *limiter.unknown_token(HOME),
+        *limiter.code(HOME, known=True),
+        *limiter.code(HOME, known=False),
+        [limiter.session_password(int(HOME.replace(".", "")), HOME)[0][0]],
         *limiter.login(HOME + HOME, ""),
         *limiter.login("", HOME + HOME),
     ]
-    assert len({key for key, _, _ in buckets}) == len(buckets)
+    keys = [bucket.key for buckets in choices for bucket in buckets]
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.both_engines
@@ -676,24 +650,24 @@ def test_buckets_survive_a_restart(settings: Settings, clock: Clock) -> None:
     for expected in ([0] * 10, [60] * 10):
         with closing(DB(settings.database)) as db:
             limiter = RateLimiter(db.rate_limits, settings, clock)
-            assert [limiter.consume(limiter.reset_confirmation(HOME)) for _ in range(10)] == expected
+            assert [wait(limiter, limiter.unknown_token(HOME)) for _ in range(10)] == expected
 
 
 @pytest.mark.both_engines
 def test_two_copies_of_the_service_share_their_buckets(db: DB, settings: Settings, clock: Clock) -> None:
     with closing(DB(settings.database)) as other:
         limiters = [RateLimiter(one.rate_limits, settings, clock) for one in (db, other)]
-        assert allowed(lambda n: limiters[n % 2].consume(limiters[n % 2].reset_confirmation(HOME))) == 10
+        assert allowed(lambda n: wait(limiters[n % 2], limiters[n % 2].unknown_token(HOME))) == 10
 
 
 @pytest.mark.both_engines
 def test_full_buckets_are_deleted(rows: Rows, db: DB, limiter: RateLimiter, clock: Clock) -> None:
     for n in range(30):
-        limiter.consume(limiter.reset_request(f"{n}@x.io", f"10.0.0.{n}"))
-    assert len(rows()) == 60
+        wait(limiter, limiter.login(f"{n}@x.io", f"10.0.0.{n}"))
+    assert len(rows()) == 90
     clock.advance(DAY)
     for _ in range(10):
-        limiter.consume(limiter.reset_confirmation(HOME))
+        wait(limiter, limiter.unknown_token(HOME))
     assert len(rows()) == 1
 
 
@@ -705,7 +679,7 @@ def test_3000_emails_from_100_addresses_leave_a_small_table(
     db._engine._writer.execute("PRAGMA synchronous = OFF")  # saves time; nothing is read after a crash here
     largest = 0
     for n in range(3_000):
-        limiter.consume(limiter.login(f"{n}@x.io", f"10.{n % 4}.{n // 4 % 25}.1"))
+        wait(limiter, limiter.login(f"{n}@x.io", f"10.{n % 4}.{n // 4 % 25}.1"))
         clock.advance(0.6)
         if n % 300 == 0:
             largest = max(largest, len(rows()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import io
 import json
 import logging
 import os
@@ -107,7 +108,7 @@ class LocalServer:
     def __init__(self, dial: Callable[..., Connection]) -> None:
         self._dial = dial
         self.release = threading.Event()
-        self.running: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.running: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # the bodies of requests to /slow, as they run
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
         self.address = listener.getsockname()
@@ -118,17 +119,25 @@ class LocalServer:
 
     def _serve(self, listener: socket.socket, ready: threading.Event) -> None:
         self.dispatcher = web.server.Dispatcher(
-            {("POST", "/slow"), ("POST", "/slow-crash")}, cores=1, settings=Settings()
+            {("POST", "/slow"), ("POST", "/slow-crash")}, cores=1, settings=Settings(), rank=self._rank
         )
         self._server = web.server.Server(self._application, listener, self.dispatcher)
         ready.set()
         self._server.run()
 
+    def _rank(self, environ: dict[str, Any]) -> tuple[bool, str]:
+        environ["test.body"] = environ["wsgi.input"].read()
+        if environ["test.body"] == b"rank=crash":
+            raise RuntimeError(SECRET)
+        return environ["test.body"] == b"rank=first", environ["test.body"].decode()
+
     def _application(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if "crash" in environ["PATH_INFO"]:
             raise RuntimeError(SECRET)
         if environ["PATH_INFO"] == "/slow":
-            self.running.put(None)
+            form = environ["wsgi.input"].read()
+            assert form == environ.get("test.body", form)  # what was read to rank the request can be read again
+            self.running.put(form)
             assert self.release.wait(TIMEOUT)
         body = {"/large": LARGE}.get(environ["PATH_INFO"], environ["PATH_INFO"].encode())
         start_response("200 OK", [("Content-Length", str(len(body)))])
@@ -143,9 +152,9 @@ class LocalServer:
         self.running.get(timeout=TIMEOUT)
         return connection
 
-    def queue_one(self) -> Connection:
+    def queue_one(self, request: bytes = SLOW) -> Connection:
         """Request a hash behind a running one, and wait until the server has queued it."""
-        connection = self.dial().send(SLOW)
+        connection = self.dial().send(request)
         assert self.dial().send(GET).status() == 200  # the server reads its connections in their order
         return connection
 
@@ -154,7 +163,8 @@ class LocalServer:
 
     def task(self, service: Callable[[], object]) -> Any:
         """Return a stand-in for a connection that requested a hash."""
-        request = SimpleNamespace(error=None, command="POST", path="/slow", headers={})
+        environ = {"wsgi.input": io.BytesIO()}
+        request = SimpleNamespace(error=None, command="POST", path="/slow", version="1.1", environ=environ)
         return SimpleNamespace(requests=[request], service=service, addr=("127.0.0.1", 0))
 
     def close(self) -> None:
@@ -162,7 +172,9 @@ class LocalServer:
         self.stop()
         self.thread.join(TIMEOUT)
         idle = threading.Barrier(3)  # past it, no worker uses the connections that are closed next
-        self.dispatcher._hashing_queue.put((float("inf"), self.task(idle.wait), ""))
+        self.dispatcher._hashing_queue.class_limit = 1  # a test may have set it to 0
+        item = (float("inf"), self.task(idle.wait))
+        self.dispatcher._hashing_queue.put(item, ("",) * 4, preferred=False, limited=False)
         self.dispatcher._writing_queue.put(idle.wait)
         idle.wait(TIMEOUT)
         wasyncore.close_all(self._server._server._map)
@@ -180,11 +192,26 @@ def server(dial: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def monotonic(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Return the clock that the server reads."""
-    monkeypatch.setattr(web.server, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(web.server, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
     return clock
 
 
 # Scheduling
+
+
+def test_a_request_is_ranked_only_if_all_threads_hash(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[object] = []
+
+    def rank(environ: object) -> tuple[bool, str]:
+        ranked.append(environ)
+        return False, ""
+
+    monkeypatch.setattr(server.dispatcher, "_rank", rank)
+    server.hash_one()
+    assert not ranked
+    server.queue_one()
+    assert len(ranked) == 1
+    server.release.set()
 
 
 def test_a_fast_request_does_not_wait_for_hashes(server: LocalServer) -> None:
@@ -218,8 +245,8 @@ def test_another_method_of_a_hashing_path_does_not_wait_for_hashes(server: Local
     assert server.dial().send(http("GET", "/slow-crash")).status() == 500
 
 
-def test_the_hashing_queue_is_bounded(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web.server, "HASHING_QUEUE", 2)
+def test_the_hashing_queue_is_bounded(server: LocalServer) -> None:
+    server.dispatcher._hashing_queue.class_limit = 2
     accepted = [server.hash_one(), server.queue_one(), server.queue_one()]
     refused = server.dial().send(SLOW).answer()
     assert (refused.status, refused.json) == (503, {"message": "busy, try again later"})
@@ -230,12 +257,47 @@ def test_the_hashing_queue_is_bounded(server: LocalServer, monkeypatch: pytest.M
     assert [connection.status() for connection in accepted] == [200, 200, 200]
 
 
-def test_a_full_queue_refuses_a_pipelined_request_in_its_turn(
-    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+def test_a_development_service_lets_128_requests_wait_for_a_hash(server: LocalServer) -> None:
+    accepted = [server.hash_one(), *(server.dial().send(SLOW) for _ in range(128))]
+    assert server.queue_one().status() == 503
+    server.release.set()
+    assert {connection.status() for connection in accepted} == {200}
+
+
+def test_a_preferred_request_overtakes_those_that_wait(server: LocalServer) -> None:
+    served = [server.hash_one(), server.queue_one(), server.queue_one(http("POST", "/slow", rank="first"))]
+    server.release.set()
+    assert [connection.status() for connection in served] == [200, 200, 200]
+    assert [server.running.get(timeout=TIMEOUT) for _ in range(2)] == [b"rank=first", b"a=1"]
+
+
+def test_the_accounts_of_a_client_take_turns(server: LocalServer) -> None:
+    one, other = http("POST", "/slow", email="one"), http("POST", "/slow", email="other")
+    served = [server.hash_one(), *(server.queue_one(request) for request in (one, one, other))]
+    server.release.set()
+    assert [connection.status() for connection in served] == [200] * 4
+    assert [server.running.get(timeout=TIMEOUT) for _ in range(3)] == [b"email=one", b"email=other", b"email=one"]
+
+
+def test_a_request_that_cannot_be_ranked_is_served_like_those_of_strangers(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    crash = http("POST", "/slow", rank="crash")
+    served = [server.hash_one(), server.queue_one(crash), server.queue_one(http("POST", "/slow", rank="first"))]
+    server.release.set()
+    assert [connection.status() for connection in served] == [200, 200, 200]
+    assert [server.running.get(timeout=TIMEOUT) for _ in range(2)] == [b"rank=first", b"rank=crash"]
+    logged = capsys.readouterr().err
+    assert [(json.loads(line)["event"], json.loads(line)["error"]) for line in logged.splitlines()] == [
+        ("sys_crash", "RuntimeError")
+    ]
+    assert SECRET not in logged
+
+
+def test_a_full_queue_refuses_a_pipelined_request_in_its_turn(server: LocalServer) -> None:
     connection = server.dial().send(SLOW, SLOW)
     server.running.get(timeout=TIMEOUT)
-    monkeypatch.setattr(web.server, "HASHING_QUEUE", 0)
+    server.dispatcher._hashing_queue.class_limit = 0
     server.release.set()
     assert [connection.status(), connection.status()] == [200, 503]
 
@@ -251,6 +313,17 @@ def test_a_request_waits_for_a_hash_for_15_seconds_at_most(
     answer = second.answer()
     assert answer.status == status
     assert ("Retry-After" in answer.headers) == (status == 503)
+
+
+def test_a_request_that_has_waited_too_long_is_answered_while_all_threads_hash(
+    server: LocalServer, monotonic: Clock
+) -> None:
+    first, second = server.hash_one(), server.queue_one()
+    monotonic.advance(web.server.HASHING_WAIT + 1)
+    answer = second.answer()
+    assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+    server.release.set()
+    assert first.status() == 200
 
 
 def test_the_number_of_background_writes_is_bounded(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:

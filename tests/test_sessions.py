@@ -225,8 +225,10 @@ def test_destroy_session_ends_all_sessions_of_one_user(
 def test_destroy_session_can_be_repeated(auth: Auth, user: User, row: Row) -> None:
     auth.create_session(EMAIL)
     auth.destroy_session(user.id)
+    after = row()
+    assert after == replace(user, last_login_at=after.last_login_at)
     auth.destroy_session(user.id)
-    assert row() == user
+    assert row() == after
 
 
 @pytest.mark.both_engines
@@ -518,14 +520,7 @@ def test_pruning_deletes_expired_rows_and_nothing_else(
     assert row().session_id == digest(mine)
     assert query("SELECT session_id FROM users WHERE id = 2") == [(None,)]
     assert query("SELECT * FROM throttle") == []
-    assert query("SELECT count(*) FROM known_addresses") == [(2,)]
-    clock.advance(2 * MONTH - 1)
-    three_sessions.prune()
-    assert query("SELECT count(*) FROM known_addresses") == [(2,)]
-    clock.advance(1)
-    three_sessions.prune()
-    assert query("SELECT * FROM known_addresses") == []
-    assert live(three_sessions, mine) == [False]
+    assert live(three_sessions, mine) == [True]
 
 
 @pytest.mark.both_engines

@@ -630,7 +630,7 @@ def test_an_index_without_one_of_its_rows_is_found(backup: Path) -> None:
     with closing(sqlite3.connect(backup, isolation_level=None)) as connection:
         connection.execute("PRAGMA writable_schema = ON")
         connection.execute("DELETE FROM sqlite_schema WHERE name = 'sessions_user_id'")
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute(f"PRAGMA user_version = {schema.SQLITE_VERSION}")
     with closing(sqlite3.connect(backup, isolation_level=None)) as connection:
         connection.execute("CREATE INDEX sessions_user_id ON sessions (user_id) WHERE user_id > 1")
         connection.execute("PRAGMA writable_schema = ON")
@@ -642,9 +642,8 @@ def test_an_index_without_one_of_its_rows_is_found(backup: Path) -> None:
 
 
 def test_each_foreign_key_violation_is_named(path: Path) -> None:
-    with closing(DB(fill(path, "bob@x.io"))) as db:
-        db.rate_limits.remember_address(1, "address", LAST_CHANGED, 10)
-    run_sql(path, "DELETE FROM users")
+    address = f"INSERT INTO known_addresses VALUES (1, 'address', {LAST_CHANGED})"
+    run_sql(fill(path, "bob@x.io"), address, "DELETE FROM users")
     tables = "known_addresses", "sessions"
     assert sorted(problems(path)) == [f"foreign key violation in {table}" for table in tables]
 

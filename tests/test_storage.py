@@ -18,9 +18,10 @@ from tests.stored_users import HASH, NEW_HASH, NOW, rows, run_together
 bob = stored_users.bob
 eve = stored_users.eve
 
-# Not attributes of a user. SQLite knows some of them as columns, and takes '"nosuch"' for a string.
+# Names by which no user is found or changed. SQLite knows some of them as columns, and takes '"nosuch"' for a string.
 NOT_ATTRIBUTES = [
     *("rowid", "_rowid_", "oid", "EMAIL", "Email", "email_key", "reset_expires_at", "users.email", "__class__"),
+    *("device_key", "last_login_at"),  # only certain changes set these
     *("", "nosuch", "self", '"nosuch"', "1=1 OR email", "email = :email --", "email=email,id"),
 ]
 
@@ -82,8 +83,9 @@ def test_a_user_is_a_snapshot(bob: User) -> None:
 
 
 def test_the_repr_of_a_user_contains_no_secrets() -> None:
-    assert repr(User(1, "bob@x.io", HASH, "session", "token")) == (
-        "User(id=1, email='bob@x.io', created_at=None, disabled_at=None, totp_since=None)"
+    user = User(1, "bob@x.io", HASH, "session", "token", totp_secret="seed", device_key="key", last_login_at=NOW)
+    assert repr(user) == (
+        "User(id=1, email='bob@x.io', created_at=None, disabled_at=None, totp_since=None, last_login_at=1800000000)"
     )
 
 

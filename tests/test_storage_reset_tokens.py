@@ -90,7 +90,8 @@ def test_a_spent_token_sets_the_hash_and_ends_the_sessions_of_that_user(db: DB, 
     set_reset_token(db, 1)
     assert spend_token(db)
     assert live_sessions(db, "1", "2", "eve") == ["eve"]
-    assert db.find_user_by(id=1) == User(1, "bob@x.io", NEW_HASH)
+    after = db.find_user_by(id=1)
+    assert after == User(1, "bob@x.io", NEW_HASH, device_key=after.device_key, last_login_at=NOW)
     assert db.find_user_by(id=2).hashed_password == HASH
     assert not spend_token(db, new=b"third")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -151,7 +152,26 @@ def test_the_user_of_a_session_is_found(db: DB, eve: User) -> None:
     assert add_session(db, eve, "s")
     user = db.find_user_by(id=2)
     assert user.session_id == "s"
-    assert db.find_session("s", now=NOW, idle_since=NOW - 1, latest=NOW) == (user, NOW)
+    assert db.find_session("s", now=NOW, idle_since=NOW - 1, latest=NOW) == (user, 1, NOW)
+
+
+RENEWALS: dict[str, Callable[[DB], object]] = {
+    "change_password": lambda db: db.change_password(1, HASH, NEW_HASH, "bob1", "renewed"),
+    "confirm_totp": lambda db: enable_totp(db, db.find_user_by(id=1), "bob1", "renewed"),
+    "remove_totp": lambda db: enable_totp(db, db.find_user_by(id=1), "bob1", "0") and db.remove_totp(1, "0", "renewed"),
+}
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("change", RENEWALS)
+def test_a_session_under_a_new_hash_keeps_the_id_of_its_row(db: DB, eve: User, bob: User, change: str) -> None:
+    for user, name in (eve, "eve"), (bob, "bob1"), (bob, "bob2"):
+        add_session(db, user, name)
+    assert RENEWALS[change](db)
+    found = [
+        db.find_session(name, now=NOW, idle_since=NOW - 1, latest=NOW) for name in ("eve", "bob1", "bob2", "renewed")
+    ]
+    assert [one and one[:2] for one in found] == [(db.find_user_by(id=2), 1), None, None, (db.find_user_by(id=1), 2)]
 
 
 @pytest.mark.both_engines
@@ -274,9 +294,9 @@ def test_the_sessions_and_tokens_of_all_users_end(populated: None, db: DB, other
         assert rows(other, f"SELECT {column} FROM users") == [(None,)] * 2
     after = all_rows(other)
     assert {name for name in after if after[name] != before[name]} == {"users", "sessions"}
-    kept = "SELECT id, email, hashed_password, totp_secret, totp_since, totp_step FROM users"
+    kept = "SELECT id, email, hashed_password, totp_secret, totp_since, totp_step, last_login_at FROM users ORDER BY id"
     assert rows(other, kept) == [
-        (number, f"{name}@x.io", HASH, "SEED", NOW, 1000) for number, name in ((1, "bob"), (2, "eve"))
+        (number, f"{name}@x.io", HASH, "SEED", NOW, 1000, NOW) for number, name in ((1, "bob"), (2, "eve"))
     ]
 
 
@@ -334,7 +354,7 @@ def test_the_last_use_of_a_session_never_moves_back(db: DB, bob: User) -> None:
     db.touch_session("used", NOW + 60)
     db.touch_session("used", NOW + 30)
     found = [db.find_session(name, now=NOW, idle_since=0, latest=NOW + 60) for name in ("used", "unused")]
-    assert [one and one[1] for one in found] == [NOW + 60, NOW]
+    assert [one and one[2] for one in found] == [NOW + 60, NOW]
 
 
 def test_a_session_with_a_use_in_the_future_is_not_live(db: DB, bob: User) -> None:
@@ -363,7 +383,7 @@ def test_pruning_updates_the_newest_session_of_each_user(db: DB, eve: User, bob:
     add_session(db, carol, "short", expires_at=NOW + 1)
     named = []
     for now in NOW, NOW + 1, NOW + 2:
-        db.prune(now=now, known_since=0, limit=200)
+        db.prune(now=now, limit=200)
         named.append([user.session_id for user in db.each_user()])
     assert named == [["newest", "eve", "short"], ["newest", "eve", "long"], [None, None, "long"]]
 

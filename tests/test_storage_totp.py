@@ -46,7 +46,7 @@ UNCONFIRMED: dict[str, tuple[User, str]] = {
 def test_an_unconfirmed_seed_is_stored_and_not_used(db: DB, eve: User, bob: User) -> None:
     add_session(db, bob, "s")
     assert [begin_totp(db, 1, "FIRST"), begin_totp(db, 1, "SECOND")] == [True, True]
-    assert db.find_user_by(id=1) == replace(bob, session_id="s", totp_secret="SECOND")
+    assert db.find_user_by(id=1) == replace(bob, session_id="s", totp_secret="SECOND", last_login_at=NOW)
     assert db.find_user_by(id=2) == eve
     assert not db.spend_totp(1, 1, 1)
     assert add_session(db, bob, "t")  # signing in needs no code yet
@@ -101,12 +101,13 @@ def test_a_confirmed_second_factor_leaves_one_session_under_a_new_hash(
         add_session(db, user, name)
     set_reset_token(db, 1)
     assert enable_totp(db, bob, "1", "renewed", "a", "b")
-    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, "renewed", totp_secret="SEED", totp_since=NOW)
+    confirmed = replace(bob, session_id="renewed", totp_secret="SEED", totp_since=NOW, last_login_at=NOW)
+    assert db.find_user_by(id=1) == confirmed
     assert live_sessions(db, "1", "2", "renewed", "eve") == ["renewed", "eve"]
     assert not spend_token(db)
     assert rows(other, "SELECT * FROM recovery_codes") == [(1, "a"), (1, "b")]
     assert not db.spend_totp(1, 1000, 1010)  # it was used to confirm
-    assert db.find_user_by(id=2) == replace(eve, session_id="eve")
+    assert db.find_user_by(id=2) == replace(eve, session_id="eve", last_login_at=NOW)
 
 
 @pytest.mark.both_engines
@@ -191,7 +192,8 @@ def test_removing_the_second_factor_deletes_codes_and_other_sessions(
     eve = db.find_user_by(id=2)
     assert db.remove_totp(1, session_hash, "renewed") if session_hash else db.remove_totp(1)
     assert live_sessions(db, "renewed", *SESSIONS) == (["renewed", *EVES_SESSIONS] if session_hash else EVES_SESSIONS)
-    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, "renewed" if session_hash else None)
+    session_id = "renewed" if session_hash else None
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, session_id, last_login_at=NOW)
     assert rows(other, "SELECT * FROM recovery_codes ORDER BY code_hash") == [(2, "eve code"), (2, "eve spare")]
     assert rows(other, "SELECT totp_step FROM users ORDER BY id") == [(0,), (1000,)]
     assert not db.spend_totp(1, 1001, 1011)

@@ -64,6 +64,7 @@ HALFWAY: dict[str, tuple[str, Callable[[DB], object]]] = {
     ),
     "end_session": ("UPDATE OF session_id ON users", lambda db: db.end_session("bob2")),
     "end_sessions": ("UPDATE OF session_id ON users", lambda db: db.end_sessions(1, kept="bob1")),
+    "end_sessions and devices": ("DELETE ON sessions", lambda db: db.end_sessions(1, devices=True)),
     "end_all_sessions": ("DELETE ON sessions", lambda db: db.end_all_sessions()),
     "spend_reset": ("DELETE ON sessions", lambda db: spend_token(db, "bob token")),
     "confirm_totp": (
@@ -75,10 +76,6 @@ HALFWAY: dict[str, tuple[str, Callable[[DB], object]]] = {
     "remove_totp": ("DELETE ON sessions", lambda db: db.remove_totp(1)),
     "remove_totp from one session": ("DELETE ON sessions", lambda db: db.remove_totp(1, "bob1", "renewed")),
     "prune": ("UPDATE OF session_id ON users", lambda db: prune(db)),
-    "rate_limits.prune": (
-        "DELETE ON known_addresses",
-        lambda db: db.rate_limits.prune(now=NOW, known_since=NOW - 100, limit=200),
-    ),
 }
 
 
@@ -93,6 +90,7 @@ def test_every_lookup_searches_an_index(statements: list[str], db: DB, bob: User
         assert lookups, name
         for statement in lookups:
             plan = [detail for *_, detail in rows(other, f"EXPLAIN QUERY PLAN {statement}")]
+            plan = [detail for detail in plan if not detail.startswith("SCAN json_each")]  # the given keys, no table
             assert any(detail.startswith("SEARCH") for detail in plan), (name, plan)
             assert not [detail for detail in plan if detail.startswith("SCAN")], (name, plan)
 

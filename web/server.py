@@ -6,7 +6,9 @@ pool of threads the fast requests would wait behind the slow ones. So there are 
 - **The I/O thread** of waitress answers GET and HEAD requests and refusals itself, without a hand-off. Nothing on it
   may write: a locked database must not stop the thread that serves everybody.
 - **The hashing threads** run the routes that may hash: as many threads as cores, at niceness 10, so that they yield to
-  the others. Requests wait in a queue. A full queue answers 503 at once; a request that has waited 15 s gets 503.
+  the others. Requests wait in a queue (web/hash_queue.py). Those that probably come from the owner of an account go
+  before those of strangers. In each class networks take turns. Where the queue is full, the network with the most
+  requests loses one, which gets 503. So does a request that has waited 15 s.
 - **Two writer threads** run all other methods, and one more runs writes in the background.
 
 Built on waitress's dispatcher and channel, which it keeps private: hence ``waitress<4`` in pyproject.toml.
@@ -24,7 +26,6 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 from wsgiref.types import WSGIApplication, WSGIEnvironment
@@ -34,19 +35,21 @@ from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error, build_http_date
 
-from addresses import client_address, client_network
+from addresses import client_address, is_private_peer, network_path
 from log import log_crash, log_event
 from settings import Settings
 from web.forms import MAX_BODY_BYTES
+from web.hash_queue import HashQueue
 from web.parser import StrictParser
 from web.responses import MESSAGES, RETRY_AFTER, complete_error, new_request_id
 
-HASHING_QUEUE = 128  # requests; 128 hashes of 0.24 s on two cores take the 15 s below
+HASHING_QUEUE = 64  # requests of each of the two classes; 2 * 64 hashes of 0.24 s on two cores take the 15 s below
+DEVELOPMENT_HASHING_QUEUE = 128  # the same in development, where nearly all requests are of one class
 HASHING_WAIT = 15.0  # seconds in the queue, then 503
 HASHING_NICENESS = 10
-HASHING_PER_CLIENT = 4  # requests of one client in the queue, in production
 WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other parses a form or sends an answer
 MAX_BACKGROUND_WRITES = 1000  # waiting; further ones are dropped, and the next request asks for them again
+BACKGROUND_PAUSE = 0.001  # seconds before each of them, in which the answer that caused it is sent
 SHUTDOWN_TIMEOUT = 8.0  # seconds from SIGTERM to the end of the last answer
 
 MAX_DISCARD_BYTES = 4 * 2**20  # of a body that are read and thrown away after a refusal
@@ -54,6 +57,9 @@ MAX_HEADER_BYTES = 16_384  # with the request line
 MAX_CONNECTIONS = 512
 REQUEST_TIMEOUT = 30.0  # seconds for a whole request to arrive: one byte a second must not hold a connection
 IDLE_TIMEOUT = 30  # seconds that a connection may be silent
+
+
+Rank = Callable[[WSGIEnvironment], tuple[bool, str]]
 
 
 class Busy(Error):  # type: ignore[misc]
@@ -98,7 +104,13 @@ class PlainTask(WSGITask):  # type: ignore[misc]
     }
 
     def get_environment(self) -> WSGIEnvironment:
-        """Return the WSGI environment of the request."""
+        """Return the WSGI environment of the request. It is built once: a request that hashes needs it twice."""
+        if not hasattr(self.request, "environ"):
+            self.request.environ = self._build_environment()
+        environ: WSGIEnvironment = self.request.environ
+        return environ
+
+    def _build_environment(self) -> WSGIEnvironment:
         request, channel = self.request, self.channel
         headers = dict(request.headers)
         environ = {
@@ -204,31 +216,35 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 class Dispatcher:
     """waitress's dispatcher: decides on which thread a request runs. Construct it on the thread that will serve.
 
-    ``hashing_routes`` are those that may hash, as (method, path); ``cores`` is the number of hashing threads.
+    Args:
+        hashing_routes: the routes that may hash, as (method, path).
+        cores: the number of hashing threads.
+        settings: the settings of the service.
+        rank: returns whether a request that may hash goes before others, and a text that stands for its account ("" if
+            unknown). It is given the WSGI environment and may read the body. It is called on several threads, one of
+            which is the I/O thread, so it must not write.
     """
 
-    def __init__(self, hashing_routes: Collection[tuple[str, str]], cores: int, settings: Settings) -> None:
+    def __init__(self, hashing_routes: Collection[tuple[str, str]], cores: int, settings: Settings, rank: Rank) -> None:
         self._hashing_routes = hashing_routes
         self.settings = settings
-        self._queued: Counter[str] = Counter()
-        self._queued_lock = threading.Lock()
+        self._rank = rank
         self._io_thread = threading.get_ident()
-        self._hashing_queue: queue.SimpleQueue[tuple[float, Channel, str]] = queue.SimpleQueue()
+        limit = HASHING_QUEUE if settings.production else DEVELOPMENT_HASHING_QUEUE
+        self._hashing_queue: HashQueue[tuple[float, Channel]] = HashQueue(limit)
         self._writing_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         # A queue of their own: they pile up while the database is locked, and a client's write must not wait for them.
         self._background_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._stopping = False
-        queues = [self._writing_queue] * WRITERS + [self._background_queue]
-        for target, *arguments in [(self._hash,)] * cores + [(_work, tasks) for tasks in queues]:
+        writers = [(_work, self._writing_queue)] * WRITERS + [(_work, self._background_queue, BACKGROUND_PAUSE)]
+        for target, *arguments in [(self._hash,)] * cores + writers:
             threading.Thread(target=target, args=arguments, daemon=True).start()
 
     def add_task(self, channel: Channel) -> None:
         """Schedule the first request of a connection. Called by waitress, which holds requests_lock."""
         request = channel.requests[0]
         if not request.error and (request.command, request.path) in self._hashing_routes:
-            client = self._client(channel)
-            if not self._stopping and self._hashing_queue.qsize() < HASHING_QUEUE and self._reserve(client):
-                self._hashing_queue.put((time.monotonic(), channel, client))
+            if not self._stopping and self._queue(channel):
                 return
             request.error = Busy("")
         fast = request.error or request.command in ("GET", "HEAD")
@@ -257,32 +273,47 @@ class Dispatcher:
     def drain(self) -> None:
         """Answer 503 to all requests that wait for a hash, and to all later ones. Call it on the I/O thread."""
         self._stopping = True
-        with contextlib.suppress(queue.Empty):
-            while True:
-                _, channel, _ = self._hashing_queue.get_nowait()
-                _refuse(channel)
+        for _, channel in self._hashing_queue.remove(lambda _: True):
+            _refuse(channel)
+
+    def refuse_late(self) -> None:
+        """Answer 503 to requests that have waited too long for a hash."""
+        latest = time.monotonic() - HASHING_WAIT
+        for _, channel in self._hashing_queue.remove(lambda waiting: waiting[0] < latest):
+            self._writing_queue.put(functools.partial(_refuse, channel))
+
+    def _queue(self, channel: Channel) -> bool:
+        """Let a request wait for a hash; return False if it lost its place at once."""
+        environ = PlainTask(channel, channel.requests[0]).get_environment()
+        preferred, account = (False, "") if self._hashing_queue.serves_at_once() else self._rank_safely(environ)
+        peer, proxy = channel.addr[0], self.settings.trusted_proxy
+        client = client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)
+        # Behind a proxy that is not trusted, all clients have its address. In development all are on this machine.
+        limited = self.settings.production and (bool(proxy) or not is_private_peer(peer))
+        path = (*network_path(client), account)
+        lost = self._hashing_queue.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
+        displaced = [other for _, other in lost if other is not channel]
+        for other in displaced:  # not here: waitress holds a lock of this connection, and answering takes another one's
+            self._writing_queue.put(functools.partial(_refuse, other))
+        return len(displaced) == len(lost)
+
+    def _rank_safely(self, environ: WSGIEnvironment) -> tuple[bool, str]:
+        try:
+            return self._rank(environ)
+        except Exception as error:
+            log_crash(error)
+            return False, ""
+        finally:
+            environ["wsgi.input"].seek(0)  # the route reads the body again
 
     def _hash(self) -> None:
         if sys.platform == "linux":  # there niceness is per thread
             with contextlib.suppress(OSError):  # a sandbox may refuse it: then fast requests get less of the processor
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASHING_NICENESS)
         while True:
-            since, channel, client = self._hashing_queue.get()
+            since, channel = self._hashing_queue.get()
             too_late = time.monotonic() - since > HASHING_WAIT
             _run(functools.partial(_refuse, channel) if too_late else channel.service)
-            with self._queued_lock:
-                self._queued -= Counter([client])  # removes a count of zero
-
-    def _client(self, channel: Channel) -> str:
-        forwarded_for = channel.requests[0].headers.get("X_FORWARDED_FOR")
-        return client_network(client_address(channel.addr[0], forwarded_for, self.settings.trusted_proxy))
-
-    def _reserve(self, client: str) -> bool:
-        with self._queued_lock:
-            if self.settings.production and self._queued[client] >= HASHING_PER_CLIENT:
-                return False
-            self._queued[client] += 1
-        return True
 
 
 class Server:
@@ -327,6 +358,7 @@ class Server:
             if time.monotonic() - checked > 1.0:
                 checked = time.monotonic()
                 self._close_slow(checked - REQUEST_TIMEOUT)
+                self._dispatcher.refuse_late()
         wasyncore.dispatcher.close(self._server)  # no new connections
         self._dispatcher.drain()
         end = time.monotonic() + SHUTDOWN_TIMEOUT
@@ -374,9 +406,11 @@ def _refuse(channel: Any) -> None:
     channel.service()
 
 
-def _work(tasks: queue.SimpleQueue[Callable[[], object]]) -> None:
+def _work(tasks: queue.SimpleQueue[Callable[[], object]], pause: float = 0.0) -> None:
     while True:
-        _run(tasks.get())
+        task = tasks.get()
+        time.sleep(pause)
+        _run(task)
 
 
 def _run(task: Callable[[], object]) -> None:

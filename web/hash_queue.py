@@ -1,0 +1,205 @@
+"""The queue of requests that wait for a password hash. It is fair between networks, and it is bounded.
+
+A hash takes a quarter of a second of a core. With first come, first served, fifty addresses that always have a request
+waiting would keep everybody else out, and so would one home, which has millions of IPv6 addresses. So turns go round
+by network instead, and a full queue takes a place away from the network that holds the most of them.
+
+Requests are in one of three classes. The preferred ones are those that probably come from the owner of an account. They
+go first, so a flood of requests from strangers hardly delays them. Strangers have two classes: the first request of a
+client within a minute, which goes before its further ones. So somebody who signs in for the first time need not wait
+for every address of an attacker again and again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+MAX_IN_A_ROW = 3  # hashes of a class while the next one waits; so each keeps a quarter of what is left to it
+MAX_OF_CLIENT = 4  # waiting in one class: enough for several people behind one address, one second on one core
+MAX_OF_NETWORK = 16  # of a /24 or /48, waiting in one class: four full clients, a quarter of the 64 places
+RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rate limits allow an address two more
+MAX_RECENT = 10_000  # clients that are remembered, a megabyte; the oldest go first
+
+# How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
+_LIMITS = (3, MAX_OF_CLIENT), (2, MAX_OF_NETWORK)
+
+Item = TypeVar("Item")
+
+
+class HashQueue(Generic[Item]):
+    """Holds items until a thread takes them. All methods may be called from any thread.
+
+    ``class_limit`` is the number of preferred items that may wait, and the number of items of strangers.
+    """
+
+    def __init__(self, class_limit: int) -> None:
+        self.class_limit = class_limit
+        self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
+        self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
+        self._preferred_in_a_row = 0  # items that strangers had to wait for since one of them had its turn
+        self._newcomers_in_a_row = 0  # items that the others had to wait for since one of them had its turn
+        self._idle = 0  # threads in get() that have found nothing
+        self._changed = threading.Condition()
+
+    def serves_at_once(self) -> bool:
+        """Return whether a thread is free for an item that is added now: then its class and account do not matter."""
+        with self._changed:
+            return self._idle > self._preferred.waiting + self._strangers
+
+    def put(self, item: Item, path: tuple[str, ...], *, preferred: bool, limited: bool) -> list[Item]:
+        """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
+
+        The item is added first. If that is one too many for its client, its middle network or all strangers, then the
+        newest item of the largest part of these is lost, if possible not a newcomer's: so a flood displaces itself.
+
+        Args:
+            item: what ``get`` will return.
+            path: the wide network, the middle network, the client and the account that the item comes from.
+            preferred: whether it probably comes from the owner of an account.
+            limited: whether the limits of a client and of a network apply. They would do harm where all clients appear
+                to have one address, as behind a proxy that is not trusted.
+        """
+        limits = (*(_LIMITS if limited else ()), (0, self.class_limit))
+        client = path[2]
+        with self._changed:
+            if preferred:
+                self._preferred.add((item, client), path)
+            elif time.monotonic() - self._recent.get(client, -RECENT) >= RECENT:
+                self._newcomers.add((item, client), path)
+                self._remember(client)
+            else:
+                self._others.add((item, client), path)
+            self._changed.notify()
+            # One loss is enough: before this item, nothing had too many. The narrowest excess is the cause of the rest.
+            crowd = (self._preferred,) if preferred else (self._others, self._newcomers)
+            for depth, limit in limits:
+                if sum(top.count(path[:depth]) for top in crowd) > limit:
+                    return [self._drop(path[:depth], crowd)]
+        return []
+
+    def get(self) -> Item:
+        """Wait for an item; remove and return the one that has its turn.
+
+        Preferred items come first. While strangers wait as well, at least one of four is theirs, so that a flood with
+        preferred requests does not keep everybody else out. In the same way newcomers come before other strangers.
+        """
+        with self._changed:
+            self._idle += 1
+            self._changed.wait_for(lambda: self._preferred.waiting or self._strangers)
+            self._idle -= 1
+            if self._preferred.waiting and not (self._strangers and self._preferred_in_a_row >= MAX_IN_A_ROW):
+                self._preferred_in_a_row += bool(self._strangers)
+                return self._preferred.take()[0]
+            self._preferred_in_a_row = 0
+            if self._newcomers.waiting and not (self._others.waiting and self._newcomers_in_a_row >= MAX_IN_A_ROW):
+                self._newcomers_in_a_row += bool(self._others.waiting)
+                item, client = self._newcomers.take()
+            else:
+                self._newcomers_in_a_row = 0
+                item, client = self._others.take()
+            self._remember(client)
+            return item
+
+    def remove(self, condition: Callable[[Item], bool]) -> list[Item]:
+        """Remove and return the items for which the condition holds."""
+        with self._changed:
+            newcomers = self._newcomers.remove(condition)
+            for _, client in newcomers:
+                self._recent.pop(client, None)  # it may try again as a newcomer
+            removed = [*self._preferred.remove(condition), *newcomers, *self._others.remove(condition)]
+            return [item for item, _ in removed]
+
+    def _drop(self, path: tuple[str, ...], crowd: Sequence[_Node[Item]]) -> Item:
+        if not path:  # the largest network of all classes, so that newcomers of one network displace no others
+            sizes: Counter[str] = Counter()
+            for top in crowd:
+                sizes.update(top.sizes())
+            path = (_largest(sizes),)
+        top = next(top for top in crowd if top.count(path))  # in this network a newcomer only if there is nobody else
+        item, client = top.drop(path)
+        if top is self._newcomers:
+            self._recent.pop(client, None)  # it may try again as a newcomer
+        return item
+
+    def _remember(self, client: str) -> None:
+        self._recent[client] = time.monotonic()
+        self._recent.move_to_end(client)
+        if len(self._recent) > MAX_RECENT:
+            self._recent.popitem(last=False)
+
+    @property
+    def _strangers(self) -> int:
+        return self._newcomers.waiting + self._others.waiting
+
+
+class _Node(Generic[Item]):
+    """The items of a class, a network, a client or an account, each with its client. Only an account holds items."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self._children: OrderedDict[str, _Node[Item]] = OrderedDict()  # the next one to have its turn comes first
+        self._items: deque[tuple[Item, str]] = deque()
+
+    def add(self, item: tuple[Item, str], path: tuple[str, ...]) -> None:
+        """Add an item to the account that the path leads to."""
+        self.waiting += 1
+        if path:
+            self._children.setdefault(path[0], _Node()).add(item, path[1:])
+        else:
+            self._items.append(item)
+
+    def count(self, path: tuple[str, ...]) -> int:
+        """Return how many items wait below the node that the path leads to."""
+        if not path:
+            return self.waiting
+        return self._children[path[0]].count(path[1:]) if path[0] in self._children else 0
+
+    def take(self) -> tuple[Item, str]:
+        """Remove and return the item that has its turn. Then each of its nodes goes behind its siblings."""
+        self.waiting -= 1
+        if not self._children:
+            return self._items.popleft()
+        name, child = next(iter(self._children.items()))
+        self._children.move_to_end(name)
+        item = child.take()
+        self._remove_empty(name)
+        return item
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many items wait below each child."""
+        return {name: child.waiting for name, child in self._children.items()}
+
+    def remove(self, condition: Callable[[Item], bool]) -> list[tuple[Item, str]]:
+        """Remove and return the items for which the condition holds."""
+        removed = [entry for entry in self._items if condition(entry[0])]
+        self._items = deque(entry for entry in self._items if not condition(entry[0]))
+        for name, child in list(self._children.items()):
+            removed += child.remove(condition)
+            self._remove_empty(name)
+        self.waiting -= len(removed)
+        return removed
+
+    def drop(self, path: tuple[str, ...]) -> tuple[Item, str]:
+        """Remove and return the newest item of the largest part of the node that the path leads to."""
+        self.waiting -= 1
+        if not self._children:
+            return self._items.pop()
+        name = path[0] if path else _largest(self.sizes())
+        item = self._children[name].drop(path[1:])
+        self._remove_empty(name)
+        return item
+
+    def _remove_empty(self, name: str) -> None:
+        if not self._children[name].waiting:
+            del self._children[name]
+
+
+def _largest(sizes: Mapping[str, int]) -> str:
+    # At random among equals. The newest or the oldest of them could be chosen so that others lose each time.
+    most = max(sizes.values())
+    return secrets.choice([name for name, size in sizes.items() if size == most])
