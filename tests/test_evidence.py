@@ -189,9 +189,9 @@ def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock
     ]
     buckets = [bucket for choices in attempts for buckets in choices for bucket in buckets]
     in_development = Counter((bucket.size, bucket.interval) for bucket in buckets)
-    size, interval = rate_limit.LOGIN_ADDRESS
+    attempts_at_once, pause = rate_limit.LOGIN_ADDRESS
     factors = [factor * rate_limit.DEVELOPMENT_FACTOR for factor in rate_limit.NETWORK_FACTORS]
-    in_development.subtract([(size * factor, interval) for factor in factors[1:]])
+    in_development.subtract([(attempts_at_once * factor, pause) for factor in factors[1:]])
     constants = {name: value for name, value in vars(rate_limit).items() if name.isupper() and isinstance(value, tuple)}
     assert constants.pop("NETWORK_FACTORS") == (1, 4, 16)
     assert "4 times as large for an IPv6 /56, and 16 times as large for a /48" in text_of(section("Rate limits"))
