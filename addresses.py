@@ -127,14 +127,17 @@ def client_networks(address: str) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=1024)
-def network_path(address: str) -> tuple[str, str, str]:
-    """Return the networks that an address is in, from the widest to one client, for taking turns between networks."""
+def network_path(address: str) -> tuple[str, str, str, str]:
+    """Return the networks that an address is in, from the widest to one client, for taking turns between networks.
+
+    They are those of a provider, a site, a home (an IPv6 /56; an IPv4 address is its only one) and a client.
+    """
     parsed = parse_address(address)
     if parsed is None:
-        return address, address, address
+        return address, address, address, address
     if isinstance(parsed, ipaddress.IPv4Address):
-        return _network_of(parsed, 16), _network_of(parsed, 24), str(parsed)
-    return _network_of(parsed, 32), _network_of(parsed, 48), _network_of(parsed, 64)
+        return _network_of(parsed, 16), _network_of(parsed, 24), str(parsed), str(parsed)
+    return _network_of(parsed, 32), _network_of(parsed, 48), _network_of(parsed, 56), _network_of(parsed, 64)
 
 
 def _parse_network(item: str) -> Network:

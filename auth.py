@@ -11,7 +11,8 @@ response; each refusal names its status. Knows no SQL.
   a newer one is made, and when the password or the second factor changes. Neither switches a second factor off.
 - A recovery code dies when it is used and when the second factor is switched off. A seed that no code has confirmed
   dies when it is replaced and when the password changes.
-- A device cookie expires after 90 days, and dies when the password changes or is reset and when the user is disabled.
+- A device cookie expires after 90 days, and dies when the password changes or is reset, when a second factor is
+  switched on, and when the user is disabled.
 - Disabling or deleting a user, a restored backup and the operator's ``sessions end --all`` end sessions, and with them
   reset tokens, invitations and unconfirmed seeds. ``sessions end EMAIL`` and ``totp-off`` end the sessions of one user.
   ``sessions end`` also voids device cookies.
@@ -434,7 +435,7 @@ class Auth:
             raise SessionRequired
         self._run_in_background(self._limiter.refund, buckets)
         self._notify(user, "A second factor was switched on")
-        return user, new_id, codes
+        return self._reloaded(user), new_id, codes
 
     def remove_totp(
         self, session_id: str | None, password: str, otp: str, *, address: str | None, device: str | None = None
@@ -477,9 +478,12 @@ class Auth:
     ) -> None:
         """Queue a reset mail if the account exists. Neither the result nor the timing reveals whether it does.
 
-        The mails to one account are counted later, on the mail thread, without an answer.
+        The mails to one account are counted later, on the mail thread, without an answer. A browser that the account
+        knows is not counted by its address, so that no neighbour can keep the mail from it.
         """
-        self._count(address, self._limiter.reset_address)
+        known = devices.parse(device) and self._known_device(self._find_user(email), device)
+        if not known:
+            self._count(address, self._limiter.reset_address)
         if self._mailer:
             self._mailer.enqueue(functools.partial(self._reset_mail, email, device, log))
 
@@ -686,13 +690,11 @@ class Auth:
         return buckets
 
     def _count_code(self, user: User, address: str | None, known: devices.Device | None) -> Buckets:
-        # A browser that has shown no code before counts as a stranger's here: it has reset the password, or signed in
-        # before the second factor was switched on.
-        signed_in = known is not None and known.kind == "full" and known.issued_at >= (user.totp_since or 0)
-        return self._count(address, lambda _: self._limiter.code(user.email, known=signed_in))
+        return self._count(address, lambda _: self._limiter.code(user.email, known.kind if known else None))
 
     def _reloaded(self, user: User) -> User:
-        # A new password has replaced the device key, which device_cookie() needs. The change is done whatever happens.
+        # A new password or second factor has replaced the device key, which device_cookie() needs. The change is done,
+        # whatever happens here.
         with contextlib.suppress(NoResultFound, StorageUnavailable):
             return self._db.find_user_by(id=user.id)
         return user

@@ -34,6 +34,7 @@ LOGIN_PRIORITY = 30, 60  # hashes of one account that other requests wait for; n
 # year has a chance of 3 %, or of 10 % with a copied device cookie.
 CODE_DEVICES = 5, 900
 CODE_STRANGERS = 5, 3600
+CODE_RESETS = 5, 3600  # from browsers that reset the password; a bucket that only the mailbox leads to
 REGISTER_ADDRESS = 20, 180
 RESET_ACCOUNT = 3, 1200
 RESET_ADDRESS = 10, 360
@@ -87,11 +88,13 @@ class RateLimiter:
         """Return whether known browsers of this account go before others; not after many logins within minutes."""
         return not self._limits.is_empty(self._priority(email.casefold()), int(self._clock()))
 
-    def code(self, email: str, *, known: bool) -> list[Buckets]:
-        """Return the buckets of a one-time code. ``known``: from a browser that has signed in with a code before."""
+    def code(self, email: str, device: str | None) -> list[Buckets]:
+        """Return the buckets of a one-time code. ``device`` is the kind of a valid device cookie of the account."""
         account = email.casefold()
-        if known:
+        if device == "full":
             return [[self._bucket(CODE_DEVICES, "code of devices", account)]]
+        if device == "reset":  # after the reset, a thief with the old password has no more codes to try than before
+            return [[self._bucket(CODE_RESETS, "code after resets", account)]]
         return [[self._bucket(CODE_STRANGERS, "code", account)]]
 
     def session_password(self, session: int, email: str) -> list[Buckets]:

@@ -380,6 +380,8 @@ class DB:
     ) -> bool:
         """Switch on TOTP with the seed in ``user`` and these recovery codes; this session continues under a new hash.
 
+        The user's device cookies become void: they are from before this factor.
+
         Return False and change nothing if the seed was replaced or confirmed meanwhile, or the session has ended.
         """
         with suppress(RolledBack), self._user_transaction(user.id) as db:
@@ -391,7 +393,7 @@ class DB:
                 return False
             statement = "INSERT INTO recovery_codes (user_id, code_hash) VALUES (:user_id, :code_hash)"
             db.executemany(statement, [{"user_id": user.id, "code_hash": code_hash} for code_hash in code_hashes])
-            _revoke_credentials(db, user.id, session_hash, new_session_hash)
+            _revoke_credentials(db, user.id, session_hash, new_session_hash, devices=True)
             return True
         return False
 

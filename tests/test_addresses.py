@@ -374,20 +374,20 @@ def test_one_client_is_followed_by_the_wider_networks(address: str, networks: tu
 @pytest.mark.parametrize(
     ("address", "path"),
     [
-        ("192.0.2.1", ("192.0.0.0/16", "192.0.2.0/24", "192.0.2.1")),
-        ("255.255.255.255", ("255.255.0.0/16", "255.255.255.0/24", "255.255.255.255")),
-        ("::ffff:192.0.2.1", ("192.0.0.0/16", "192.0.2.0/24", "192.0.2.1")),
-        ("2001:db8:a:b1c2::1", ("2001:db8::/32", "2001:db8:a::/48", "2001:db8:a:b1c2::/64")),
-        ("::1", ("::/32", "::/48", "::/64")),
-        ("localhost", ("localhost", "localhost", "localhost")),
-        ("unknown", ("unknown", "unknown", "unknown")),
+        ("192.0.2.1", ("192.0.0.0/16", "192.0.2.0/24", "192.0.2.1", "192.0.2.1")),
+        ("255.255.255.255", ("255.255.0.0/16", "255.255.255.0/24", "255.255.255.255", "255.255.255.255")),
+        ("::ffff:192.0.2.1", ("192.0.0.0/16", "192.0.2.0/24", "192.0.2.1", "192.0.2.1")),
+        ("2001:db8:a:b1c2::1", ("2001:db8::/32", "2001:db8:a::/48", "2001:db8:a:b100::/56", "2001:db8:a:b1c2::/64")),
+        ("::1", ("::/32", "::/48", "::/56", "::/64")),
+        ("localhost", ("localhost",) * 4),
+        ("unknown", ("unknown",) * 4),
     ],
 )
 def test_the_path_of_an_address_leads_from_the_widest_network_to_one_client(
-    address: str, path: tuple[str, str, str]
+    address: str, path: tuple[str, ...]
 ) -> None:
     assert network_path(address) == path
-    assert network_path(address)[2] == client_networks(address)[0]
+    assert network_path(address)[3] == client_networks(address)[0]
 
 
 @given(st.ip_addresses())

@@ -181,7 +181,7 @@ def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock
     attempts = [
         limiter.login("bob", "2001:db8::1"),
         limiter.registration("1.2.3.4"),
-        limiter.code("bob", known=False),
+        limiter.code("bob", None),
         limiter.reset_account("bob", known=False),
         limiter.reset_address("1.2.3.4"),
         limiter.unknown_token("1.2.3.4"),

@@ -31,7 +31,8 @@ class Queue(HashQueue[str]):
 
     def add(self, item: str, path: Sequence[str] = "wnca", *, preferred: bool = False, limited: bool = True) -> str:
         """Add an item; return the one that lost its place, or ""."""
-        lost = self.put(item, tuple(path), preferred=preferred, limited=limited)
+        wide, middle, client, account = path
+        lost = self.put(item, (wide, middle, client, client, account), preferred=preferred, limited=limited)
         assert len(lost) <= 1
         return "".join(lost)
 
@@ -278,6 +279,30 @@ def test_equals_lose_at_random(queue: Queue) -> None:
     assert set(lost) == {"2", "b"}  # each is missing in one of 2**199 runs
 
 
+@pytest.mark.parametrize("preferred", [False, True])
+def test_of_equals_the_one_that_had_its_turn_last_loses(preferred: bool, moment: list[float]) -> None:
+    queue = Queue(class_limit=3)
+    for path in ("wnca", "xpfa", "yqga"):
+        queue.fill(path, "served", preferred=preferred)
+        queue.take(1)
+        queue.fill(path, path, preferred=preferred)
+    assert queue.add("new", "zrhb", preferred=preferred) == "yqga"
+    assert queue.add("one more", "uuuu", preferred=preferred) == "xpfa"
+
+
+def test_guesses_at_an_account_from_its_address_cost_its_owner_no_place(moment: list[float]) -> None:
+    queue = Queue()
+    for neighbour in "1234":
+        queue.fill(["w", "n", "c", neighbour], neighbour, preferred=True)
+    queue.take(1)
+    queue.fill(["w", "n", "c", "1"], "1", preferred=True)
+    queue.fill("wnco", "a guess")
+    queue.take(3)
+    queue.fill(["w", "n", "c", "2"], "2", "2", preferred=True)
+    queue.remove(lambda item: item == "a guess")
+    assert queue.add("owner", "wnco", preferred=True) != "owner"
+
+
 def test_only_the_largest_draw_lots(queue: Queue, choices: Choices) -> None:
     queue.class_limit = 5
     queue.fill("wnca", "1", "2")
@@ -338,6 +363,7 @@ class Model:
         self.classes: dict[bool, list[tuple[str, Path]]] = {True: [], False: []}
         self.orders: dict[tuple[bool, Path], list[str]] = {}
         self.in_a_row = 0
+        self.turns: dict[tuple[bool, Path], int] = {}
 
     def put(self, item: str, path: Path, preferred: bool, limited: bool, choose: Callable[[list[str]], str]) -> str:
         waiting = self.classes[preferred]
@@ -351,7 +377,9 @@ class Model:
             if self.count(preferred, below) > limit and (limited or not depth):
                 while len(below) < 4:
                     sizes = {name: self.count(preferred, (*below, name)) for name in self.order(preferred, below)}
-                    below = (*below, choose([name for name in sizes if sizes[name] == max(sizes.values())]))
+                    equals = {name: self.turns.get((preferred, (*below, name)), 0) for name in sizes}
+                    equals = {name: turn for name, turn in equals.items() if sizes[name] == max(sizes.values())}
+                    below = (*below, choose([name for name in equals if equals[name] == max(equals.values())]))
                 lost = [each for each in waiting if each[1] == below][-1]
                 self.remove(preferred, lost)
                 return lost[0]
@@ -367,6 +395,8 @@ class Model:
             path = (*path, order[-1])
         taken = next(each for each in self.classes[preferred] if each[1] == path)
         self.remove(preferred, taken)
+        turn = max(self.turns.values(), default=0) + 1
+        self.turns |= {(preferred, path[:depth]): turn for depth in range(1, 5)}
         return taken[0]
 
     def count(self, preferred: bool, path: Path) -> int:
@@ -386,7 +416,11 @@ class Model:
 def test_2000_steps_at_random_do_what_the_model_does(queue: Queue, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, steps = Model(), random.Random(seed)
     lots = random.Random(seed)
-    monkeypatch.setattr(secrets, "choice", lambda names: lots.choice(names))
+
+    def choose(names: list[str]) -> str:
+        return lots.choice(names) if len(names) > 1 else names[0]
+
+    monkeypatch.setattr(secrets, "choice", choose)
     losses = gets = 0
     for number in range(2000):
         pressure = 0.9 if number // 200 % 2 else 0.3  # it fills up and empties in turn
@@ -395,7 +429,7 @@ def test_2000_steps_at_random_do_what_the_model_does(queue: Queue, seed: int, mo
             path = tuple(str(steps.randrange(1 if level < crowded else 6)) for level in range(4))
             preferred, limited = steps.random() < 0.5, path[0] != "5"
             state = lots.getstate()
-            expected = model.put(str(number), path, preferred, limited, lots.choice)
+            expected = model.put(str(number), path, preferred, limited, choose)
             lots.setstate(state)
             assert queue.add(str(number), path, preferred=preferred, limited=limited) == expected
             losses += bool(expected)
@@ -513,14 +547,14 @@ def test_an_idle_thread_serves_at_once(moment: list[float]) -> None:
     thread = threading.Thread(target=take_two)
     thread.start()
     assert awaited(queue.serves_at_once)
-    queue.put("1", tuple("wnca"), preferred=False, limited=True)
+    queue.put("1", tuple("wncca"), preferred=False, limited=True)
     assert taken.get(timeout=5) == "1"
     assert awaited(queue.serves_at_once)
-    queue.put("2", tuple("wnca"), preferred=True, limited=True)
+    queue.put("2", tuple("wncca"), preferred=True, limited=True)
     assert taken.get(timeout=5) == "2"
     thread.join(5)
     assert not queue.serves_at_once()
-    queue.put("3", tuple("wnca"), preferred=True, limited=True)
+    queue.put("3", tuple("wncca"), preferred=True, limited=True)
     assert not queue.serves_at_once()
 
 

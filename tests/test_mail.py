@@ -710,6 +710,16 @@ def test_one_client_address_can_request_10_mails_at_once(
     assert count_mails(mailer, server) == 10
 
 
+def test_a_known_browser_can_request_a_mail_when_its_address_has_used_up_its_requests(
+    call: Client, auth: Auth, db: DB, server: MailServer, mailer: Mailer
+) -> None:
+    device = auth.device_cookie(db.find_user_by(email=BOB), None)
+    assert [ask(call, "nobody@x.io").status for _ in range(12)] == [200] * 10 + [429] * 2
+    assert ask(call, "nobody@x.io", cookie=f"__Host-device={device}").status == 429
+    assert ask(call, cookie=f"__Host-device={device}").status == 200
+    assert count_mails(mailer, server) == 1
+
+
 def test_strangers_who_request_mails_do_not_keep_a_mail_from_a_known_browser(
     call: Client, auth: Auth, db: DB, server: MailServer, mailer: Mailer, clock: Clock
 ) -> None:

@@ -59,8 +59,9 @@ LIMITS: dict[str, tuple[Attempt, int, int]] = {
     "reset: account, known": (lambda limiter, n: limiter.reset_account(BOB, known=True), 3, 1200),
     "reset: address": (lambda limiter, n: limiter.reset_address(HOME), 10, 360),
     "confirm: address": (lambda limiter, n: limiter.unknown_token(HOME), 10, 60),
-    "code: account": (lambda limiter, n: limiter.code(BOB, known=False), 5, 3600),
-    "code: account, known": (lambda limiter, n: limiter.code(BOB, known=True), 5, 900),
+    "code: account": (lambda limiter, n: limiter.code(BOB, None), 5, 3600),
+    "code: account, after a reset": (lambda limiter, n: limiter.code(BOB, "reset"), 5, 3600),
+    "code: account, known": (lambda limiter, n: limiter.code(BOB, "full"), 5, 900),
     "session": (lambda limiter, n: limiter.session_password(1, BOB), 10, 900),
 }
 ALL_LIMITS = pytest.mark.parametrize(("attempt", "size", "interval"), LIMITS.values(), ids=LIMITS)
@@ -197,6 +198,7 @@ def test_development_limits_are_higher_except_for_guesses_at_one_account(
         "reset: address": [1000],
         "confirm: address": [1000],
         "code: account": [5],
+        "code: account, after a reset": [5],
         "code: account, known": [5],
         "session": [10, 30],
     }
@@ -635,8 +637,9 @@ def test_different_limits_never_share_a_key(limiter: RateLimiter) -> None:
         *limiter.reset_account(HOME, known=False),
         *limiter.reset_address(HOME),
         *limiter.unknown_token(HOME),
-        *limiter.code(HOME, known=True),
-        *limiter.code(HOME, known=False),
+        *limiter.code(HOME, "full"),
+        *limiter.code(HOME, None),
+        *limiter.code(HOME, "reset"),
         [limiter.session_password(int(HOME.replace(".", "")), HOME)[0][0]],
         *limiter.login(HOME + HOME, ""),
         *limiter.login("", HOME + HOME),

@@ -39,7 +39,8 @@ REVOCATIONS: dict[str, Change] = {
     "end_sessions": lambda db: db.end_sessions(1, devices=True),
     "end_sessions but one": lambda db: db.end_sessions(1, kept="bob1", devices=True),
 }
-# Changes that leave them valid. Carol has the sessions "carol1" and "carol2", and an unconfirmed seed.
+# Changes that leave them valid, but for confirm_totp, which voids those of Carol. She has the sessions "carol1" and
+# "carol2", and an unconfirmed seed.
 OTHER_CHANGES: dict[str, Change] = {
     "replace_hash": lambda db: db.replace_hash(1, HASH, NEW_HASH),
     "update_user": lambda db: db.update_user(1, email="robert@x.io", session_id="bob1"),
@@ -96,7 +97,15 @@ def test_a_revocation_replaces_the_device_key_of_its_user(three_users: None, db:
 
 
 @pytest.mark.both_engines
-@pytest.mark.parametrize("change", [*OTHER_CHANGES, *LOGINS])
+def test_a_confirmed_second_factor_replaces_the_device_key(three_users: None, db: DB) -> None:
+    assert OTHER_CHANGES["confirm_totp"](db)
+    *others, new = device_keys(db)
+    assert others == ["key 1", "key 2"]
+    assert KEY.fullmatch(new or "")
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("change", sorted({*OTHER_CHANGES, *LOGINS} - {"confirm_totp"}))
 def test_other_changes_keep_the_device_keys(three_users: None, db: DB, other: Any, change: str) -> None:
     before = all_rows(other)
     (OTHER_CHANGES | LOGINS)[change](db)

@@ -101,8 +101,11 @@ def test_a_confirmed_second_factor_leaves_one_session_under_a_new_hash(
         add_session(db, user, name)
     set_reset_token(db, 1)
     assert enable_totp(db, bob, "1", "renewed", "a", "b")
-    confirmed = replace(bob, session_id="renewed", totp_secret="SEED", totp_since=NOW, last_login_at=NOW)
-    assert db.find_user_by(id=1) == confirmed
+    confirmed = db.find_user_by(id=1)
+    assert confirmed.device_key
+    assert replace(confirmed, device_key=None) == replace(
+        bob, session_id="renewed", totp_secret="SEED", totp_since=NOW, last_login_at=NOW
+    )
     assert live_sessions(db, "1", "2", "renewed", "eve") == ["renewed", "eve"]
     assert not spend_token(db)
     assert rows(other, "SELECT * FROM recovery_codes") == [(1, "a"), (1, "b")]
@@ -189,11 +192,12 @@ def test_one_of_eight_threads_spends_a_code(populated: None, db: DB, code: str) 
 def test_removing_the_second_factor_deletes_codes_and_other_sessions(
     populated: None, db: DB, other: Any, session_hash: str | None
 ) -> None:
-    eve = db.find_user_by(id=2)
+    bob, eve = db.find_user_by(id=1), db.find_user_by(id=2)
     assert db.remove_totp(1, session_hash, "renewed") if session_hash else db.remove_totp(1)
     assert live_sessions(db, "renewed", *SESSIONS) == (["renewed", *EVES_SESSIONS] if session_hash else EVES_SESSIONS)
     session_id = "renewed" if session_hash else None
-    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, session_id, last_login_at=NOW)
+    device_key = bob.device_key
+    assert db.find_user_by(id=1) == User(1, "bob@x.io", HASH, session_id, device_key=device_key, last_login_at=NOW)
     assert rows(other, "SELECT * FROM recovery_codes ORDER BY code_hash") == [(2, "eve code"), (2, "eve spare")]
     assert rows(other, "SELECT totp_step FROM users ORDER BY id") == [(0,), (1000,)]
     assert not db.spend_totp(1, 1001, 1011)

@@ -23,12 +23,13 @@ MAX_IN_A_ROW = 3  # hashes of a class while the next one waits; so each keeps a 
 MAX_OF_CLIENT = 4  # waiting in one class: enough for several people behind one address, one second on one core
 MAX_OF_NETWORK = 16  # of a /24 or /48, waiting in one class: four full clients, a quarter of the 64 places
 RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rate limits allow an address two more
-MAX_RECENT = 10_000  # clients that are remembered, a megabyte; the oldest go first
+MAX_RECENT = 10_000  # clients that are remembered, some megabytes; the oldest go first
 
 # How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
-_LIMITS = (3, MAX_OF_CLIENT), (2, MAX_OF_NETWORK)
+_LIMITS = (4, MAX_OF_CLIENT), (2, MAX_OF_NETWORK)
 
 Item = TypeVar("Item")
+Path = tuple[str, ...]
 
 
 class HashQueue(Generic[Item]):
@@ -41,6 +42,7 @@ class HashQueue(Generic[Item]):
         self.class_limit = class_limit
         self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
+        self._served = {True: _Served(), False: _Served()}  # by whether they were preferred
         self._preferred_in_a_row = 0  # items that strangers had to wait for since one of them had its turn
         self._newcomers_in_a_row = 0  # items that the others had to wait for since one of them had its turn
         self._idle = 0  # threads in get() that have found nothing
@@ -51,7 +53,7 @@ class HashQueue(Generic[Item]):
         with self._changed:
             return self._idle > self._preferred.waiting + self._strangers
 
-    def put(self, item: Item, path: tuple[str, ...], *, preferred: bool, limited: bool) -> list[Item]:
+    def put(self, item: Item, path: Path, *, preferred: bool, limited: bool) -> list[Item]:
         """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
 
         The item is added first. If that is one too many for its client, its middle network or all strangers, then the
@@ -59,27 +61,27 @@ class HashQueue(Generic[Item]):
 
         Args:
             item: what ``get`` will return.
-            path: the wide network, the middle network, the client and the account that the item comes from.
+            path: the networks of the provider, the site and the home, the client, and the account that the item is of.
             preferred: whether it probably comes from the owner of an account.
             limited: whether the limits of a client and of a network apply. They would do harm where all clients appear
                 to have one address, as behind a proxy that is not trusted.
         """
         limits = (*(_LIMITS if limited else ()), (0, self.class_limit))
-        client = path[2]
+        client = path[-2]
         with self._changed:
             if preferred:
-                self._preferred.add((item, client), path)
+                self._preferred.add((item, path), path)
             elif time.monotonic() - self._recent.get(client, -RECENT) >= RECENT:
-                self._newcomers.add((item, client), path)
+                self._newcomers.add((item, path), path)
                 self._remember(client)
             else:
-                self._others.add((item, client), path)
+                self._others.add((item, path), path)
             self._changed.notify()
             # One loss is enough: before this item, nothing had too many. The narrowest excess is the cause of the rest.
             crowd = (self._preferred,) if preferred else (self._others, self._newcomers)
             for depth, limit in limits:
                 if sum(top.count(path[:depth]) for top in crowd) > limit:
-                    return [self._drop(path[:depth], crowd)]
+                    return [self._drop(path[:depth], crowd, self._served[preferred])]
         return []
 
     def get(self) -> Item:
@@ -94,36 +96,39 @@ class HashQueue(Generic[Item]):
             self._idle -= 1
             if self._preferred.waiting and not (self._strangers and self._preferred_in_a_row >= MAX_IN_A_ROW):
                 self._preferred_in_a_row += bool(self._strangers)
-                return self._preferred.take()[0]
+                item, path = self._preferred.take()
+                self._served[True].add(path)
+                return item
             self._preferred_in_a_row = 0
             if self._newcomers.waiting and not (self._others.waiting and self._newcomers_in_a_row >= MAX_IN_A_ROW):
                 self._newcomers_in_a_row += bool(self._others.waiting)
-                item, client = self._newcomers.take()
+                item, path = self._newcomers.take()
             else:
                 self._newcomers_in_a_row = 0
-                item, client = self._others.take()
-            self._remember(client)
+                item, path = self._others.take()
+            self._served[False].add(path)
+            self._remember(path[-2])
             return item
 
     def remove(self, condition: Callable[[Item], bool]) -> list[Item]:
         """Remove and return the items for which the condition holds."""
         with self._changed:
             newcomers = self._newcomers.remove(condition)
-            for _, client in newcomers:
-                self._recent.pop(client, None)  # it may try again as a newcomer
+            for _, path in newcomers:
+                self._recent.pop(path[-2], None)  # it may try again as a newcomer
             removed = [*self._preferred.remove(condition), *newcomers, *self._others.remove(condition)]
             return [item for item, _ in removed]
 
-    def _drop(self, path: tuple[str, ...], crowd: Sequence[_Node[Item]]) -> Item:
+    def _drop(self, path: Path, crowd: Sequence[_Node[Item]], served: _Served) -> Item:
         if not path:  # the largest network of all classes, so that newcomers of one network displace no others
             sizes: Counter[str] = Counter()
             for top in crowd:
                 sizes.update(top.sizes())
-            path = (_largest(sizes),)
+            path = (served.choose(sizes, ()),)
         top = next(top for top in crowd if top.count(path))  # in this network a newcomer only if there is nobody else
-        item, client = top.drop(path)
+        item, its_path = top.drop(path, served)
         if top is self._newcomers:
-            self._recent.pop(client, None)  # it may try again as a newcomer
+            self._recent.pop(its_path[-2], None)  # it may try again as a newcomer
         return item
 
     def _remember(self, client: str) -> None:
@@ -138,14 +143,14 @@ class HashQueue(Generic[Item]):
 
 
 class _Node(Generic[Item]):
-    """The items of a class, a network, a client or an account, each with its client. Only an account holds items."""
+    """The items of a class, a network, a client or an account, each with its path. Only an account holds items."""
 
     def __init__(self) -> None:
         self.waiting = 0
         self._children: OrderedDict[str, _Node[Item]] = OrderedDict()  # the next one to have its turn comes first
-        self._items: deque[tuple[Item, str]] = deque()
+        self._items: deque[tuple[Item, Path]] = deque()
 
-    def add(self, item: tuple[Item, str], path: tuple[str, ...]) -> None:
+    def add(self, item: tuple[Item, Path], path: Path) -> None:
         """Add an item to the account that the path leads to."""
         self.waiting += 1
         if path:
@@ -153,13 +158,13 @@ class _Node(Generic[Item]):
         else:
             self._items.append(item)
 
-    def count(self, path: tuple[str, ...]) -> int:
+    def count(self, path: Path) -> int:
         """Return how many items wait below the node that the path leads to."""
         if not path:
             return self.waiting
         return self._children[path[0]].count(path[1:]) if path[0] in self._children else 0
 
-    def take(self) -> tuple[Item, str]:
+    def take(self) -> tuple[Item, Path]:
         """Remove and return the item that has its turn. Then each of its nodes goes behind its siblings."""
         self.waiting -= 1
         if not self._children:
@@ -174,7 +179,7 @@ class _Node(Generic[Item]):
         """Return how many items wait below each child."""
         return {name: child.waiting for name, child in self._children.items()}
 
-    def remove(self, condition: Callable[[Item], bool]) -> list[tuple[Item, str]]:
+    def remove(self, condition: Callable[[Item], bool]) -> list[tuple[Item, Path]]:
         """Remove and return the items for which the condition holds."""
         removed = [entry for entry in self._items if condition(entry[0])]
         self._items = deque(entry for entry in self._items if not condition(entry[0]))
@@ -184,13 +189,16 @@ class _Node(Generic[Item]):
         self.waiting -= len(removed)
         return removed
 
-    def drop(self, path: tuple[str, ...]) -> tuple[Item, str]:
-        """Remove and return the newest item of the largest part of the node that the path leads to."""
+    def drop(self, path: Path, served: _Served, above: Path = ()) -> tuple[Item, Path]:
+        """Remove and return the newest item of the largest part of the node that the path leads to.
+
+        ``above`` is the path of this node.
+        """
         self.waiting -= 1
         if not self._children:
             return self._items.pop()
-        name = path[0] if path else _largest(self.sizes())
-        item = self._children[name].drop(path[1:])
+        name = path[0] if path else served.choose(self.sizes(), above)
+        item = self._children[name].drop(path[1:], served, (*above, name))
         self._remove_empty(name)
         return item
 
@@ -199,7 +207,29 @@ class _Node(Generic[Item]):
             del self._children[name]
 
 
-def _largest(sizes: Mapping[str, int]) -> str:
-    # At random among equals. The newest or the oldest of them could be chosen so that others lose each time.
-    most = max(sizes.values())
-    return secrets.choice([name for name, size in sizes.items() if size == most])
+class _Served:
+    """Which networks, clients and accounts had a turn, and in which order."""
+
+    def __init__(self) -> None:
+        self._turns: OrderedDict[Path, int] = OrderedDict()
+        self._turn = 0
+
+    def add(self, path: Path) -> None:
+        """Record a turn."""
+        self._turn += 1
+        for depth in range(1, len(path) + 1):
+            self._turns[path[:depth]] = self._turn
+            self._turns.move_to_end(path[:depth])
+        while len(self._turns) > MAX_RECENT:
+            self._turns.popitem(last=False)
+
+    def choose(self, sizes: Mapping[str, int], above: Path) -> str:
+        """Return the largest part of the node ``above``; of several, the one that had its turn last.
+
+        So somebody who had none keeps a place beside those who come again and again. The rest is chance: the newest or
+        the oldest could be chosen so that others lose each time.
+        """
+        most = max(sizes.values())
+        turns = {name: self._turns.get((*above, name), 0) for name, size in sizes.items() if size == most}
+        latest = max(turns.values())
+        return secrets.choice([name for name, turn in turns.items() if turn == latest])
