@@ -31,7 +31,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from email.message import EmailMessage
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -678,7 +678,7 @@ class Auth:
         now = self._now()
         return {"now": now, "latest": now + CLOCK_TOLERANCE}
 
-    def _count(self, address: str | None, limit: Callable[[str], Sequence[Buckets]]) -> Buckets:
+    def _count(self, address: str | None, limit: Callable[[str], Iterable[Buckets]]) -> Buckets:
         """Count an attempt of the client with this address, and return the buckets for a refund.
 
         Raises:

@@ -16,7 +16,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from addresses import client_networks
 from settings import Settings
@@ -53,7 +53,7 @@ Buckets = Sequence[Bucket]
 class RateLimiter:
     """Counts attempts in ``limits``; ``clock`` returns unix seconds.
 
-    A method that names an attempt returns one or more lists of buckets. The attempt is counted in the first list that
+    A method that names an attempt gives one or more lists of buckets. The attempt is counted in the first list that
     has an attempt left in each bucket.
     """
 
@@ -64,25 +64,23 @@ class RateLimiter:
         self._factor = 1 if settings.production else DEVELOPMENT_FACTOR
         self.secret = limits.secret(secrets.token_bytes(32))  # of this database; it signs device cookies, too
 
-    def login(self, email: str, address: str, device: str | None = None) -> list[Buckets]:
-        """Return the buckets of a login. ``device`` is the nonce of a valid device cookie of the account."""
+    def login(self, email: str, address: str, device: str | None = None) -> Iterator[Buckets]:
+        """Yield the buckets of a login. ``device`` is the nonce of a valid device cookie of the account."""
         account, networks = email.casefold(), client_networks(address)
+        priority = []
+        if device is not None:
+            priority = [self._priority(account)]
+            own = self._bucket(LOGIN_DEVICE, "login of device", account, device)
+            yield [own, self._bucket(LOGIN_DEVICES, "login of devices", account), *priority]
         pairs = [self._bucket(LOGIN_ACCOUNT_AND_ADDRESS, "login", account, networks[0])]
         if len(networks) > 1:
             pairs.append(self._bucket(LOGIN_ACCOUNT_AND_SITE, "login", account, networks[-1]))
-        strangers = [
+        yield [
             *(pair._replace(emptied=True) for pair in pairs),
             self._bucket(LOGIN_STRANGERS, "strangers", account),
             *self._by_network(LOGIN_ADDRESS, "login", networks),
+            *priority,
         ]
-        if device is None:
-            return [strangers]
-        own = [
-            self._bucket(LOGIN_DEVICE, "login of device", account, device),
-            self._bucket(LOGIN_DEVICES, "login of devices", account),
-        ]
-        priority = self._priority(account)
-        return [[*own, priority], [*strangers, priority]]
 
     def has_priority(self, email: str) -> bool:
         """Return whether known browsers of this account go before others; not after many logins within minutes."""
@@ -118,7 +116,7 @@ class RateLimiter:
         """Return the buckets of a reset token that is not live."""
         return [[self._scaled(RESET_TOKEN_ADDRESS, "confirm", client_networks(address)[0])]]
 
-    def consume(self, choices: Sequence[Buckets]) -> tuple[int, Buckets]:
+    def consume(self, choices: Iterable[Buckets]) -> tuple[int, Buckets]:
         """Count an attempt; return 0 and the buckets it consumed from, or the seconds to wait and no buckets."""
         waits = []
         for buckets in choices if self._enabled else ():

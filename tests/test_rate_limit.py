@@ -8,9 +8,10 @@ import signal
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ AWAY = "198.51.100.7"  # an address that he never signed in from
 DAY = 86_400
 
 Rows = Callable[[], list[tuple[str, int]]]
-Attempt = Callable[[RateLimiter, int], list[Buckets]]
+Attempt = Callable[[RateLimiter, int], Iterable[Buckets]]
 
 
 def ipv6(network: int, client: int = 0) -> str:
@@ -50,8 +51,8 @@ LIMITS: dict[str, tuple[Attempt, int, int]] = {
     "login: address": (lambda limiter, n: limiter.login(f"{n}@x.io", HOME), 30, 30),
     "login: /56": (lambda limiter, n: limiter.login(f"{n}@x.io", ipv6(0, n)), 120, 30),
     "login: /48": (lambda limiter, n: limiter.login(f"{n}@x.io", ipv6(n % 200, n // 200)), 480, 30),
-    "login: device": (lambda limiter, n: limiter.login(BOB, f"192.0.2.{n}", "one")[:1], 10, 60),
-    "login: devices": (lambda limiter, n: limiter.login(BOB, HOME, f"{n}")[:1], 100, 900),
+    "login: device": (lambda limiter, n: islice(limiter.login(BOB, f"192.0.2.{n}", "one"), 1), 10, 60),
+    "login: devices": (lambda limiter, n: islice(limiter.login(BOB, HOME, f"{n}"), 1), 100, 900),
     "register: address": (lambda limiter, n: limiter.registration(HOME), 20, 180),
     "register: /56": (lambda limiter, n: limiter.registration(ipv6(0, n)), 80, 180),
     "register: /48": (lambda limiter, n: limiter.registration(ipv6(n % 200, n // 200)), 320, 180),
@@ -118,7 +119,7 @@ def rows(db: DB, settings: Settings) -> Iterator[Rows]:
         yield lambda: connection.execute("SELECT key, full_at FROM throttle ORDER BY key").fetchall()
 
 
-def wait(limiter: RateLimiter, choices: list[Buckets]) -> int:
+def wait(limiter: RateLimiter, choices: Iterable[Buckets]) -> int:
     """Count an attempt; return the seconds to wait, or 0."""
     return limiter.consume(choices)[0]
 
@@ -180,7 +181,9 @@ def test_development_limits_are_higher_except_for_guesses_at_one_account(
     db: DB, development: Settings, clock: Clock
 ) -> None:
     limiter = RateLimiter(db.rate_limits, development, clock)
-    sizes = {name: [bucket.size for bucket in attempt(limiter, 0)[0]] for name, (attempt, _, _) in LIMITS.items()}
+    sizes = {
+        name: [bucket.size for bucket in next(iter(attempt(limiter, 0)))] for name, (attempt, _, _) in LIMITS.items()
+    }
     assert sizes == {
         "login: account and address": [10, 20, 3000],
         "login: account and /64": [10, 40, 20, 3000, 12_000, 48_000],
@@ -622,15 +625,15 @@ def test_the_keys_of_two_databases_differ(tmp_path: Path, limiter: RateLimiter, 
     path = str(tmp_path / "other.db")
     with closing(DB(path)) as db:
         other = RateLimiter(db.rate_limits, production_settings(path), clock)
-        keys = {bucket.key for bucket in limiter.login(BOB, HOME)[0]}
-        assert keys.isdisjoint(bucket.key for bucket in other.login(BOB, HOME)[0])
+        keys = {bucket.key for bucket in next(limiter.login(BOB, HOME))}
+        assert keys.isdisjoint(bucket.key for bucket in next(other.login(BOB, HOME)))
         assert limiter.tag(BOB) != other.tag(BOB)
 
 
 def test_different_limits_never_share_a_key(limiter: RateLimiter) -> None:
     # An email may look like an address. The parts of a key must not run into each other.
     choices = [
-        *limiter.login(HOME, HOME, HOME)[:1],
+        next(limiter.login(HOME, HOME, HOME)),
         *limiter.login(HOME, HOME),
         *limiter.registration(HOME),
         *limiter.reset_account(HOME, known=True),
