@@ -343,10 +343,7 @@ class Auth:
 
     def has_priority(self, email: str, device: str | None) -> bool:
         """Return whether a login from this browser goes before those of strangers."""
-        if not self._settings.production or not devices.parse(device):  # no look-up for those without a cookie
-            return False
-        known = self._known_device(self._find_user(email), device)
-        return known is not None and self._limiter.has_priority(email)
+        return self._is_known(email, device) and self._limiter.has_priority(email)
 
     def session_has_priority(self, session_id: str | None) -> tuple[bool, str]:
         """Return whether a change in this session goes before others, and the email of its user, or ""."""
@@ -481,11 +478,11 @@ class Auth:
         The mails to one account are counted later, on the mail thread, without an answer. A browser that the account
         knows is not counted by its address, so that no neighbour can keep the mail from it.
         """
-        known = devices.parse(device) and self._known_device(self._find_user(email), device)
+        known = self._is_known(email, device)
         if not known:
             self._count(address, self._limiter.reset_address)
         if self._mailer:
-            self._mailer.enqueue(functools.partial(self._reset_mail, email, device, log))
+            self._mailer.enqueue(functools.partial(self._reset_mail, email, known, log))
 
     def reset_password(self, reset_token: str, password: str, *, email: str | None, address: str | None) -> User:
         """Set a new password, spend the token and end all sessions, in one transaction; return the user.
@@ -699,6 +696,10 @@ class Auth:
             return self._db.find_user_by(id=user.id)
         return user
 
+    def _is_known(self, email: str, cookie: str | None) -> bool:
+        # Without a cookie, nothing is looked up.
+        return bool(devices.parse(cookie)) and self._known_device(self._find_user(email), cookie) is not None
+
     def _known_device(self, user: User | None, cookie: str | None) -> devices.Device | None:
         if not user or not self._settings.production:
             return None
@@ -721,12 +722,11 @@ class Auth:
         times = {"now": now, "expires_at": now + lifetime, "keep_since": now - keep_for}
         return token if self._db.set_reset_token(user.id, _digest(token), **times) else None
 
-    def _reset_mail(self, email: str, device: str | None, log: Callable[..., None]) -> EmailMessage | None:
-        user = self._find_user(email)
-        known = self._known_device(user, device) is not None
+    def _reset_mail(self, email: str, known: bool, log: Callable[..., None]) -> EmailMessage | None:
         if self._limiter.consume(self._limiter.reset_account(email, known=known))[0]:
             log("excess_rate_limit_exceeded")
             return None
+        user = self._find_user(email)
         if not user or not _may_reset(user) or not self._mailer:
             return None
         # A token younger than five minutes is not replaced: requests of strangers must not invalidate the owner's link.

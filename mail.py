@@ -27,9 +27,7 @@ from settings import MAILBOX, Settings, SettingsError
 
 WAITING = 1000  # most tasks in the queue, and most mails waiting for a retry; further ones are dropped
 TIMEOUT = 20  # seconds to connect to the mail server, and for each of its replies
-ANSWER_FIRST = (
-    0.03  # seconds that a task waits: the answer is sent by then, so its time does not tell what the task does
-)
+ANSWER_FIRST = 0.03  # seconds that a task waits, so that the time of the answer does not tell what the task does
 RETRIES = 5, 30, 120, 300  # seconds to wait before each retry
 
 RESET = """\

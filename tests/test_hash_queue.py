@@ -40,7 +40,7 @@ class Queue(HashQueue[str]):
         assert [item for item in items if self.add(item, path, preferred=preferred, limited=limited)] == []
 
     def get(self) -> str:
-        assert self._preferred.waiting or self._strangers  # a test fails instead of waiting for ever
+        assert self._preferred.waiting or self._strangers  # a failing test must not wait without end
         return super().get()
 
     def take(self, count: int) -> list[str]:

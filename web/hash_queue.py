@@ -19,7 +19,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-MAX_IN_A_ROW = 3  # hashes of a class while the next one waits; so each keeps a quarter of what is left to it
+MAX_IN_A_ROW = 3  # hashes of one class while the next class waits, which so gets at least every fourth
 MAX_OF_CLIENT = 4  # waiting in one class: enough for several people behind one address, one second on one core
 MAX_OF_NETWORK = 16  # of a /24 or /48, waiting in one class: four full clients, a quarter of the 64 places
 RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rate limits allow an address two more
