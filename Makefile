@@ -24,7 +24,7 @@ PYZ = dist/authsvc$(if $(POSTGRES),-postgres).pyz
 help:
 	@echo "make run      install the packages needed and serve on http://127.0.0.1:5000"
 	@echo "make test     install the packages needed and run all tests (ONLY=browser|proxies|postgres|faults|fuzz: one kind)"
-	@echo "make quick    run the tests that start no process, in less than 20 seconds"
+	@echo "make quick    run the tests that start no process, in about 20 seconds"
 	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg)"
 	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
 	@echo "make bench    compare its speed with other services, about half an hour (needs wrk, Node and npm)"

@@ -294,7 +294,10 @@ def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplic
     Raises:
         DatabaseRefused: the database of the settings cannot be opened.
     """
-    handlers = Handlers(auth or _open_auth(settings), settings)
+    return _application(Handlers(auth or _open_auth(settings), settings), settings)
+
+
+def _application(handlers: Handlers, settings: Settings) -> WSGIApplication:
     bottle = Bottle()
     bottle.config["catchall"] = False  # the middleware answers unexpected errors
     bottle.uninstall(True)  # Bottle's own plugins: our handlers return neither dicts nor templates
@@ -395,8 +398,9 @@ def serve(settings: Settings) -> int:
     # The port first: a start that fails must not leave a file behind.
     listener = _bind(settings)
     auth = _open_auth(settings, lambda write: dispatcher.run_in_background(write))
-    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, Handlers(auth, settings).rank)
-    server = Server(create_app(settings, auth), listener, dispatcher)
+    handlers = Handlers(auth, settings)
+    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, handlers.rank)
+    server = Server(_application(handlers, settings), listener, dispatcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     host, port = listener.getsockname()[:2]

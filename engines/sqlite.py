@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -117,6 +117,8 @@ class SQLiteEngine:
         """
         known = self._files  # first: another thread may record a larger file after this one has looked
         found = self._stat_files()
+        if found == known:
+            return
         for suffix, (file, size) in found.items():
             opened, min_size = known[suffix]
             if opened not in (None, file):
@@ -139,12 +141,7 @@ class SQLiteEngine:
 
     def _stat_files(self) -> dict[str, tuple[tuple[int, int] | None, int]]:
         """Return the identity (device and inode) and the size of the file and of its write-ahead log."""
-        files: dict[str, tuple[tuple[int, int] | None, int]] = {"": (None, 0), "-wal": (None, 0)}
-        for suffix in files:
-            with suppress(FileNotFoundError):
-                found = os.stat(self._path + suffix)
-                files[suffix] = (found.st_dev, found.st_ino), found.st_size
-        return files
+        return {"": _stat(self._path), "-wal": _stat(self._path + "-wal")}
 
     def _reader(self) -> sqlite3.Connection:
         try:
@@ -185,6 +182,14 @@ class _Reader:
 
     def __del__(self) -> None:
         self.connection.close()
+
+
+def _stat(path: str) -> tuple[tuple[int, int] | None, int]:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None, 0
+    return (found.st_dev, found.st_ino), found.st_size
 
 
 def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
@@ -228,9 +233,10 @@ def lock(lock_file: int) -> None:
     """
     deadline = time.monotonic() + BUSY_TIMEOUT
     while time.monotonic() < deadline:
-        with suppress(BlockingIOError):
+        try:
             return fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        time.sleep(LOCK_INTERVAL)
+        except BlockingIOError:
+            time.sleep(LOCK_INTERVAL)
     raise StorageUnavailable("another process holds the write lock")
 
 

@@ -111,7 +111,8 @@ class RateLimits:
                     ON CONFLICT (key) DO UPDATE SET full_at = :full_at"""
                 rows = [{"key": bucket.key, "full_at": full_at} for bucket, _, full_at in consumed]
                 db.executemany(statement, rows)
-                db.execute(DELETE_FULL, {"now": now, "limit": 10})  # each attempt deletes more rows than it adds
+                if len(used) < len(buckets):  # it deletes more rows than it has added
+                    db.execute(DELETE_FULL, {"now": now, "limit": 10})
                 return 0
             for bucket in buckets:
                 full = now + bucket.size * bucket.interval

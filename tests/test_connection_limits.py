@@ -152,6 +152,7 @@ def test_one_network_has_at_most_16_requests_in_the_hashing_queue(
     assert [status(answered) for answered in connections[:4] + connections[5:]] == [200] * 18
 
 
+@pytest.mark.slow
 def test_64_requests_of_strangers_wait_for_a_hash_in_production(
     server: LocalServer, connections: list[socket.socket]
 ) -> None:

@@ -40,7 +40,7 @@ class Queue(HashQueue[str]):
         assert [item for item in items if self.add(item, path, preferred=preferred, limited=limited)] == []
 
     def get(self) -> str:
-        assert self._preferred.waiting or self._strangers  # a failing test must not wait without end
+        assert self._waiting  # a failing test must not wait without end
         return super().get()
 
     def take(self, count: int) -> list[str]:
@@ -336,10 +336,30 @@ def test_get_waits_for_a_request() -> None:
     takers = [threading.Thread(target=lambda: taken.put(queue.get()), daemon=True) for _ in range(2)]
     for taker in takers:
         taker.start()
-    assert awaited(lambda: len(queue._changed._waiters) == 2)  # type: ignore[attr-defined]
+    assert awaited(lambda: queue._idle == 2)
     for item, preferred in [("1", False), ("p", True)]:
         queue.put(item, ("w", "n", "c", "a"), preferred=preferred, limited=True)
         assert taken.get(timeout=5) == item
+
+
+def test_a_thread_is_woken_once_for_each_request_that_still_waits(queue: Queue) -> None:
+    for number in range(10):
+        queue.add(str(number))
+    assert queue._added.qsize() == MAX_OF_CLIENT
+    assert len(queue.remove(lambda item: item != "0")) == MAX_OF_CLIENT - 1
+    assert queue._added.qsize() == 1
+    assert queue.get() == "0"
+    assert queue._added.empty()
+
+
+def test_a_thread_that_is_woken_for_a_removed_request_waits_for_another(queue: Queue) -> None:
+    queue._added.put(None)  # as if the request was removed between the waking and the lock
+    taken: SimpleQueue[str] = SimpleQueue()
+    taker = threading.Thread(target=lambda: taken.put(HashQueue.get(queue)), daemon=True)
+    taker.start()
+    assert awaited(queue._added.empty)
+    queue.add("1")
+    assert taken.get(timeout=5) == "1"
 
 
 def test_all_requests_can_be_removed(queue: Queue) -> None:
@@ -412,6 +432,7 @@ class Model:
                 self.order(preferred, one[1][:depth]).remove(one[1][depth])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_2000_steps_at_random_do_what_the_model_does(queue: Queue, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, steps = Model(), random.Random(seed)
@@ -595,7 +616,7 @@ def paths_in(*parts: int) -> list[Path]:
 
 
 HONEST: Path = ("honest", "honest", "honest", "")
-SEEDS = pytest.mark.parametrize("seed", range(5))
+SEEDS = range(5)
 
 
 @pytest.fixture
@@ -606,7 +627,8 @@ def seeded(seed: int, monkeypatch: pytest.MonkeyPatch) -> random.Random:
     return generator
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_50_networks_do_not_keep_a_stranger_out(queue: Queue, seeded: random.Random) -> None:
     paths = paths_in(50, 1, 1)
     seeded.shuffle(paths)
@@ -617,7 +639,8 @@ def test_50_networks_do_not_keep_a_stranger_out(queue: Queue, seeded: random.Ran
         assert flood.turns_until(f"honest {number}") <= 51
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_50_addresses_delay_a_newcomer_by_one_hash_once_each_has_had_a_turn(
     moment: list[float], seeded: random.Random
 ) -> None:
@@ -630,7 +653,8 @@ def test_50_addresses_delay_a_newcomer_by_one_hash_once_each_has_had_a_turn(
         assert flood.turns_until(f"honest {number}") <= 2
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_newcomers_of_one_provider_displace_no_second_try_of_a_stranger(
     moment: list[float], seeded: random.Random
 ) -> None:
@@ -663,7 +687,8 @@ def test_a_newcomer_that_waited_too_long_is_still_a_newcomer(moment: list[float]
     assert not queue._others._children
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     ("parts", "waiting"), [((1, 1, 250), MAX_OF_NETWORK), ((1, 250, 1), CLASS_LIMIT)], ids=["one /48", "one /32"]
 )
@@ -677,7 +702,8 @@ def test_250_networks_of_one_customer_delay_a_stranger_by_one_hash(
         assert flood.turns_until(f"honest {number}") <= 2
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_300_sites_of_one_provider_delay_a_preferred_request_by_one_hash(queue: Queue, seeded: random.Random) -> None:
     flood = Flood(queue, paths_in(1, 300, 1), preferred=True)
     assert queue._preferred.waiting == CLASS_LIMIT
@@ -686,7 +712,8 @@ def test_300_sites_of_one_provider_delay_a_preferred_request_by_one_hash(queue: 
         assert flood.turns_until(f"honest {number}") <= 2
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_strangers_delay_preferred_requests_by_one_hash_for_each_three(queue: Queue, seeded: random.Random) -> None:
     flood = Flood(queue, paths_in(64, 1, 1))
     people: list[Path] = [(f"site {number}", f"site {number}", f"site {number}", "") for number in range(12)]
@@ -695,7 +722,8 @@ def test_strangers_delay_preferred_requests_by_one_hash_for_each_three(queue: Qu
     assert [flood.turns_until(f"honest {number}") for number in range(12)] == [1, 1, 1, 2, 1, 1, 2, 1, 1, 2, 1, 1]
 
 
-@SEEDS
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_flood_of_preferred_requests_leaves_one_of_four_hashes_to_a_stranger(
     queue: Queue, seeded: random.Random
 ) -> None:

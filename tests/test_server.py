@@ -257,6 +257,7 @@ def test_the_hashing_queue_is_bounded(server: LocalServer) -> None:
     assert [connection.status() for connection in accepted] == [200, 200, 200]
 
 
+@pytest.mark.slow
 def test_a_development_service_lets_128_requests_wait_for_a_hash(server: LocalServer) -> None:
     accepted = [server.hash_one(), *(server.dial().send(SLOW) for _ in range(128))]
     assert server.queue_one().status() == 503
@@ -315,6 +316,7 @@ def test_a_request_waits_for_a_hash_for_15_seconds_at_most(
     assert ("Retry-After" in answer.headers) == (status == 503)
 
 
+@pytest.mark.slow
 def test_a_request_that_has_waited_too_long_is_answered_while_all_threads_hash(
     server: LocalServer, monotonic: Clock
 ) -> None:

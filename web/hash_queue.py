@@ -12,6 +12,8 @@ for every address of an attacker again and again.
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import secrets
 import threading
 import time
@@ -45,13 +47,15 @@ class HashQueue(Generic[Item]):
         self._served = {True: _Served(), False: _Served()}  # by whether they were preferred
         self._preferred_in_a_row = 0  # items that strangers had to wait for since one of them had its turn
         self._newcomers_in_a_row = 0  # items that the others had to wait for since one of them had its turn
-        self._idle = 0  # threads in get() that have found nothing
-        self._changed = threading.Condition()
+        self._idle = 0  # threads in get() that have no item yet
+        self._lock = threading.Lock()
+        # One entry for each waiting item. A thread waits for an entry without the lock, so that it is woken only once.
+        self._added: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def serves_at_once(self) -> bool:
         """Return whether a thread is free for an item that is added now: then its class and account do not matter."""
-        with self._changed:
-            return self._idle > self._preferred.waiting + self._strangers
+        with self._lock:
+            return self._idle > self._waiting
 
     def put(self, item: Item, path: Path, *, preferred: bool, limited: bool) -> list[Item]:
         """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
@@ -68,7 +72,7 @@ class HashQueue(Generic[Item]):
         """
         limits = (*(_LIMITS if limited else ()), (0, self.class_limit))
         client = path[-2]
-        with self._changed:
+        with self._lock:
             if preferred:
                 self._preferred.add((item, path), path)
             elif time.monotonic() - self._recent.get(client, -RECENT) >= RECENT:
@@ -76,12 +80,12 @@ class HashQueue(Generic[Item]):
                 self._remember(client)
             else:
                 self._others.add((item, path), path)
-            self._changed.notify()
             # One loss is enough: before this item, nothing had too many. The narrowest excess is the cause of the rest.
             crowd = (self._preferred,) if preferred else (self._others, self._newcomers)
             for depth, limit in limits:
                 if sum(top.count(path[:depth]) for top in crowd) > limit:
                     return [self._drop(path[:depth], crowd, self._served[preferred])]
+        self._added.put(None)
         return []
 
     def get(self) -> Item:
@@ -90,34 +94,43 @@ class HashQueue(Generic[Item]):
         Preferred items come first. While strangers wait as well, at least one of four is theirs, so that a flood with
         preferred requests does not keep everybody else out. In the same way newcomers come before other strangers.
         """
-        with self._changed:
+        with self._lock:
             self._idle += 1
-            self._changed.wait_for(lambda: self._preferred.waiting or self._strangers)
-            self._idle -= 1
-            if self._preferred.waiting and not (self._strangers and self._preferred_in_a_row >= MAX_IN_A_ROW):
-                self._preferred_in_a_row += bool(self._strangers)
-                item, path = self._preferred.take()
-                self._served[True].add(path)
-                return item
-            self._preferred_in_a_row = 0
-            if self._newcomers.waiting and not (self._others.waiting and self._newcomers_in_a_row >= MAX_IN_A_ROW):
-                self._newcomers_in_a_row += bool(self._others.waiting)
-                item, path = self._newcomers.take()
-            else:
-                self._newcomers_in_a_row = 0
-                item, path = self._others.take()
-            self._served[False].add(path)
-            self._remember(path[-2])
+        while True:
+            self._added.get()
+            with self._lock:
+                if self._waiting:
+                    self._idle -= 1
+                    return self._take()
+
+    def _take(self) -> Item:
+        if self._preferred.waiting and not (self._strangers and self._preferred_in_a_row >= MAX_IN_A_ROW):
+            self._preferred_in_a_row += bool(self._strangers)
+            item, path = self._preferred.take()
+            self._served[True].add(path)
             return item
+        self._preferred_in_a_row = 0
+        if self._newcomers.waiting and not (self._others.waiting and self._newcomers_in_a_row >= MAX_IN_A_ROW):
+            self._newcomers_in_a_row += bool(self._others.waiting)
+            item, path = self._newcomers.take()
+        else:
+            self._newcomers_in_a_row = 0
+            item, path = self._others.take()
+        self._served[False].add(path)
+        self._remember(path[-2])
+        return item
 
     def remove(self, condition: Callable[[Item], bool]) -> list[Item]:
         """Remove and return the items for which the condition holds."""
-        with self._changed:
+        with self._lock:
             newcomers = self._newcomers.remove(condition)
             for _, path in newcomers:
                 self._recent.pop(path[-2], None)  # it may try again as a newcomer
             removed = [*self._preferred.remove(condition), *newcomers, *self._others.remove(condition)]
-            return [item for item, _ in removed]
+        for _ in removed:
+            with contextlib.suppress(queue.Empty):  # a thread that has taken the entry will find no item
+                self._added.get_nowait()
+        return [item for item, _ in removed]
 
     def _drop(self, path: Path, crowd: Sequence[_Node[Item]], served: _Served) -> Item:
         if not path:  # the largest network of all classes, so that newcomers of one network displace no others
@@ -140,6 +153,10 @@ class HashQueue(Generic[Item]):
     @property
     def _strangers(self) -> int:
         return self._newcomers.waiting + self._others.waiting
+
+    @property
+    def _waiting(self) -> int:
+        return self._preferred.waiting + self._strangers
 
 
 class _Node(Generic[Item]):
