@@ -37,9 +37,9 @@ run: .venv/run
 	@exec $(BIN)/python authsvc.py
 
 # ONLY=browser, proxies, postgres, faults or fuzz runs the tests of one kind. Tests of time run alone, after the others.
-# "pytest -m long" runs the tests that take minutes. Here their files are ignored, so that none counts as left out.
+# "pytest -m long" runs the tests that take minutes. Here their folder is ignored, so that none counts as left out.
 KIND = $(if $(ONLY),$(ONLY) and )
-LONG = --ignore=tests/test_crowds.py --ignore=tests/test_login_times.py
+LONG = --ignore=tests/long
 NONE = [ $$? -eq 5 ]  # pytest's exit code where no test is selected
 
 # Compiled test files are kept, which saves some seconds of each further run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import queue
@@ -22,8 +23,11 @@ import web.server
 from credentials import passwords
 from settings import Settings
 from tests.conftest import Service
+from tests.crowd import awaited
 from tests.production import FORM, PROXY, PUBLIC_URL, post_request, production_settings, send
 from web.middleware import SecurityMiddleware
+
+Begin = Callable[..., list[socket.socket]]
 
 HOST = "Host: x\r\n"
 GET = b"GET / HTTP/1.0\r\n\r\n"
@@ -31,6 +35,8 @@ GET = b"GET / HTTP/1.0\r\n\r\n"
 
 class LocalServer:
     """A server in this process with one hashing thread; ``POST /slow`` hashes until ``finish_hashes`` is set."""
+
+    BODY = b"ok"
 
     def __init__(self, settings: Settings) -> None:
         self.finish_hashes = threading.Event()
@@ -52,8 +58,8 @@ class LocalServer:
         if environ["PATH_INFO"] == "/slow":
             self.hashing.put(None)
             assert self.finish_hashes.wait(10)
-        start_response("200 OK", [("Content-Length", "2")])
-        return [b"ok"]
+        start_response("200 OK", [("Content-Length", str(len(self.BODY)))])
+        return [self.BODY]
 
     def hash_for(self, client: str) -> socket.socket:
         """Request a hash for a client, and wait until the server has read the request."""
@@ -226,19 +232,6 @@ def test_a_disconnected_client_has_its_turn_and_no_longer_counts(
         assert status(connections[-1]) == 200
 
 
-def test_a_connection_may_close_while_slow_ones_are_searched() -> None:
-    # Another thread that fails to write removes its connection from this table at any moment.
-    class Closing:
-        @property
-        def request(self) -> None:
-            del channels["closing"]
-
-    channels: dict[str, Any] = {"closing": Closing(), "open": SimpleNamespace(request=None)}
-    server = SimpleNamespace(_server=SimpleNamespace(active_channels=channels))
-    web.server.Server._close_slow(server, 0.0)  # type: ignore[arg-type]
-    assert list(channels) == ["open"]
-
-
 @pytest.mark.slow  # hashes for a second
 def test_one_client_has_4_logins_in_the_queue_and_one_on_each_core(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY=PROXY, AUTHSVC_BCRYPT_COST="12")
@@ -284,13 +277,192 @@ def is_open_after_a_byte(connection: socket.socket) -> bool:
         return False
 
 
+# Requests that are not fully received
+
+
+def half(client: str, sent: bytes = b"a") -> bytes:
+    """Return a request of this client of which the end of the body is missing."""
+    return f"POST /users HTTP/1.1\r\n{HOST}X-Forwarded-For: {client}\r\nContent-Length: 100\r\n\r\n".encode() + sent
+
+
+@pytest.fixture
+def begin(
+    connections: list[socket.socket], start_server: Callable[..., LocalServer]
+) -> Callable[..., list[socket.socket]]:
+    """Return a function that sends beginnings of requests, each on a connection of its own, and waits for each."""
+
+    def begin_all(server: LocalServer, beginnings: Iterable[bytes]) -> list[socket.socket]:
+        begun = []
+        for beginning in beginnings:
+            begun.append(socket.create_connection(server.address, timeout=3))
+            begun[-1].sendall(beginning)
+            assert send(server.address, GET).startswith(b"HTTP/1.0 200 ")  # by now the server has read the other one
+        connections.extend(begun)
+        return begun
+
+    return begin_all
+
+
+def closed(connections: Iterable[socket.socket]) -> list[bool]:
+    return [not is_open_after_a_byte(connection) for connection in connections]
+
+
+@pytest.mark.parametrize(
+    "clients",
+    [["203.0.113.5"] * 18, [f"2001:db8::{n}" for n in range(18)], ["junk"] * 18],
+    ids=["IPv4", "one IPv6 network", "invalid addresses"],
+)
+def test_a_client_has_at_most_16_unfinished_requests(server: LocalServer, begin: Begin, clients: list[str]) -> None:
+    (other,) = begin(server, [half("198.51.100.7")])
+    begun = begin(server, map(half, clients))
+    assert closed(begun) == [True] * 2 + [False] * 16  # the oldest are closed
+    assert closed([other]) == [False]
+
+
+def test_16_unfinished_heads_of_a_peer_are_allowed(start_server: Callable[..., LocalServer], begin: Begin) -> None:
+    server = start_server(trusted_proxy="192.0.2.1")
+    assert closed(begin(server, [b"GET / HTTP/1.1\r\nHost"] * 18)) == [True] * 2 + [False] * 16
+
+
+def test_unfinished_heads_of_a_proxy_are_not_counted(server: LocalServer, begin: Begin) -> None:
+    assert closed(begin(server, [b"GET / HTTP/1.1\r\nHost"] * 18)) == [False] * 18
+
+
+def test_clients_that_look_like_one_are_not_limited(start_server: Callable[..., LocalServer], begin: Begin) -> None:
+    server = start_server(trusted_proxy="")
+    assert closed(begin(server, [half("203.0.113.5")] * 18)) == [False] * 18
+
+
+def test_finished_requests_do_not_count(server: LocalServer, begin: Begin) -> None:
+    for _ in range(3):
+        begun = begin(server, [half("203.0.113.5")] * 16)
+        for connection in begun:
+            connection.sendall(b"a" * 99)
+            assert status(connection) == 200
+    assert closed(begin(server, [half("203.0.113.5")] * 16)) == [False] * 16
+
+
+@pytest.mark.parametrize(
+    ("beginning", "timeout"),
+    [
+        (b"G", "HEAD_TIMEOUT"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n", "HEAD_TIMEOUT"),
+        (half("203.0.113.5", b""), "BODY_TIMEOUT"),
+        (half("203.0.113.5"), "BODY_TIMEOUT"),
+    ],
+    ids=["first byte", "half a head", "no body", "half a body"],
+)
+def test_a_request_must_be_whole_in_time(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch, beginning: bytes, timeout: str
+) -> None:
+    for name in "HEAD_TIMEOUT", "BODY_TIMEOUT", "BUSY_BODY_TIMEOUT":
+        monkeypatch.setattr(web.server, name, 0.0 if name == timeout else 1000.0)
+    (connection,) = begin(server, [beginning])
+    connection.settimeout(5)
+    assert connection.recv(1) == b""
+
+
+def test_a_body_has_less_time_while_half_of_the_connections_are_taken(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.server, "BUSY_BODY_TIMEOUT", 0.0)
+    begun = begin(server, [half("203.0.113.5")] * 2)
+    server.server._close_slow(time.monotonic() + 14)
+    assert closed(begun) == [False, False]
+    monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 2)
+    for connection in begun:
+        connection.settimeout(5)
+        assert connection.recv(1) == b""
+
+
+def test_an_answer_that_nobody_reads_is_given_up(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.server, "ANSWER_TIMEOUT", 0.0)
+    monkeypatch.setattr(LocalServer, "BODY", b"x" * 2**22)
+    reader = socket.create_connection(server.address, timeout=5)
+    reader.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    channels = server.server._server.active_channels
+    assert awaited(lambda: any(channel.total_outbufs_len for channel in channels.values()))
+    assert awaited(lambda: not channels)
+    received = 0
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := reader.recv(65_536):
+            received += len(chunk)
+    reader.close()
+    assert received < 2**22
+
+
+# Room for others
+
+
+def test_room_is_made_first_by_unfinished_requests_then_by_unread_answers_then_by_silence(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.server, "MIN_AGE", 0.0)
+    silent, used = begin(server, [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+    assert status(used) == 200
+    monkeypatch.setattr(LocalServer, "BODY", b"x" * 2**22)
+    unread = begin(server, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+    monkeypatch.setattr(LocalServer, "BODY", b"ok")
+    old, new = begin(server, [half("203.0.113.5"), half("203.0.113.6")])
+    ranked = sorted(
+        (key, channel.addr[1])
+        for channel in server.server._channels
+        if (key := channel.makes_room(time.monotonic())) is not None
+    )
+    expected = [one.getsockname()[1] for one in (old, new, *unread, silent, used)]
+    assert [port for _, port in ranked if port in expected] == expected
+
+
+def test_what_is_younger_than_a_second_makes_no_room(server: LocalServer, begin: Begin) -> None:
+    begun = begin(server, [b"", half("203.0.113.5"), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+    mine = {one.getsockname()[1] for one in begun}
+    channels = [channel for channel in server.server._channels if channel.addr[1] in mine]
+    now = time.monotonic()
+    assert [channel.makes_room(now) for channel in channels] == [None] * 3
+    assert all(channel.makes_room(now + 1.1) for channel in channels)
+
+
+def test_a_request_that_is_served_makes_no_room(server: LocalServer, connections: list[socket.socket]) -> None:
+    connections.append(server.hash_first())
+    (channel,) = [one for one in server.server._channels if one.requests]
+    assert channel.makes_room(time.monotonic() + 1000) is None
+
+
+def test_connections_are_closed_before_the_limit_is_reached(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.server, "MIN_AGE", 0.0)
+    monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 30)
+    monkeypatch.setattr(web.server, "ROOM", 10)
+    begun = begin(server, [half(f"203.0.113.{n}") for n in range(25)])
+    assert closed(begun).count(False) in (17, 18)  # 20, less the listening socket, the trigger, and a request for "/"
+    assert closed(begun)[:5] == [True] * 5
+
+
+# One request at a time
+
+
+def test_a_client_that_pipelines_and_reads_nothing_is_kept_in_one_answer(server: LocalServer, begin: Begin) -> None:
+    get = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 60 + b"\r\n\r\n"
+    begin(server, [get])
+    server.server._server.adj.recv_bytes = 65_536
+    (connection,) = begin(server, [half("203.0.113.5", b"a" * 100) + get * 300])
+    served = [channel for channel in server.server._channels if channel.addr[1] == connection.getsockname()[1]]
+    assert len(served[0].requests) <= 1
+    answers = b""
+    while answers.count(b"HTTP/1.1 200 OK") < 301:
+        answers += connection.recv(65_536)
+
+
 @pytest.mark.timing
 @pytest.mark.slow  # waits for the timeout
-def test_60_slow_connections_are_closed_at_the_request_timeout(
+def test_60_slow_connections_are_closed_at_the_timeouts(
     server: LocalServer, connections: list[socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert web.server.REQUEST_TIMEOUT == 30
-    monkeypatch.setattr(web.server, "REQUEST_TIMEOUT", 3.0)
+    monkeypatch.setattr(web.server, "HEAD_TIMEOUT", 3.0)
+    monkeypatch.setattr(web.server, "BODY_TIMEOUT", 3.0)
     beginnings = itertools.cycle([HEADER_DRIP, BODY_DRIP, CHUNK_DRIP, b""])
     began, slowest = time.monotonic(), 0.0
     for beginning, _ in zip(beginnings, range(60)):

@@ -537,7 +537,7 @@ class RunningServer:
 
     def is_idle(self) -> bool:
         """Return whether every request that was read is answered."""
-        return not self._server._in_hand() and not self._server._answers
+        return not self._server._in_hand() and not self._server.answers
 
     def exchange(self, streams: list[bytes]) -> list[bytes]:
         """Send each stream over a connection of its own, all at once; return what the server answers to each."""

@@ -506,7 +506,14 @@ def test_requests_and_shutdown_do_not_wait_for_the_deletion(start: Callable[...,
 
 def register_at_once(count: int, url: str) -> Counter[int]:
     form = {"email": "race@clients", "password": "b4l0u"}
-    return Counter(at_once(count, lambda _: requests.post(f"{url}/users", data=form, timeout=30).status_code))
+
+    def register(_: int) -> int:
+        status = 503  # on a machine with too much to do, a hash may wait for longer than HASHING_WAIT
+        while status == 503:
+            status = requests.post(f"{url}/users", data=form, timeout=30).status_code
+        return status
+
+    return Counter(at_once(count, register))
 
 
 @pytest.mark.both_engines
@@ -514,7 +521,6 @@ def test_one_of_many_simultaneous_registrations_succeeds(service: Service) -> No
     assert register_at_once(32, service.url) == {200: 1, 400: 31}
 
 
-@pytest.mark.timing  # beside a load, a hash may wait for longer than HASHING_WAIT
 def test_one_of_many_simultaneous_registrations_succeeds_at_full_cost(start: Callable[..., Service]) -> None:
     assert register_at_once(8, start(AUTHSVC_BCRYPT_COST="12").url) == {200: 1, 400: 7}
 

@@ -11,6 +11,9 @@ pool of threads the fast requests would wait behind the slow ones. So there are 
   requests loses one, which gets 503. So does a request that has waited 15 s.
 - **Two writer threads** run all other methods, and one more runs writes in the background.
 
+The number of connections is limited. Clients that are slow, silent or read no answer lose theirs when others need them.
+A connection has one request and one answer in memory at a time.
+
 Built on waitress's dispatcher and channel, which it keeps private: hence ``waitress<4`` in pyproject.toml.
 """
 
@@ -35,7 +38,7 @@ from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error, build_http_date
 
-from addresses import client_address, is_private_peer, network_path
+from addresses import client_address, client_networks, is_private_peer, is_trusted, network_path
 from log import log_crash, log_event
 from settings import Settings
 from web.forms import MAX_BODY_BYTES
@@ -55,8 +58,15 @@ SHUTDOWN_TIMEOUT = 8.0  # seconds from SIGTERM to the end of the last answer
 MAX_DISCARD_BYTES = 4 * 2**20  # of a body that are read and thrown away after a refusal
 MAX_HEADER_BYTES = 16_384  # with the request line
 MAX_CONNECTIONS = 512
-REQUEST_TIMEOUT = 30.0  # seconds for a whole request to arrive: one byte a second must not hold a connection
+MAX_UNFINISHED = 16  # requests of one client that are not fully received; a further one closes the oldest
+HEAD_TIMEOUT = 10.0  # seconds from the first byte of a request to the end of its head
+BODY_TIMEOUT = 15.0  # seconds from there to the end of its body
+BUSY_BODY_TIMEOUT = 5.0  # the same while more than half of the connections are taken
+ANSWER_TIMEOUT = 10.0  # seconds in which a client must accept some of an answer, or close after a refusal
 IDLE_TIMEOUT = 30  # seconds that a connection may be silent
+MIN_AGE = 1.0  # seconds: what is younger is not closed to make room
+ROOM = 16  # connections that are kept free, so that a new one need not wait for another to be closed
+SEND_BUFFER = 32_768  # bytes of answers that the kernel keeps for a client that does not read; Linux doubles it
 
 
 Rank = Callable[[WSGIEnvironment], tuple[bool, str]]
@@ -75,7 +85,8 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         error = self.request.error
         message = MESSAGES.get(error.code, "internal error")
-        headers, body = complete_error(message, new_request_id(), self.channel.production)
+        production = self.channel.owner.dispatcher.settings.production
+        headers, body = complete_error(message, new_request_id(), production)
         self.status = f"{error.code} {error.reason}"
         self.response_headers += headers
         if error.code == Busy.code:
@@ -151,33 +162,76 @@ _date = functools.lru_cache(maxsize=2)(build_http_date)
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection. Fast requests are served by the thread that read them."""
+    """A connection. Fast requests are served by the thread that read them.
+
+    It parses a request after the answer to the last one has been sent. waitress parses all that a client sends at once,
+    so that a client that never reads would make it keep hundreds of requests and answers.
+    """
 
     parser_class = StrictParser
     task_class = PlainTask
     error_task_class = JSONErrorTask
-    production = False
-    answers: ClassVar[list[tuple[Channel, bytes]]]  # of one iteration of the loop, sent at its end
+    owner: ClassVar[Server]
+    request: StrictParser | None = None  # one that is not fully received
+    sent_continue: bool = False
+    close_when_flushed: bool = False
+    last_activity: float  # when something was received or sent, in unix seconds
+    creation_time: float
     serve_now = False  # set by Dispatcher.add_task
+    unparsed = b""  # received after the request that is being served
+    head_at: float | None = None  # when the head of the request that is being received was complete, monotonic seconds
+    answered_at = 0.0  # since when an answer waits for the client to accept it, monotonic seconds
+    client: str | None = None  # who sends the request that is being received, as far as it is known
     discard = 0  # bytes to read and throw away after the last answer
     lingering = False
-    close_when_flushed: bool = False  # set by waitress
 
-    def received(self, data: bytes) -> bool:
-        # waitress calls add_task in here while it holds requests_lock, which service() takes as well. So add_task sets
-        # a flag, and the request is served once the lock is free.
-        accepted: bool = super().received(data)
+    @property
+    def unfinished_since(self) -> float | None:
+        """When the first byte of a request came that is not fully received, in monotonic seconds."""
+        return None if self.request is None else self.request.began
+
+    def received(self, data: bytes) -> None:
+        # waitress calls add_task under requests_lock, which service() takes as well. So add_task sets a flag, and the
+        # request is served once the lock is free.
+        data, self.unparsed = self.unparsed + data, b""
+        with self.requests_lock:
+            if self.will_close or self.close_when_flushed:
+                return
+            while data and not self.requests:
+                data = data[self._parse(data) :]
+            self.unparsed = data
         if self.serve_now:
             self.service()
             self.serve_now = False
-        return accepted
+
+    def _parse(self, data: bytes) -> int:
+        new = self.request is None
+        request = self.request = self.request or self.parser_class(self.adj)
+        parsed: int = request.received(data)
+        if request.expect_continue and request.headers_finished and not self.sent_continue:
+            self.send_continue()
+        if request.completed:
+            self.request, self.head_at, self.sent_continue = None, None, False
+            if not request.empty:
+                self.requests.append(request)
+                self.server.add_task(self)
+        elif new or (request.headers_finished and self.head_at is None):
+            self.head_at = time.monotonic() if request.headers_finished else None
+            self.owner.limit_client(self)
+        return parsed
 
     def write_soon(self, data: bytes) -> int:
-        # Held back only where nothing can overtake it: neither the answer to a later request nor a 100 Continue.
-        if self.serve_now and len(self.requests) == 1 and self.request is None:
-            self.answers.append((self, data))
+        if self.serve_now:
+            self.owner.answers.append((self, data))
             return len(data)
-        return int(super().write_soon(data))
+        with self.outbuf_lock:
+            if not self.total_outbufs_len:
+                self.answered_at = time.monotonic()
+            written: int = super().write_soon(data)
+            self._flush_exception(
+                self._flush_some, do_close=False
+            )  # not by the I/O thread, which has to be woken first
+        return written
 
     def send_now(self, data: bytes) -> None:
         """Send an answer; waitress sends later what the client does not accept yet."""
@@ -188,10 +242,18 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.will_close = True
                 return
         if data and self.connected:
-            super().write_soon(data)
+            self.write_soon(data)
 
     # A client whose body we refuse may still be sending it. Closing a socket with unread bytes resets the connection,
     # and the reset can overtake our answer. So shut down our side only, and keep reading for a while (RFC 9112 9.6).
+
+    def writable(self) -> bool:
+        return bool(
+            self.total_outbufs_len
+            or self.will_close
+            or self.close_when_flushed
+            or (self.unparsed and not self.requests)
+        )
 
     def handle_write(self) -> None:
         if self.discard and self.close_when_flushed and not self.total_outbufs_len and not self.will_close:
@@ -201,16 +263,45 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.socket.shutdown(socket.SHUT_WR)
         else:
             super().handle_write()
+        # Also without an event: what the client has sent already causes none.
+        if self.unparsed and self.connected and not self.total_outbufs_len:
+            self.received(b"")
 
     def readable(self) -> bool:
-        return self.lingering or bool(super().readable())
+        if self.lingering:
+            return True
+        return not (
+            self.requests or self.unparsed or self.total_outbufs_len or self.will_close or self.close_when_flushed
+        )
 
     def handle_read(self) -> None:
         if not self.lingering:
             super().handle_read()
         else:
             self.discard -= len(self.recv(65_536))  # closes the channel at the end of the stream
-            self.will_close = self.discard <= 0
+            if self.discard <= 0:
+                self.will_close = True
+
+    def is_slow(self, now: float, body_timeout: float) -> bool:
+        """Return whether the client has had enough time for what it is doing. ``now`` is in monotonic seconds."""
+        if self.total_outbufs_len or self.lingering:
+            return time.time() - self.last_activity > ANSWER_TIMEOUT
+        if self.head_at is not None:
+            return now - self.head_at > body_timeout
+        return self.unfinished_since is not None and now - self.unfinished_since > HEAD_TIMEOUT
+
+    def makes_room(self, now: float) -> tuple[int, float] | None:
+        """Return when this connection is closed to make room for others, as a sort key; None if it is not."""
+        if self.unfinished_since is not None:
+            key = 0, self.unfinished_since
+        elif self.total_outbufs_len or self.lingering:
+            key = 1, self.answered_at
+        elif self.requests:
+            return None
+        else:  # first those that never sent a request, then those that have been silent for longest
+            silent_since = time.monotonic() - (time.time() - self.last_activity)
+            key = 2 if self.last_activity == self.creation_time else 3, silent_since
+        return key if now - key[1] >= MIN_AGE else None
 
 
 class Dispatcher:
@@ -241,16 +332,13 @@ class Dispatcher:
             threading.Thread(target=target, args=arguments, daemon=True).start()
 
     def add_task(self, channel: Channel) -> None:
-        """Schedule the first request of a connection. Called by waitress, which holds requests_lock."""
+        """Schedule the request of a connection. Called on the I/O thread, which holds requests_lock."""
         request = channel.requests[0]
         if not request.error and (request.command, request.path) in self._hashing_routes:
             if not self._stopping and self._queue(channel):
                 return
             request.error = Busy("")
-        fast = request.error or request.command in ("GET", "HEAD")
-        # One request of a connection at a time: hundreds may arrive pipelined in one read, and meanwhile this thread
-        # would serve nobody else, nor drain the pipe by which waitress wakes it.
-        if fast and self.is_io_thread() and not channel.serve_now:
+        if request.error or request.command in ("GET", "HEAD"):
             channel.serve_now = True
         else:
             self._writing_queue.put(channel.service)
@@ -258,6 +346,11 @@ class Dispatcher:
     def is_io_thread(self) -> bool:
         """Return whether the caller runs on the I/O thread."""
         return threading.get_ident() == self._io_thread
+
+    def limits_clients(self, peer: str) -> bool:
+        """Return whether clients of this peer are told apart, and so limited each."""
+        # Behind a proxy that is not trusted, all clients have its address. In development all are on this machine.
+        return self.settings.production and (bool(self.settings.trusted_proxy) or not is_private_peer(peer))
 
     def run_in_background(self, write: Callable[[], object]) -> None:
         """Run a write soon, or drop it when too many are waiting."""
@@ -288,8 +381,7 @@ class Dispatcher:
         preferred, account = (False, "") if self._hashing_queue.serves_at_once() else self._rank_safely(environ)
         peer, proxy = channel.addr[0], self.settings.trusted_proxy
         client = client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)
-        # Behind a proxy that is not trusted, all clients have its address. In development all are on this machine.
-        limited = self.settings.production and (bool(proxy) or not is_private_peer(peer))
+        limited = self.limits_clients(peer)
         path = (*network_path(client), account)
         lost = self._hashing_queue.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
         displaced = [other for _, other in lost if other is not channel]
@@ -321,9 +413,10 @@ class Server:
 
     def __init__(self, application: WSGIApplication, listener: socket.socket, dispatcher: Dispatcher) -> None:
         logging.getLogger("waitress").addHandler(_LogHandler())
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
         self._stopping = False
-        self._answers: list[tuple[Channel, bytes]] = []
+        self._has_new = False  # whether connections wait to be accepted
+        self.answers: list[tuple[Channel, bytes]] = []  # of one iteration of the loop, sent at its end
         self._server = create_server(
             application,
             sockets=[listener],
@@ -338,10 +431,26 @@ class Server:
             max_request_header_size=MAX_HEADER_BYTES,
         )
         # waitress wakes the I/O thread after each answer. On that thread itself there is nothing to wake.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+        # waitress accepts one connection in each iteration of the loop, and others would wait for all iterations before
+        # theirs. So only note here that there are some; they are accepted together when no event is left to handle.
+        self._accept = self._server.handle_accept
+        self._server.handle_accept = functools.partial(setattr, self, "_has_new", True)
         self._wake = self._server.pull_trigger
         self._server.pull_trigger = lambda: None if dispatcher.is_io_thread() else self._wake()
-        own = {"production": dispatcher.settings.production, "answers": self._answers}
-        self._server.channel_class = type("Channel", (Channel,), own)
+        self._server.channel_class = type("Channel", (Channel,), {"owner": self})
+
+    def limit_client(self, channel: Channel) -> None:
+        """Close the oldest unfinished request of a client that has too many, of which this is the newest."""
+        channel.client = self._client_of(channel)
+        if channel.client is not None:
+            same = [
+                (one.request.began, one)
+                for one in self._channels
+                if one.request is not None and one.client == channel.client and not one.will_close
+            ]
+            if len(same) > MAX_UNFINISHED:
+                min(same, key=lambda pair: pair[0])[1].will_close = True
 
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler: a second signal of the same kind kills the process."""
@@ -357,40 +466,66 @@ class Server:
             self._make_room()
             if time.monotonic() - checked > 1.0:
                 checked = time.monotonic()
-                self._close_slow(checked - REQUEST_TIMEOUT)
-                self._dispatcher.refuse_late()
+                self._close_slow(checked)
+                self.dispatcher.refuse_late()
         wasyncore.dispatcher.close(self._server)  # no new connections
-        self._dispatcher.drain()
+        self.dispatcher.drain()
         end = time.monotonic() + SHUTDOWN_TIMEOUT
         while self._in_hand() and time.monotonic() < end:
             self._run_loop_once(0.05)
-        return not self._in_hand() and self._dispatcher.finish(max(0.0, end - time.monotonic()))
+        return not self._in_hand() and self.dispatcher.finish(max(0.0, end - time.monotonic()))
 
-    def _close_slow(self, cutoff: float) -> None:
-        for channel in list(self._server.active_channels.values()):  # another thread may close one meanwhile
-            if channel.request is not None and channel.request.began < cutoff:
-                channel.will_close = True  # without an answer: no real client takes 30 s for 32 KiB
+    @property
+    def _channels(self) -> list[Channel]:
+        return list(self._server.active_channels.values())
+
+    def _close_slow(self, now: float) -> None:
+        """Close the connections of clients that take too long, without an answer."""
+        channels = self._channels
+        body_timeout = BUSY_BODY_TIMEOUT if len(channels) > MAX_CONNECTIONS // 2 else BODY_TIMEOUT
+        for channel in channels:
+            if channel.is_slow(now, body_timeout):
+                channel.handle_close()
 
     def _make_room(self) -> None:
-        # At its limit waitress accepts no connection, so silent ones would keep everybody out until they time out.
-        if len(self._server._map) >= MAX_CONNECTIONS:  # waitress counts them in the same way
-            channels = list(self._server.active_channels.values())
-            silent = [one for one in channels if not (one.requests or one.request or one.total_outbufs_len)]
-            # First those that never sent a request, then those whose last one is longest ago.
-            silent.sort(key=lambda one: (one.last_activity > one.creation_time, one.last_activity))
-            for channel in silent[: MAX_CONNECTIONS // 4]:
-                channel.will_close = True
+        """Close some connections before the limit is reached, at which waitress accepts no further ones.
+
+        First go those whose request has been incomplete for longest, then those with the oldest answer that nobody
+        reads, then silent ones.
+        """
+        excess = len(self._server._map) - (MAX_CONNECTIONS - ROOM)  # waitress counts them in the same way
+        if excess <= 0:
+            return
+        now = time.monotonic()
+        ranked = [(key, channel) for channel in self._channels if (key := channel.makes_room(now))]
+        for _, channel in sorted(ranked, key=lambda one: one[0])[:excess]:
+            channel.handle_close()
+
+    def _client_of(self, channel: Channel) -> str | None:
+        peer, proxy = channel.addr[0], self.dispatcher.settings.trusted_proxy
+        if not self.dispatcher.limits_clients(peer) or (channel.head_at is None and is_trusted(peer, proxy)):
+            return None  # behind a trusted proxy only the head tells
+        forwarded_for = channel.request.headers.get("X_FORWARDED_FOR") if channel.request else None
+        return client_networks(client_address(peer, forwarded_for, proxy))[0]
 
     def _run_loop_once(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
         # All together: sent one by one, each would wake a sleeping client, which takes as long as looking up a session.
-        for channel, data in self._answers:
+        for channel, data in self.answers:
             channel.send_now(data)
-        self._answers.clear()
+        self.answers.clear()
+        if self._has_new:
+            self._accept_all()
+
+    def _accept_all(self) -> None:
+        self._has_new = False
+        before = -1
+        while before < len(self._server._map) < MAX_CONNECTIONS and not self._stopping:
+            before = len(self._server._map)
+            self._accept()
 
     def _in_hand(self) -> bool:
-        channels = list(self._server.active_channels.values())
-        return any(channel.requests or channel.total_outbufs_len for channel in channels)
+        return any(channel.requests or channel.total_outbufs_len for channel in self._channels)
 
 
 class _LogHandler(logging.Handler):
