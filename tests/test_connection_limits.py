@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import json
 import queue
 import signal
 import socket
@@ -317,6 +318,24 @@ def test_a_client_has_at_most_16_unfinished_requests(server: LocalServer, begin:
     begun = begin(server, map(half, clients))
     assert closed(begun) == [True] * 2 + [False] * 16  # the oldest are closed
     assert closed([other]) == [False]
+
+
+def test_the_log_says_which_connections_were_closed(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(server, [half("203.0.113.5")] * 17)
+    server.server._close_slow(time.monotonic() + 16)
+    monkeypatch.setattr(web.server, "MIN_AGE", 0.0)
+    begin(server, [b"GET"])
+    monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 0)
+    server.server._make_room()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    closings = {(line["address"], line["reason"]) for line in lines if line["event"] == "sys_connection_closed"}
+    assert closings == {
+        ("203.0.113.5", "too many unfinished requests of one client"),
+        ("203.0.113.5", "too slow"),
+        ("127.0.0.1", "needed for others"),
+    }
 
 
 def test_16_unfinished_heads_of_a_peer_are_allowed(start_server: Callable[..., LocalServer], begin: Begin) -> None:

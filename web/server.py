@@ -450,7 +450,9 @@ class Server:
                 if one.request is not None and one.client == channel.client and not one.will_close
             ]
             if len(same) > MAX_UNFINISHED:
-                min(same, key=lambda pair: pair[0])[1].will_close = True
+                oldest = min(same, key=lambda pair: pair[0])[1]
+                _log_closing(oldest, "too many unfinished requests of one client")
+                oldest.will_close = True
 
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler: a second signal of the same kind kills the process."""
@@ -485,6 +487,7 @@ class Server:
         body_timeout = BUSY_BODY_TIMEOUT if len(channels) > MAX_CONNECTIONS // 2 else BODY_TIMEOUT
         for channel in channels:
             if channel.is_slow(now, body_timeout):
+                _log_closing(channel, "too slow")
                 channel.handle_close()
 
     def _make_room(self) -> None:
@@ -499,6 +502,7 @@ class Server:
         now = time.monotonic()
         ranked = [(key, channel) for channel in self._channels if (key := channel.makes_room(now))]
         for _, channel in sorted(ranked, key=lambda one: one[0])[:excess]:
+            _log_closing(channel, "needed for others")
             channel.handle_close()
 
     def _client_of(self, channel: Channel) -> str | None:
@@ -534,6 +538,10 @@ class _LogHandler(logging.Handler):
             log_crash(record.exc_info[1])
         else:
             log_event("sys_server", level=record.levelname.lower(), message=str(record.msg))
+
+
+def _log_closing(channel: Channel, reason: str) -> None:
+    log_event("sys_connection_closed", address=channel.client or channel.addr[0], reason=reason)
 
 
 def _refuse(channel: Any) -> None:
