@@ -385,10 +385,12 @@ def test_a_body_has_less_time_while_half_of_the_connections_are_taken(
     server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web.server, "BUSY_BODY_TIMEOUT", 0.0)
-    begun = begin(server, [half("203.0.113.5")] * 2)
+    monkeypatch.setattr(web.server, "ROOM", 0)
+    monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 20)
+    begun = begin(server, [half("203.0.113.5")] * 8)
     server.server._close_slow(time.monotonic() + 14)
-    assert closed(begun) == [False, False]
-    monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 2)
+    assert closed(begun) == [False] * 8
+    monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 14)
     for connection in begun:
         connection.settimeout(5)
         assert connection.recv(1) == b""
