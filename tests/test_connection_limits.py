@@ -462,6 +462,37 @@ def test_connections_are_closed_before_the_limit_is_reached(
     assert closed(begun)[:5] == [True] * 5
 
 
+def test_connections_that_wait_are_accepted_together(
+    server: LocalServer, connections: list[socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted = []
+
+    def accept_all() -> None:
+        before = len(server.server._channels)
+        web.server.Server._accept_all(server.server)
+        accepted.append(len(server.server._channels) - before)
+
+    monkeypatch.setattr(server.server, "_accept_all", accept_all)
+    connections.append(socket.create_connection(server.address, timeout=3))
+    connections[0].sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")  # a GET runs on the I/O thread
+    server.hashing.get(timeout=5)
+    connections.extend(socket.create_connection(server.address, timeout=3) for _ in range(20))
+    server.finish_hashes.set()
+    assert status(connections[0]) == 200
+    assert awaited(lambda: sum(accepted) == 21)
+    assert max(accepted) == 20
+
+
+def test_a_connection_that_is_to_be_closed_stays_so_while_it_lingers() -> None:
+    channel: Any = SimpleNamespace(lingering=True, discard=100, recv=lambda size: b"rest", will_close=True)
+    web.server.Channel.handle_read(channel)
+    assert channel.will_close
+    channel.will_close = False
+    for _ in range(24):
+        web.server.Channel.handle_read(channel)
+    assert channel.will_close
+
+
 # One request at a time
 
 
