@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import IO, Any
 
+import log
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
 from cli import user_files
 from cli.copy import CopyRefused, copy
@@ -71,6 +72,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
     """Run the command that was parsed; return the exit code, 0 or 1."""
+    log.direct = True
     try:
         with suppress(BrokenPipeError):  # the reader of the output has closed it, as "head" does
             code: int | None = arguments.run(Operator(arguments, settings))

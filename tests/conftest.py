@@ -33,6 +33,8 @@ from tests.results import Recorder
 HERE = Path(__file__).resolve().parent.parent
 COST = 4  # log2 of the bcrypt rounds, 1 ms
 
+log.direct = True  # the tests read what the service in this process has logged; test_log.py tests the thread
+
 
 class Clock:
     """A clock that stands still until a test advances it; in unix seconds."""

@@ -81,9 +81,20 @@ def program_with(module: str, **constants: float) -> tuple[str, ...]:
     return sys.executable, "-c", "\n".join([*lines, "sys.exit(authsvc.main())"])
 
 
+def written_log(service: Service) -> str:
+    """Return the log once the lines of all answers so far are in it: a thread writes them."""
+
+    def is_written() -> bool:
+        refused = requests.get(f"{service.url}/profile", timeout=12)
+        return awaited(lambda: refused.headers["X-Request-ID"] in service.log, 1)
+
+    assert awaited(is_written, 20), SEED  # the line is left out after a flood of such refusals
+    return service.log
+
+
 def events(service: Service) -> list[dict[str, Any]]:
     """Return the lines of the log."""
-    return [json.loads(line) for line in service.log.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in written_log(service).splitlines() if line.startswith("{")]
 
 
 def assert_intact(service: Service) -> None:

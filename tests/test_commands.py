@@ -25,6 +25,7 @@ import pytest
 import requests
 
 import authsvc
+import log
 from auth import Auth
 from cli import commands
 from credentials import totp
@@ -187,6 +188,11 @@ def test_a_command_prints_json_and_logs_its_change(
     assert all(line["operator"] for line in result.log)
     secrets = re.findall(r"\$2b|b4l0u|3v3|[A-Z2-7]{32}", result.out + str(result.log) + str(logged))
     assert not secrets
+
+
+def test_a_command_writes_its_log_lines_itself(run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "direct", False)  # the thread would not find the standard error that pytest puts there
+    assert [line["event"] for line in run("user", "disable", "eve@x.io").log] == ["user_disabled"]
 
 
 @pytest.mark.parametrize(

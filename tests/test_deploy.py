@@ -29,6 +29,7 @@ from settings import PREFIX, Settings
 from storage import DB
 from tests import postgres
 from tests.conftest import HERE, Service, clean_environ
+from tests.crowd import written_log
 from tests.product import MODULES, PACKAGES
 from tests.proxies import PASSWORD, Site
 
@@ -548,6 +549,6 @@ def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, tree: Path
     service = Alone(tmp_path, packed, AUTHSVC_DATABASE=postgresql.new_database())
     try:
         service.use()
-        assert "PostgreSQL" in service.log
+        assert "PostgreSQL" in written_log(service)
     finally:
         assert service.end() == 0

@@ -15,6 +15,7 @@ import requests
 
 from log import log_event
 from tests.conftest import HERE, Service
+from tests.crowd import written_log
 from web import responses
 
 pytestmark = [
@@ -84,7 +85,7 @@ class Proxy:
 
     def log(self) -> Path:
         path = self.folder / "log"
-        path.write_text(self.service.log[self.start :])
+        path.write_text(written_log(self.service)[self.start :])
         return path
 
 

@@ -11,6 +11,7 @@ from auth import Auth
 from authsvc import create_app
 from storage import DB
 from tests.conftest import Client, Clock, Service
+from tests.crowd import written_log
 from tests.production import (
     FORM,
     PROXY,
@@ -162,5 +163,5 @@ def test_two_forwarded_for_headers_are_read_as_one_list(proxied: Service) -> Non
         proxied.address, post_request("/sessions", FORM, "X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 203.0.113.200")
     )
     assert answer.startswith(b"HTTP/1.1 401 ")
-    addresses = [line["address"] for line in log_lines(proxied.log) if line["event"] == "authn_login_fail"]
+    addresses = [line["address"] for line in log_lines(written_log(proxied)) if line["event"] == "authn_login_fail"]
     assert addresses[-1] == "203.0.113.200"

@@ -102,4 +102,5 @@ def test_clients_without_an_address_share_one_rate_limit(gunicorn: Gunicorn) -> 
     forwarded = [{}, *({"X-Forwarded-For": hops[number % len(hops)].format(number)} for number in range(1, 40))]
     statuses = Counter(gunicorn.status("POST", "/sessions", form, **headers) for headers in forwarded)
     assert statuses == {401: 10, 429: 30}  # a 429 is answered before bcrypt runs
+    assert awaited(lambda: len(gunicorn.events("authn_login_fail")) == 10)
     assert {event["address"] for event in gunicorn.events("authn_login_fail")} == {"unknown"}

@@ -21,6 +21,7 @@ from credentials import totp
 from settings import Settings
 from storage import DB
 from tests.conftest import COST, HERE, Client, Clock, Service, clean_environ
+from tests.crowd import written_log
 from tests.production import (
     BOB,
     FORM,
@@ -273,8 +274,7 @@ def test_an_unreadable_mail_password_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_start_without_a_trusted_proxy_logs_a_warning(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_BCRYPT_COST="10")
-    requests.get(service.url, timeout=5)  # the warnings are written before the first answer
-    reasons = [line["reason"] for line in log_lines(service.log) if line["event"] == "sys_warning"]
+    reasons = [line["reason"] for line in log_lines(written_log(service)) if line["event"] == "sys_warning"]
     (reason,) = [reason for reason in reasons if "AUTHSVC_TRUSTED_PROXY" in reason]
     assert "all clients share one address" in reason
 
@@ -282,8 +282,7 @@ def test_a_start_without_a_trusted_proxy_logs_a_warning(start: Callable[..., Ser
 def test_a_start_with_a_wide_network_of_proxies_logs_a_warning(start: Callable[..., Service]) -> None:
     proxies = "127.0.0.1, 10.0.0.0/8"
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY=proxies, AUTHSVC_BCRYPT_COST="10")
-    requests.get(service.url, timeout=5)
-    reasons = [line["reason"] for line in log_lines(service.log) if line["event"] == "sys_warning"]
+    reasons = [line["reason"] for line in log_lines(written_log(service)) if line["event"] == "sys_warning"]
     (reason,) = [reason for reason in reasons if "AUTHSVC_TRUSTED_PROXY" in reason]
     assert "10.0.0.0/8: every client inside it can forge its address" in reason
 

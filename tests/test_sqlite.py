@@ -25,6 +25,7 @@ from engines.errors import DatabaseRefused, StorageUnavailable
 from settings import Settings
 from storage import DB, User
 from tests.conftest import HERE, Clock, Service, clean_environ
+from tests.crowd import written_log
 from tests.sqlite_file import (
     FIRST_RELEASE,
     HASH,
@@ -404,7 +405,7 @@ def test_a_service_notices_that_its_damaged_file_was_replaced(
     form = {"email": "eve@x.io", "password": "3v3"}
     assert requests.get(f"{service.url}/health", timeout=10).status_code == 503
     assert requests.post(f"{service.url}/users", data=form, timeout=10).status_code == 503
-    assert "authsvc.db was replaced while it was in use" in service.log
+    assert "authsvc.db was replaced while it was in use" in written_log(service)
     service.end()
     assert content(path) == restored == content(backup)
     service.start()
