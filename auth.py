@@ -125,7 +125,7 @@ class ReauthenticationFailed(AuthError, status=403, event="authn_login_fail"):
     """A signed-in user gave a wrong password or code; the message says which."""
 
 
-class CodeRequired(AuthError, status=401, event=None, message="one-time code required"):
+class CodeRequired(AuthError, status=401, event="authn_code_required", message="one-time code required"):
     """The password is right, but a one-time code must come with it."""
 
 
@@ -219,10 +219,11 @@ class Auth:
         device: str | None = None,
         replaced: str | None = None,
         user_agent: str = "",
-    ) -> tuple[User, str]:
+    ) -> tuple[User, str, str]:
         """Check the password, and the one-time or recovery code if the account has a second factor.
 
-        Return the user and the id of a new session. ``replaced`` is the session that this client held; it ends.
+        Return the user, the id of a new session, and which factors were shown: "password", "password+totp" or
+        "password+recovery_code". ``replaced`` is the session that this client held; it ends.
 
         Raises:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
@@ -233,16 +234,17 @@ class Auth:
         nonce = known.nonce if known else None
         buckets = self._count(address, lambda client: self._limiter.login(email, client, nonce))
         checked_since = None  # of the second factor whose code was checked
+        factors = "password"
         for _ in range(LOGIN_TRIES):
             user = self._verified(found, password)
             if not user:
                 break
             if user.totp_since != checked_since:
-                self._check_code(user, otp, address, known, buckets)
+                factors = self._check_code(user, otp, address, known, buckets)
                 checked_since = user.totp_since
             if session_id := self._start_session(user, replaced, address, user_agent):
                 self._run_in_background(self._limiter.refund, buckets)
-                return user, session_id
+                return user, session_id, factors
             found = self._find_user(email)  # the password or the second factor has changed: compare again
         raise LoginFailed(user_id=found.id if found else None)
 
@@ -620,14 +622,16 @@ class Auth:
 
     def _check_code(
         self, user: User, otp: str, address: str | None, known: devices.Device | None, buckets: Buckets
-    ) -> None:
+    ) -> str:
+        """Check the code if the account has a second factor; return the factors that were shown."""
         if not user.totp_since:
-            return
+            return "password"
         if not otp:
             self._run_in_background(self._limiter.refund, buckets)  # the password was right, so this was no guess
-            raise CodeRequired
+            raise CodeRequired(user_id=user.id)
         if not self._spend_code(user, otp, address, known):
             raise LoginFailed("wrong one-time code", user_id=user.id)
+        return "password+totp" if totp.is_code(otp) else "password+recovery_code"
 
     def _spend_code(self, user: User, otp: str, address: str | None, known: devices.Device | None) -> bool:
         if not totp.is_code(otp):  # a recovery code is too long to be guessed

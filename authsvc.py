@@ -103,12 +103,12 @@ class Handlers:
         client, own, agent = _client(), self._cookie(), request.environ.get("HTTP_USER_AGENT", "")
         arguments = {"address": client, "device": _device(), "replaced": own, "user_agent": agent}
         try:
-            user, session_id = self._auth.log_in(email, password, otp, **arguments)
+            user, session_id, factors = self._auth.log_in(email, password, otp, **arguments)
         except rules.LoginFailed as failure:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
             raise
-        _log("authn_login_success", user_id=user.id)
+        _log("authn_login_success", user_id=user.id, factors=factors)
         answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
         return self._with_device(answer, user)
 
@@ -154,6 +154,7 @@ class Handlers:
         try:
             user = self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
+            _log("authz_verify_fail", reason=refusal.message)
             if request.query_string != "login=1":
                 return json_response(401, message=refusal.message)
             return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)

@@ -25,6 +25,8 @@ from typing import Any
 
 FLOOD_LIMIT = 200  # lines of one event within FLOOD_WINDOW; further ones are only counted
 FLOOD_WINDOW = 10.0  # seconds
+SAMPLE_LIMIT = 5  # the same for an event in SAMPLED
+SAMPLED = frozenset({"authz_verify_fail"})  # visitors who are not signed in cause several for each page
 MAX_WAITING = 1000  # lines in the queue: five events at their limit, 0.2 MB
 EXIT_TIMEOUT = 1.0  # seconds at the end of the process in which waiting lines are still written
 
@@ -41,16 +43,17 @@ def log_event(event: str, **details: Any) -> None:
     next window tells how many are ``missing``. After lines of any event were lost, the next line tells how many.
     """
     global _lost
+    limit, missing = SAMPLE_LIMIT if event in SAMPLED else FLOOD_LIMIT, 0
     with _lock:
         start, lines = _floods.get(event, (0.0, 0))
-        now, missing = time.monotonic(), 0
+        now = time.monotonic()
         if now - start < FLOOD_WINDOW:
             _floods[event] = start, lines + 1
-            if lines >= FLOOD_LIMIT:
+            if lines >= limit:
                 return
         else:
             _floods[event] = now, 1
-            missing = max(0, lines - FLOOD_LIMIT)
+            missing = max(0, lines - limit)
         waiting = None if direct else _queue()
         if waiting and waiting.qsize() >= MAX_WAITING:
             _lost += 1 + missing

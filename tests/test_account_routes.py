@@ -535,7 +535,7 @@ def test_changes_of_an_account_are_logged_and_no_secret_is_shown_twice(
     sent.add(code)
     issued.update((bob.seed, *codes))
     ask("POST", "/totp", "input_validation_fail", password="t4rt1fl3tt3")
-    ask("POST", "/sessions", None, email="bob@x.io", password="t4rt1fl3tt3")
+    ask("POST", "/sessions", "authn_code_required", email="bob@x.io", password="t4rt1fl3tt3")
     ask("POST", "/sessions", "authn_login_fail", email="bob@x.io", password="t4rt1fl3tt3", otp="wrong-canary")
     ask("POST", "/sessions", "authn_login_success", email="bob@x.io", password="t4rt1fl3tt3", otp=codes[0])
     ask("DELETE", "/totp", "authn_login_fail", password="t4rt1fl3tt3", otp=codes[0])
@@ -549,6 +549,7 @@ def test_changes_of_an_account_are_logged_and_no_secret_is_shown_twice(
     ask("DELETE", "/profile", "user_deleted", password="t4rt1fl3tt3")
     assert [line.get("which") for line in logged if line["event"] == "session_ended"] == ["others", None, "all"]
     changes = {"authn_password_change", "authn_factor_added", "authn_factor_removed", "session_ended", "user_deleted"}
+    changes |= {"authn_code_required", "authn_login_success"}
     assert {line["user_id"] for line in logged if line["event"] in changes} == {1}
     assert not [(line, secret) for line in logged for secret in sent | issued if secret in str(line)]
     texts = [f"{answer.headers} {answer.body.decode()}" for answer in answers]

@@ -114,6 +114,8 @@ def test_other_events_do_not_match(proxy: Proxy) -> None:
     assert send("POST", "/sessions", here, headers=foreign, **form) == 403  # its address is that of the victim
     assert send("POST", "/sessions", "rubbish", email=form["email"], password="wrong") == 401  # no address to ban
     assert send("GET", "/profile", here) == 403
+    assert send("GET", "/verify", here) == 401
+    assert send("GET", "/" + "x" * 17_000, here) == 431
     assert send("PUT", "/reset_password", here, email="b", reset_token="x", new_password=PASSWORD) == 403
     assert not addresses(proxy.log())
 

@@ -31,11 +31,13 @@ def bob(auth: Auth) -> None:
 SECRETS = ("canary-password", "canary-cookie", "canary-token", "canary-query")
 ODD = "\r\n{'event': 1}\x1b[2J\u2028\x85\ud83d"
 EVENTS = {
+    "authn_code_required",
     "authn_factor_added",
     "authn_factor_removed",
     "authn_login_fail",
     "authn_token_fail",
     "authz_fail",
+    "authz_verify_fail",
     "input_validation_fail",
     "authn_login_success",
     "authn_password_change",
@@ -115,7 +117,8 @@ def use_every_route(call: Client, auth: Auth, clock: Clock, odd: str) -> list[st
     given_out = use_a_session(call, auth, clock, odd, environ)
     ask(call, "POST", "/sessions", {**right, "password": "canary-password wrong"}, **environ)
     ask(call, "POST", "/sessions", {**right, "email": f"a{odd}@x".encode("utf-8", "replace")}, **environ)
-    for method, path in (("GET", "/profile"), ("GET", "/nowhere"), ("PATCH", "/users"), ("DELETE", "/sessions")):
+    paths = ("GET", "/profile"), ("GET", "/nowhere"), ("GET", "/verify"), ("PATCH", "/users"), ("DELETE", "/sessions")
+    for method, path in paths:
         ask(call, method, path, cookie="__Host-session_id=canary-cookie", **environ)
         ask(call, method, path, cookie=f"__Host-session_id={session_id}", **environ)
     ask(call, "POST", "/reset_password", {"email": "walk@x.io"}, **environ)

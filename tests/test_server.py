@@ -655,6 +655,65 @@ def test_a_malformed_request_is_refused_like_any_other(
     assert SECRET not in f"{answer.headers} {answer.body!r} {service.log}"
 
 
+PLAIN_HEAD = "Host: x\r\nX-Forwarded-For: 192.0.2.7\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_text", "address", "logged"),
+    [
+        (f"get /{SECRET} HTTP/1.1\r\n{PLAIN_HEAD}\r\n", "127.0.0.1", (400, "Malformed HTTP method")),
+        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}bad header: {SECRET}\r\n\r\n", "127.0.0.1", (400, "Invalid header")),
+        (
+            f"GET / HTTP/1.1\r\n{PLAIN_HEAD}X: a\rb{SECRET}\r\n\r\n",
+            "127.0.0.1",
+            (400, "Bare CR or LF found in header line"),
+        ),
+        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}Cookie: {SECRET}\r\nCookie: b\r\n\r\n", "192.0.2.7", (400, "repeated header")),
+        (
+            f"POST / HTTP/1.1\r\n{PLAIN_HEAD}Transfer-Encoding: chunked\r\n\r\n{SECRET}\r\n",
+            "192.0.2.7",
+            (400, "Invalid chunk size"),
+        ),
+        (
+            f"POST /{SECRET} HTTP/1.1\r\n{PLAIN_HEAD}Content-Length: 16385\r\n\r\n",
+            "192.0.2.7",
+            (413, "exceeds max_body of 16385"),
+        ),
+        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}X: {SECRET * 1024}", "127.0.0.1", (431, "exceeds max_header of 16384")),
+        (
+            f"POST / HTTP/1.1\r\n{PLAIN_HEAD}Transfer-Encoding: {SECRET}\r\n\r\n",
+            "192.0.2.7",
+            (501, "Transfer-Encoding requested is not supported."),
+        ),
+    ],
+)
+def test_a_request_that_the_server_refuses_is_logged_once(
+    server: LocalServer, capsys: pytest.CaptureFixture[str], request_text: str, address: str, logged: tuple[int, str]
+) -> None:
+    server.dispatcher.settings = Settings(trusted_proxy="127.0.0.1")
+    answer = server.dial().send(request_text.encode()).answer()
+    text = capsys.readouterr().err
+    line = json.loads(text)
+    assert (line["event"], line["status"], line["reason"]) == ("input_validation_fail", *logged)
+    assert (line["request_id"], line["address"]) == (answer.headers["X-Request-Id"], address)
+    assert answer.status == logged[0]
+    assert SECRET not in text
+
+
+def test_a_request_that_is_refused_because_all_are_busy_is_logged_once(
+    server: LocalServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.dispatcher.settings = Settings(trusted_proxy="127.0.0.1")
+    server.hash_one()
+    server.dispatcher._hashing_queue.class_limit = 0
+    head = f"POST /slow HTTP/1.1\r\n{PLAIN_HEAD}Content-Length: {len(SECRET)}\r\n\r\n"
+    answer = server.dial().send(head.encode(), SECRET.encode()).answer()
+    assert answer.status == 503
+    line = json.loads(capsys.readouterr().err)
+    assert line.pop("time")
+    assert line == {"event": "sys_busy", "request_id": answer.headers["X-Request-Id"], "address": "192.0.2.7"}
+
+
 def test_a_body_of_the_maximum_size_is_read(service: Service) -> None:
     form = "email=a&password=".ljust(MAX_BODY_BYTES, "x")
     headers = {"Content-Type": "application/x-www-form-urlencoded"}

@@ -75,7 +75,7 @@ def test_logging_in_reads_nothing_after_the_session_is_stored(
 ) -> None:
     start = auth.log_in
 
-    def start_and_lose_the_storage(*arguments: Any, **rest: Any) -> tuple[User, str]:
+    def start_and_lose_the_storage(*arguments: Any, **rest: Any) -> tuple[User, str, str]:
         started = start(*arguments, **rest)
         for name in "read", "read_all":
             monkeypatch.setattr(auth._db._engine, name, unavailable)
@@ -95,7 +95,7 @@ def test_a_session_that_ends_before_its_answer_is_still_answered(
 ) -> None:
     start = auth.log_in
 
-    def start_and_be_replaced(*arguments: Any, **rest: Any) -> tuple[User, str]:
+    def start_and_be_replaced(*arguments: Any, **rest: Any) -> tuple[User, str, str]:
         started = start(*arguments, **rest)
         for _ in range(settings.sessions_per_user):
             start(*arguments, **rest)

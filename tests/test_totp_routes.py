@@ -22,6 +22,7 @@ from tests.routes import (
     assert_200,
     assert_new_id,
     cookie_of,
+    events,
     log_in,
     profile_status,
     public_id_of,
@@ -102,6 +103,19 @@ def test_a_login_needs_a_code_after_the_right_password(bob: TotpUser) -> None:
     assert_200(answers[0], {"email": "bob@x.io", "message": "logged in"})
     assert profile_status(bob.call, cookie_of(answers[0])) == 200
     assert log_in(bob.call, "eve@x.io").status == 200  # Eve has no second factor
+
+
+def test_a_login_logs_which_factors_were_shown(bob: TotpUser, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    for otp in (None, bob.code(), bob.recovery_codes[0]):
+        bob.log_in(otp)
+    log_in(bob.call, "eve@x.io")
+    assert [(line["event"], line["user_id"], line.get("factors")) for line in events(capsys)] == [
+        ("authn_code_required", 1, None),
+        ("authn_login_success", 1, "password+totp"),
+        ("authn_login_success", 1, "password+recovery_code"),
+        ("authn_login_success", 2, "password"),
+    ]
 
 
 @pytest.mark.parametrize("email", ["bob@x.io", "eve@x.io", "nobody@x.io"])

@@ -6,18 +6,30 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
 import authsvc
+import log
 from auth import Auth
 from engines.sqlite import SQLiteEngine
 from settings import Settings
 from storage import DB
 from tests.conftest import Answer, Client, Clock
-from tests.routes import SharedApp, TotpUser, assert_200, cookie_of, log_in, open_shared_app, register, reset_token
+from tests.routes import (
+    SharedApp,
+    TotpUser,
+    assert_200,
+    cookie_of,
+    events,
+    log_in,
+    open_shared_app,
+    register,
+    reset_token,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +93,30 @@ def test_a_valid_session_is_answered_with_its_user(shared: SharedApp) -> None:
         "__Host-session_id={0}",
     ],
 )
-def test_without_a_valid_cookie_no_user_is_named_and_nothing_logged(
-    shared: SharedApp, cookie: str | None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_valid_cookie_no_user_is_named(shared: SharedApp, cookie: str | None) -> None:
     cookie = cookie and cookie.format(shared.session_id)
     assert shared.refuses(401, "GET", "/verify", cookie=cookie) == "not logged in"
     answer = assert_no_user(shared.call("GET", "/verify", cookie=cookie))
     assert (answer.headers["Cache-Control"], answer.headers["Vary"]) == ("no-store", "Cookie")
     assert "WWW-Authenticate" not in answer.headers  # it would make a browser ask for a password
     assert assert_no_user(shared.call("GET", "/verify?login=1", cookie=cookie), 302).headers["Location"] == "/login"
-    assert capsys.readouterr().err == ""  # such requests are frequent, and no attack
+
+
+@pytest.mark.parametrize("path", ["/verify", "/verify?login=1"])
+def test_some_refused_verifications_are_logged_and_the_others_counted(
+    call: Client, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, clock: Clock, path: str
+) -> None:
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=clock))
+    answers = [call("GET", path, REMOTE_ADDR=f"127.0.0.{number}") for number in range(100)]
+    clock.advance(log.FLOOD_WINDOW)
+    answers.append(call("GET", path, REMOTE_ADDR="127.0.0.100"))
+    lines = events(capsys)
+    assert {line["event"] for line in lines} == {"authz_verify_fail"}
+    assert [line["address"] for line in lines] == [f"127.0.0.{number}" for number in (0, 1, 2, 3, 4, 100)]
+    assert [line["request_id"] for line in lines] == [
+        answers[at].headers["X-Request-Id"] for at in (0, 1, 2, 3, 4, 100)
+    ]
+    assert [line.get("missing") for line in lines] == [None] * log.SAMPLE_LIMIT + [100 - log.SAMPLE_LIMIT]
 
 
 @pytest.mark.both_engines

@@ -83,10 +83,11 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
     """Answers a request that never reached the application: JSON, with the same headers as every other answer."""
 
     def execute(self) -> None:
-        error = self.request.error
+        error, request_id = self.request.error, new_request_id()
+        self._log_refusal(request_id)
         message = MESSAGES.get(error.code, "internal error")
         production = self.channel.owner.dispatcher.settings.production
-        headers, body = complete_error(message, new_request_id(), production)
+        headers, body = complete_error(message, request_id, production)
         self.status = f"{error.code} {error.reason}"
         self.response_headers += headers
         if error.code == Busy.code:
@@ -95,6 +96,18 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         self.channel.discard = MAX_DISCARD_BYTES
         self.content_length = len(body)
         self.write(body)
+
+    def _log_refusal(self, request_id: str) -> None:
+        error, request, channel = self.request.error, self.request, self.channel
+        # waitress sets the command after it has read all headers. Before, one that the proxy added may be missing.
+        forwarded = request.headers.get("X_FORWARDED_FOR") if hasattr(request, "command") else None
+        proxies = channel.owner.dispatcher.settings.trusted_proxy
+        context = {"request_id": request_id, "address": client_address(channel.addr[0], forwarded, proxies)}
+        if error.code == Busy.code:
+            log_event("sys_busy", **context)
+        elif error.code in MESSAGES:  # else 500, and the exception has a line
+            reason = error.body.partition(' "')[0]  # waitress quotes the request at the end of some texts
+            log_event("input_validation_fail", **context, status=error.code, reason=reason)
 
 
 class PlainTask(WSGITask):  # type: ignore[misc]
