@@ -45,6 +45,8 @@ class SQLiteEngine:
     def __init__(self, database: str, *, private: bool = False) -> None:
         self._path = os.path.abspath(database)
         self._write_lock = threading.Lock()
+        # SQLite follows symbolic links, and names the write-ahead log after the file itself.
+        self._paths = {"": self._path, "-wal": os.path.realpath(self._path) + "-wal"}
         self._thread = threading.local()
         self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
         with refused(f"cannot open the database {database}"), _opening, ExitStack() as opened:
@@ -129,7 +131,7 @@ class SQLiteEngine:
                 continue
             loss = "the latest changes may be lost" if suffix else DATA_LOSS
             remedy = "restart, or restore a backup"
-            raise StorageUnavailable(f"{self._path}{suffix} was {state} while it was in use: {loss}; {remedy}")
+            raise StorageUnavailable(f"{self._paths[suffix]} was {state} while it was in use: {loss}; {remedy}")
         self._files = found
 
     def close(self) -> None:
@@ -141,7 +143,7 @@ class SQLiteEngine:
 
     def _stat_files(self) -> dict[str, tuple[tuple[int, int] | None, int]]:
         """Return the identity (device and inode) and the size of the file and of its write-ahead log."""
-        return {"": _stat(self._path), "-wal": _stat(self._path + "-wal")}
+        return {suffix: _stat(path) for suffix, path in self._paths.items()}
 
     def _reader(self) -> sqlite3.Connection:
         try:
@@ -281,3 +283,8 @@ def _create_private(path: str) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
         if 0 < os.path.getsize(path) < MIN_FILE_BYTES:  # SQLite would take it for empty and overwrite it
             raise DatabaseRefused("it is not a database") from None
+        try:
+            os.stat(path)
+        except FileNotFoundError:  # not created: the file that it named is lost, or on a disk that is not mounted
+            target = os.path.realpath(path)
+            raise DatabaseRefused(f"it is a symbolic link to {target}, which does not exist") from None

@@ -24,7 +24,8 @@ def exists(database: str) -> bool:
 
 def check(database: str) -> dict[str, list[str]]:
     """Return what is wrong with the file, and which of its files other users can read."""
-    names = [database + suffix for suffix in ("", "-wal", "-shm", ".lock")]
+    file = os.path.realpath(database)  # beside which SQLite makes the others, whatever symbolic link names it
+    names = [file + suffix for suffix in ("", "-wal", "-shm", ".lock")]
     readable = [name for name in names if os.path.exists(name) and os.stat(name).st_mode & 0o077]
     return {"database": problems(database), "files": [f"other users can read {name}: chmod 600" for name in readable]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -452,3 +453,63 @@ def test_a_symbolic_link_and_its_file_share_a_lock(short_timeout: None, path: Pa
         with db._engine.transaction(), refused:
             linked.add_user("eve@x.io", HASH)
     assert not Path(f"{link}.lock").exists()
+
+
+@pytest.mark.parametrize("by_link", [False, True], ids=["service by name", "service by link"])
+def test_a_command_by_another_name_uses_the_same_files(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch, by_link: bool
+) -> None:
+    link = tmp_path / "elsewhere" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(fill(path))
+    service, command = (link, path) if by_link else (path, link)
+    with closing(DB(service)) as db:
+        db.add_user("bob@x.io", HASH)
+        monkeypatch.setenv("AUTHSVC_DATABASE", str(command))
+        assert authsvc.main(["user", "add", "eve@x.io"]) == 0
+        assert [user.email for user in db.each_user()] == ["bob@x.io", "eve@x.io"]
+        assert {file.name for file in path.parent.glob("authsvc.db*")} == {
+            f"authsvc.db{suffix}" for suffix in ("", "-wal", "-shm", ".lock")
+        }
+        assert list(link.parent.iterdir()) == [link]
+        db.check()
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_a_lost_file_is_noticed_through_a_symbolic_link(path: Path, suffix: str) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(fill(path))
+    db = DB(link)
+    db.add_user("bob@x.io", HASH)
+    Path(f"{path}{suffix}").unlink()
+    with pytest.raises(StorageUnavailable, match=f"{suffix} was deleted while it was in use"):
+        db.add_user("eve@x.io", HASH)
+    db.close()
+
+
+def test_a_link_to_another_file_is_noticed(tmp_path: Path, path: Path) -> None:
+    link, other = path.with_name("link.db"), fill(tmp_path / "other.db", "eve@x.io")
+    link.symlink_to(fill(path))
+    db = DB(link)
+    link.unlink()
+    link.symlink_to(other)
+    with pytest.raises(StorageUnavailable, match=r"link\.db was replaced"):
+        db.add_user("bob@x.io", HASH)
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("nowhere.db", r"it is a symbolic link to .*/nowhere\.db, which does not exist"),
+        ("missing/authsvc.db", r"it is a symbolic link to .*/missing/authsvc\.db, which does not exist"),
+        ("link.db", "Too many levels of symbolic links"),
+    ],
+    ids=["to no file", "into no folder", "to itself"],
+)
+def test_a_link_that_leads_nowhere_is_refused_with_the_reason(tmp_path: Path, target: str, reason: str) -> None:
+    link = tmp_path / "link.db"
+    link.symlink_to(target)
+    with pytest.raises(DatabaseRefused, match=rf"\Acannot open the database {re.escape(str(link))}: {reason}\Z"):
+        DB(link)
+    assert [file.name for file in tmp_path.iterdir()] == ["link.db"]
