@@ -67,8 +67,12 @@ EMPTY = f"""
      WHERE throttle.key = used.key AND throttle.full_at < most
 """
 
-# A full bucket needs no row.
-DELETE_FULL = "DELETE FROM throttle WHERE key IN (SELECT key FROM throttle WHERE full_at <= :now LIMIT :limit)"
+# A full bucket needs no row. On PostgreSQL a row that an attempt has locked is left alone, as in CONSUME.
+FULL = "SELECT key FROM throttle WHERE full_at <= :now LIMIT :limit"
+DELETE_FULL = {
+    "SQLite": f"DELETE FROM throttle WHERE key IN ({FULL})",
+    "PostgreSQL": f"DELETE FROM throttle WHERE key IN ({FULL} FOR UPDATE SKIP LOCKED)",
+}
 
 
 class RateLimits:
@@ -112,7 +116,7 @@ class RateLimits:
                 rows = [{"key": bucket.key, "full_at": full_at} for bucket, _, full_at in consumed]
                 db.executemany(statement, rows)
                 if len(used) < len(buckets):  # it deletes more rows than it has added
-                    db.execute(DELETE_FULL, {"now": now, "limit": 10})
+                    db.execute(DELETE_FULL["SQLite"], {"now": now, "limit": 10})
                 return 0
             for bucket in buckets:
                 full = now + bucket.size * bucket.interval
@@ -149,7 +153,7 @@ class RateLimits:
 
     def prune(self, *, now: int, limit: int) -> int:
         """Delete up to ``limit`` full buckets; return how many were deleted."""
-        return self._engine.write(DELETE_FULL, {"now": now, "limit": limit})
+        return self._engine.write(DELETE_FULL[self._engine.name], {"now": now, "limit": limit})
 
 
 def _consumed(bucket: Bucket, full_at: int, now: int) -> tuple[int, int]:

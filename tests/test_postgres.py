@@ -245,6 +245,16 @@ def test_deleting_full_buckets_waits_for_no_lock(database: str, db: DB, second: 
 
 
 @pytest.mark.parametrize("statement", [CONSUME, EMPTY], ids=["consume", "empty"])
+def test_pruning_full_buckets_waits_for_no_lock(database: str, db: DB, second: DB) -> None:
+    for key in "used", "full":
+        db.rate_limits.consume([Bucket(key, 5, 60)], NOW)
+    with db._engine.transaction() as held:
+        held.execute("UPDATE throttle SET full_at = full_at WHERE key = 'used'")
+        assert second.rate_limits.prune(now=NOW + 1000, limit=10) == 1
+    with closing(postgres.RawConnection(database)) as connection:
+        assert connection.execute("SELECT key FROM throttle").fetchall() == [("used",)]
+
+
 def test_buckets_are_locked_in_the_order_given(db: DB, statement: str) -> None:
     db.rate_limits.consume([Bucket("a", 5, 60), Bucket("b", 5, 60)], NOW)
     db._engine.write("ANALYZE throttle", {})  # a small table, of which PostgreSQL reads all rows
