@@ -31,7 +31,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from email.message import EmailMessage
 from typing import ClassVar
 from urllib.parse import urlsplit
@@ -51,7 +51,7 @@ MAX_USER_AGENT = 200  # characters that are stored
 RESET_INTERVAL = 300  # seconds between two reset mails to one user
 INVITATION_LIFETIME = 604_800  # seconds, 7 days: longer than a reset link, as the recipient does not expect it
 SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
-PRUNE_STEP = 200  # rows of a kind that are deleted in one transaction: 10 ms in which nobody else can write
+PRUNE_STEP = 200  # expired rows that are deleted in one transaction: 10 ms in which nobody else can write
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
 NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; matches no password  # noqa: S105
@@ -175,6 +175,7 @@ class Auth:
         self._settings = settings or Settings.from_environ()
         self._db = db or DB(self._settings.database, private=self._settings.production)
         self.engine_version = self._db.engine_version  # the database engine with its version
+        self.empty_log = self._db.empty_log
         self._clock = clock
         self._background = run_in_background
         self._mailer = mailer if mailer and mailer.enabled else None
@@ -535,9 +536,13 @@ class Auth:
         lifetime = INVITATION_LIFETIME if user.hashed_password == NO_PASSWORD else self._settings.reset_lifetime
         return self._replace_reset_token(user, lifetime), self._now() + lifetime
 
-    def prune(self) -> bool:
-        """Delete some expired sessions and full buckets; return whether there may be more."""
-        return self._db.prune(now=self._now(), limit=PRUNE_STEP) >= PRUNE_STEP
+    def prune(self) -> Iterator[tuple[str, int]]:
+        """Delete expired sessions and reset tokens, and full buckets. Yield after each step the kind and the number.
+
+        empty_log() then removes them from SQLite's write-ahead log.
+        """
+        now = self._now()
+        return self._db.prune(now=now, idle_since=now - self._settings.session_idle, limit=PRUNE_STEP)
 
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""

@@ -41,6 +41,7 @@ Settings are environment variables, AUTHSVC_…; the README lists them. The most
 AUTHSVC_DATABASE. Exit codes: 0 success; 1 the command failed and says why; 2 wrong usage, settings or database."""
 
 PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting expired rows
+PRUNE_RETRY = 60.0  # the same after a round that failed, or could not empty the write-ahead log
 PRUNE_REST = 10  # the pause after a step lasts this many times as long as the step, so that no request notices
 
 PAGES = Path(__file__).with_name("web") / "pages"
@@ -333,14 +334,18 @@ def _start_pruning(auth: rules.Auth, stopping: threading.Event) -> threading.Thr
     def prune() -> None:
         pause = 0.0
         while not stopping.wait(pause):
-            began, more = time.monotonic(), False
+            began, pause = time.monotonic(), PRUNE_RETRY
             try:
-                more = auth.prune()
+                for _ in auth.prune():
+                    if stopping.wait((time.monotonic() - began) * PRUNE_REST):
+                        return
+                    began = time.monotonic()
+                if auth.empty_log():
+                    pause = PRUNE_INTERVAL
             except StorageUnavailable:
                 pass  # another process is writing; the next round deletes the rows
             except Exception as error:
                 log_crash(error)
-            pause = (time.monotonic() - began) * PRUNE_REST if more else PRUNE_INTERVAL
 
     thread = threading.Thread(target=prune, daemon=True)
     thread.start()

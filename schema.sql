@@ -37,7 +37,7 @@ CREATE TABLE sessions (
 ) STRICT;
 
 CREATE INDEX sessions_user_id ON sessions (user_id);
-CREATE INDEX sessions_expires_at ON sessions (expires_at);
+CREATE INDEX sessions_expires_at ON sessions (expires_at);  -- no longer used, like the table known_addresses
 
 CREATE TABLE recovery_codes (                        -- each replaces a one-time code once
     user_id   INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,

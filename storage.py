@@ -1,4 +1,4 @@
-"""Storage: users and sessions, and all SQL about them. Each method is one transaction, but for prune(), which is two.
+"""Storage: users and sessions, and all SQL about them. Each method is one transaction, but for prune(), which is many.
 
 Hashes and unix seconds come in, frozen rows go out. auth.py decides what they mean; schema.sql explains each column.
 The statements are the same on both engines. Knows no clock, no password and no HTTP.
@@ -21,6 +21,7 @@ from settings import Settings
 from tables.rate_limits import RateLimits
 
 LOOKUP_BATCH = 500  # emails that one statement looks up
+SEARCH_STEP = 20_000  # ids among which one statement searches for expired rows: some 10 ms
 IDS = range(-(2**63), 2**63)  # what a column of integers can hold
 
 # The names that callers may use. No other strings enter a statement.
@@ -34,6 +35,8 @@ USER_COLUMNS = """users.id, users.email, users.hashed_password, users.session_id
 # Conditions that several statements share.
 IS_LIVE_SESSION = """sessions.expires_at > :now AND sessions.last_seen_at > :idle_since
                AND sessions.created_at <= :latest AND sessions.last_seen_at <= :latest"""
+IS_EXPIRED_SESSION = "(expires_at <= :now OR last_seen_at <= :idle_since)"
+HAS_EXPIRED_RESET = "reset_token IS NOT NULL AND reset_expires_at <= :now"
 HAS_LIVE_RESET = """reset_token = :token_hash AND reset_expires_at > :now AND reset_created_at <= :latest
                AND disabled_at IS NULL"""
 IS_VERIFIED = """id = :user_id AND hashed_password = :verified
@@ -41,9 +44,9 @@ IS_VERIFIED = """id = :user_id AND hashed_password = :verified
 
 REPLACE_HASH = "UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old"
 
-REVOKE_PENDING = """
-    UPDATE users
-       SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL,
+CLEAR_RESET = "UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL"
+REVOKE_PENDING = f"""
+    {CLEAR_RESET},
            totp_secret = CASE WHEN totp_since IS NULL THEN NULL ELSE totp_secret END"""  # an unconfirmed seed
 
 INSERT_USER = """
@@ -115,6 +118,7 @@ class DB:
         self.engine_version = self._engine.version
         self.rate_limits = RateLimits(self._engine)
         self.check = self._engine.check
+        self.empty_log = self._engine.empty_log
         self.close = self._engine.close
 
     def _user_transaction(
@@ -425,16 +429,42 @@ class DB:
             return True
         return False
 
-    def prune(self, *, now: int, limit: int) -> int:
-        """Delete up to ``limit`` expired rows of each kind; return how many were deleted."""
-        with self._engine.transaction(lock=LOCK_ALL_USERS) as db:
-            statement = """
-                DELETE FROM sessions WHERE id IN (SELECT id FROM sessions WHERE expires_at <= :now LIMIT :limit)
-                RETURNING user_id"""
-            ended = db.execute(statement, {"now": now, "limit": limit}).fetchall()
-            for user_id in {user_id for (user_id,) in ended}:
-                _update_newest_session(db, user_id)
-        return len(ended) + self.rate_limits.prune(now=now, limit=limit)
+    # Retention
+
+    def prune(self, *, now: int, idle_since: int, limit: int) -> Iterator[tuple[str, int]]:
+        """Delete sessions that have expired or were not used since ``idle_since``, dead reset tokens and full buckets.
+
+        Each transaction deletes up to ``limit`` rows. Yield after each the kind and the number of rows.
+        """
+        times = {"now": now, "idle_since": idle_since}
+        statement = f"SELECT id, user_id FROM sessions WHERE {IS_EXPIRED_SESSION}"
+        for rows in self._each_expired(statement, "sessions", times, limit):
+            with self._engine.transaction(lock=LOCK_ALL_USERS) as db:
+                # The condition again: since the search, the session may have been used, or the token replaced.
+                ended = db.executemany(f"DELETE FROM sessions WHERE id = :id AND {IS_EXPIRED_SESSION}", rows).rowcount
+                for user_id in {row["user_id"] for row in rows}:
+                    _update_newest_session(db, user_id)
+            yield "sessions", ended
+        statement = f"SELECT id, id FROM users WHERE {HAS_EXPIRED_RESET}"
+        for rows in self._each_expired(statement, "users", times, limit):
+            with self._engine.transaction() as db:
+                cleared = db.executemany(f"{CLEAR_RESET} WHERE id = :id AND {HAS_EXPIRED_RESET}", rows).rowcount
+            yield "reset_tokens", cleared
+        while deleted := self.rate_limits.prune(now=now, limit=limit):
+            yield "buckets", deleted
+
+    def _each_expired(self, statement: str, table: str, times: dict[str, int], limit: int) -> Iterator[list[Any]]:
+        """Yield the ids of expired rows and of their users, in lists of up to ``limit``.
+
+        The search reads all rows, so it is outside the transactions. An index on last_seen_at would make it faster, and
+        each recorded use of a session slower.
+        """
+        (last,) = self._engine.read(f"SELECT max(id) FROM {table}", {})
+        for first in range(0, (last or 0) + 1, SEARCH_STEP):
+            values = times | {"first": first, "last": first + SEARCH_STEP - 1}
+            found = self._engine.read_all(f"{statement} AND id BETWEEN :first AND :last ORDER BY id", values)
+            for start in range(0, len(found), limit):
+                yield [times | {"id": row[0], "user_id": row[1]} for row in found[start : start + limit]]
 
 
 def newest_session_time(database: str) -> int:

@@ -181,6 +181,8 @@ def _delete_user(operator: Operator) -> None:
             _confirm(f"Delete {user.email} and all their data? [y/N] ")
         db.delete_user(user.id)
         operator.log("user_deleted", user_id=user.id)
+        with suppress(StorageUnavailable):  # the service does it, too, within the hour
+            db.empty_log()
         operator.print_record(f"deleted {user.email}", email=user.email, state="deleted")
 
 
@@ -428,11 +430,15 @@ def _mail_problems(settings: Settings) -> list[str]:
 
 def _prune(operator: Operator) -> None:
     """Delete expired rows now. The service also does this every hour."""
+    deleted = {"sessions": 0, "reset_tokens": 0, "buckets": 0}
     with operator.open_database() as (auth, _):
-        while auth.prune():
+        for kind, number in auth.prune():
+            deleted[kind] += number
             time.sleep(PRUNE_PAUSE)
-    operator.log("sys_prune")
-    operator.print_record("pruned", pruned=True)
+        auth.empty_log()
+    operator.log("sys_prune", **deleted)
+    listed = ", ".join(f"{kind} {number}" for kind, number in deleted.items()).replace("_", " ")
+    operator.print_record(f"deleted: {listed}", pruned=True, **deleted)
 
 
 # Output

@@ -39,7 +39,7 @@ class Transaction(Protocol):
 
     def execute(self, statement: str, values: Values = ..., /) -> Result: ...
 
-    def executemany(self, statement: str, rows: Iterable[Values], /) -> object: ...
+    def executemany(self, statement: str, rows: Iterable[Values], /) -> Result: ...
 
 
 class Engine(Protocol):
@@ -78,6 +78,12 @@ class Engine(Protocol):
 
     def check(self) -> None:
         """Raise StorageUnavailable if the database is no longer the one that was opened."""
+
+    def empty_log(self) -> bool:
+        """Move SQLite's write-ahead log into the file and truncate it, so that it keeps no deleted row.
+
+        Return False if somebody reads an older state of the database for longer than a moment: then try again later.
+        """
 
     def close(self) -> None:
         """Close all connections. No other thread may use the engine then or later."""

@@ -117,6 +117,10 @@ class PostgresEngine:
     def check(self) -> None:
         """Do nothing: the server checks its own files."""
 
+    def empty_log(self) -> bool:
+        """Do nothing: the log is the server's."""
+        return True
+
     def close(self) -> None:
         self._pool.close()
 
@@ -260,8 +264,10 @@ class _Statements:
     def execute(self, statement: str, values: dict[str, Any] | None = None) -> psycopg.Cursor:
         return self.connection.execute(_converted(statement), values or {})
 
-    def executemany(self, statement: str, rows: Iterable[dict[str, Any]]) -> None:
-        self.connection.cursor().executemany(_converted(statement), rows)
+    def executemany(self, statement: str, rows: Iterable[dict[str, Any]]) -> psycopg.Cursor:
+        cursor = self.connection.cursor()
+        cursor.executemany(_converted(statement), rows)
+        return cursor
 
     def stream(self, statement: str) -> Iterator[Row]:
         """Yield the rows one by one: all of them may not fit into memory. Only inside a transaction."""

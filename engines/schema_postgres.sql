@@ -40,7 +40,7 @@ CREATE TABLE sessions (
 );
 
 CREATE INDEX sessions_user_id ON sessions (user_id);
-CREATE INDEX sessions_expires_at ON sessions (expires_at);
+CREATE INDEX sessions_expires_at ON sessions (expires_at);  -- no longer used
 
 CREATE TABLE recovery_codes (
     user_id   bigint NOT NULL REFERENCES users (id) ON DELETE CASCADE,

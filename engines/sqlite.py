@@ -22,6 +22,7 @@ from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from engines.schema import SQLITE_MIGRATIONS, SQLITE_SCHEMA, SQLITE_VERSION
 
 BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
+CHECKPOINT_TIMEOUT = 100  # milliseconds that emptying the write-ahead log waits for readers, and writers for it
 LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
 MIN_FILE_BYTES = 512  # the smallest page of SQLite
 DATA_LOSS = "changes since the last backup are lost"
@@ -44,9 +45,9 @@ class SQLiteEngine:
 
     def __init__(self, database: str, *, private: bool = False) -> None:
         self._path = os.path.abspath(database)
-        self._write_lock = threading.Lock()
         # SQLite follows symbolic links, and names the write-ahead log after the file itself.
         self._paths = {"": self._path, "-wal": os.path.realpath(self._path) + "-wal"}
+        self._write_lock = threading.Lock()
         self._thread = threading.local()
         self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
         with refused(f"cannot open the database {database}"), _opening, ExitStack() as opened:
@@ -133,6 +134,16 @@ class SQLiteEngine:
             remedy = "restart, or restore a backup"
             raise StorageUnavailable(f"{self._paths[suffix]} was {state} while it was in use: {loss}; {remedy}")
         self._files = found
+
+    def empty_log(self) -> bool:
+        with self._exclusive(), translated_errors():
+            self.check()
+            self._writer.execute(f"PRAGMA busy_timeout = {CHECKPOINT_TIMEOUT}")
+            try:
+                (busy, _, _) = self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._writer.execute(f"PRAGMA busy_timeout = {round(BUSY_TIMEOUT * 1000)}")
+            return not busy
 
     def close(self) -> None:
         with self._exclusive():
@@ -279,12 +290,12 @@ def _create_private(path: str) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):  # not open(): see _opening
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
-        if 0 < os.path.getsize(path) < MIN_FILE_BYTES:  # SQLite would take it for empty and overwrite it
-            raise DatabaseRefused("it is not a database") from None
         try:
             os.stat(path)
         except FileNotFoundError:  # not created: the file that it named is lost, or on a disk that is not mounted
             target = os.path.realpath(path)
             raise DatabaseRefused(f"it is a symbolic link to {target}, which does not exist") from None
+        if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):  # not open(): see _opening
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
+        if 0 < os.path.getsize(path) < MIN_FILE_BYTES:  # SQLite would take it for empty and overwrite it
+            raise DatabaseRefused("it is not a database") from None

@@ -188,8 +188,9 @@ def add_expiring_rows(other: Any, number: int = 1) -> None:
         )
 
 
-def prune(db: DB, limit: int = 200) -> int:
-    return db.prune(now=NOW, limit=limit)
+def prune(db: DB, now: int = NOW, idle_since: int = 0) -> int:
+    """Prune; return how many rows were deleted."""
+    return sum(number for _, number in db.prune(now=now, idle_since=idle_since, limit=200))
 
 
 # Every method that looks up rows, in an order in which each finds what it needs: one user with session "s" and "token".
@@ -218,7 +219,7 @@ LOOKUPS: dict[str, Callable[[DB], object]] = {
     "spend_totp": lambda db: db.spend_totp(1, 2, 2),
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "a"),
     "remove_totp": lambda db: db.remove_totp(1, "w", "x"),
-    "prune": lambda db: db.prune(now=NOW + 1000, limit=200),
+    "prune": lambda db: prune(db, NOW + 1000),
     "disable_user": lambda db: db.disable_user(1, NOW),
     "enable_user": lambda db: db.enable_user(1),
     "delete_user": lambda db: db.delete_verified_user(db.find_user_by(id=1), "s"),

@@ -70,7 +70,7 @@ STORAGE = sorted(
 # Functions and methods that take a statement as their first argument.
 STATEMENT_FUNCTIONS = {
     *("execute", "executemany", "executescript", "stream", "_stream", "_converted"),
-    *("read", "read_all", "read_each", "write"),
+    *("read", "read_all", "read_each", "write", "_each_expired"),
 }
 
 # Parts of a statement that are neither literals nor constants. None of them comes from a client.
@@ -88,6 +88,7 @@ STATEMENT_PARTS = {
     "_lock_tables('EXCLUSIVE')",
     "step.encode()",  # a schema file or a migration
     "''.join(steps)",
+    "round(BUSY_TIMEOUT * 1000)",
 }
 
 

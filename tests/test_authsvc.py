@@ -161,7 +161,7 @@ def one_second_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_second_steps")
-@pytest.mark.parametrize(("expired", "steps"), [(0, 0), (199, 0), (200, 1), (450, 2)])
+@pytest.mark.parametrize(("expired", "steps"), [(0, 0), (200, 1), (450, 3)])
 def test_pruning_pauses_between_steps_and_an_hour_between_rounds(
     auth: Auth, settings: Settings, expired: int, steps: int
 ) -> None:
@@ -174,7 +174,7 @@ def test_pruning_pauses_between_steps_and_an_hour_between_rounds(
 
 
 @pytest.mark.usefixtures("one_second_steps")
-def test_a_locked_database_delays_pruning_to_the_next_round(
+def test_a_locked_database_delays_pruning_by_a_minute(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT", 0.02)
@@ -183,9 +183,44 @@ def test_a_locked_database_delays_pruning_to_the_next_round(
         with raw_connection(settings.database) as other:
             stopping = Stopping(lambda: other.execute("BEGIN EXCLUSIVE"), other.rollback, lambda: None)
             authsvc._start_pruning(Auth(db, settings), stopping).join(30)
-            assert stopping.pauses == [0.0, 3600.0, 3600.0]
+            assert stopping.pauses == [0.0, 60.0, 10.0]
             assert other.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
     assert capsys.readouterr() == ("", "")
+
+
+def files_with(text: bytes, settings: Settings) -> list[str]:
+    """Return which of the database and its write-ahead log have the text in them."""
+    return [suffix for suffix in ("", "-wal") if text in Path(settings.database + suffix).read_bytes()]
+
+
+@pytest.mark.parametrize("text", [b"canary@x.io", b"Canary/1.0"], ids=["email", "user agent"])
+def test_pruning_leaves_no_trace_of_what_was_deleted_in_the_files(auth: Auth, settings: Settings, text: bytes) -> None:
+    auth.register_user("bob@x.io", "b4l0u")
+    user = auth.register_user("canary@x.io", "b4l0u")
+    session_id = auth.log_in("canary@x.io", "b4l0u", address=None, user_agent="Canary/1.0")[1]
+    auth.empty_log()
+    assert files_with(text, settings) == [""]
+    auth.log_out(session_id)
+    auth._db.delete_user(user.id)
+    authsvc._start_pruning(auth, Stopping(*[lambda: None] * 2)).join(30)
+    assert files_with(text, settings) == []
+    assert files_with(b"bob@x.io", settings) == [""]
+
+
+@pytest.mark.usefixtures("one_second_steps")
+def test_a_round_that_a_long_reader_hinders_is_repeated_after_a_minute(auth: Auth, settings: Settings) -> None:
+    log = Path(f"{settings.database}-wal")
+    auth.register_user("bob@x.io", "b4l0u")
+    sizes = []
+    with raw_connection(settings.database) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM users").fetchone()
+        auth.register_user("eve@x.io", "b4l0u")
+        calls = [lambda: sizes.append(log.stat().st_size)] * 2
+        stopping = Stopping(calls[0], lambda: (calls[0](), reader.rollback()), calls[0])
+        authsvc._start_pruning(auth, stopping).join(30)
+    assert stopping.pauses == [0.0, 60.0, 3600.0]
+    assert [size > 0 for size in sizes] == [True, True, False]
 
 
 def test_an_unexpected_error_is_logged_and_does_not_end_pruning(
@@ -193,7 +228,7 @@ def test_an_unexpected_error_is_logged_and_does_not_end_pruning(
 ) -> None:
     rounds = []
 
-    def prune() -> bool:
+    def prune() -> list[tuple[str, int]]:
         rounds.append(1)
         raise LookupError("canary")
 

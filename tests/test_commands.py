@@ -731,8 +731,24 @@ def test_an_unreachable_mail_server_and_a_missing_proxy_are_found(
 
 
 @pytest.mark.both_engines
-def test_pruning_deletes_expired_sessions(run: Run, people: Auth) -> None:
+def test_pruning_says_what_it_deletes(run: Run, people: Auth, logged: list[str]) -> None:
     with people._db._engine.transaction() as db:
-        db.execute("UPDATE sessions SET expires_at = 1")
-    assert run("prune").out == "pruned\n"
+        db.execute("UPDATE sessions SET last_seen_at = last_seen_at - 604800")
+        db.execute("UPDATE users SET reset_token = 'spent', reset_expires_at = 1 WHERE email = 'eve@x.io'")
+        db.execute("DELETE FROM throttle")
+        db.execute("INSERT INTO throttle VALUES ('a', 1), ('b', 1)")
+    assert run("prune").out == "deleted: sessions 1, reset tokens 1, buckets 2\n"
+    assert json.loads(run("prune", "--json").out) == {"pruned": True, "sessions": 0, "reset_tokens": 0, "buckets": 0}
+    counts = [(line["sessions"], line["reset_tokens"], line["buckets"]) for line in map(json.loads, logged)]
+    assert counts == [(1, 1, 2), (0, 0, 0)]
     assert people._db._engine.read("SELECT count(*) FROM sessions", {}) == (0,)
+    assert people.find_user("eve@x.io").reset_token is None
+
+
+@pytest.mark.parametrize("command", ["user delete eve@x.io --yes", "prune"])
+def test_a_command_that_deletes_empties_the_log_of_a_service(run: Run, people: Auth, command: str) -> None:
+    log = Path(f"{people._settings.database}-wal")
+    assert b"eve@x.io" in log.read_bytes()
+    assert run(*command.split()).code == 0
+    assert log.read_bytes() == b""
+    assert people.find_user("bob@x.io")

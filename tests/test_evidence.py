@@ -40,6 +40,7 @@ NO_LIMITS = {
     "engines.sqlite.MIN_FILE_BYTES",
     "rate_limit.DEVELOPMENT_FACTOR",
     "storage.LOOKUP_BATCH",
+    "storage.SEARCH_STEP",
     "web.server.HASHING_NICENESS",
 }
 

@@ -36,6 +36,7 @@ from tests.stored_users import (
     add_session,
     enable_totp,
     find_session,
+    prune,
     run_together,
     set_reset_token,
     spend_token,
@@ -144,7 +145,7 @@ def test_ending_all_sessions_ends_one_that_is_just_starting(db: DB, second: DB, 
 def test_a_login_and_pruning_do_not_deadlock(db: DB, second: DB, bob: User, beside: Beside) -> None:
     add_session(db, bob, "old")
     with db._engine.transaction(lock=LOCK_USER, values=BOB) as held:  # the steps of add_session
-        pruned = beside(lambda: second.prune(now=NOW + 2000, limit=200))
+        pruned = beside(lambda: prune(second, NOW + 2000))
         assert held.execute("DELETE FROM sessions WHERE session_hash = 'old'").rowcount == 1
     assert pruned.result(5) == 0
 
@@ -167,7 +168,7 @@ def test_simultaneous_logins_and_logouts_do_not_deadlock(database: str, db: DB, 
             assert add_session(storage, user, f"{index} {number}", replaced=f"{index} {number - 1}", limit=6)
             if number % 5 == 4:
                 storage.end_sessions(user.id, kept=f"{index} {number}")
-                storage.prune(now=NOW, limit=200)
+                prune(storage)
 
     run_together(8, use)
     newest = [user.session_id for user in db.each_user()]
@@ -244,7 +245,6 @@ def test_deleting_full_buckets_waits_for_no_lock(database: str, db: DB, second: 
         assert {key for (key,) in connection.execute("SELECT key FROM throttle").fetchall()} == {"old", "new"}
 
 
-@pytest.mark.parametrize("statement", [CONSUME, EMPTY], ids=["consume", "empty"])
 def test_pruning_full_buckets_waits_for_no_lock(database: str, db: DB, second: DB) -> None:
     for key in "used", "full":
         db.rate_limits.consume([Bucket(key, 5, 60)], NOW)
@@ -255,6 +255,7 @@ def test_pruning_full_buckets_waits_for_no_lock(database: str, db: DB, second: D
         assert connection.execute("SELECT key FROM throttle").fetchall() == [("used",)]
 
 
+@pytest.mark.parametrize("statement", [CONSUME, EMPTY], ids=["consume", "empty"])
 def test_buckets_are_locked_in_the_order_given(db: DB, statement: str) -> None:
     db.rate_limits.consume([Bucket("a", 5, 60), Bucket("b", 5, 60)], NOW)
     db._engine.write("ANALYZE throttle", {})  # a small table, of which PostgreSQL reads all rows

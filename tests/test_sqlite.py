@@ -430,6 +430,101 @@ def test_reading_does_not_create_a_deleted_file(path: Path) -> None:
     db.close()
 
 
+# The write-ahead log is emptied
+
+
+def log_size(path: Path) -> int:
+    return Path(f"{path}-wal").stat().st_size
+
+
+def test_an_emptied_log_loses_no_row_and_is_used_again(path: Path) -> None:
+    with closing(DB(path)) as db:
+        db.add_user("bob@x.io", HASH)
+        assert db.find_user_by(id=1).email == "bob@x.io"
+        assert log_size(path) > 0
+        assert db.empty_log() is True
+        assert log_size(path) == 0
+        db.check()
+        assert db.find_user_by(id=1).email == "bob@x.io"
+        db.add_user("eve@x.io", HASH)
+        assert log_size(path) > 0
+    assert emails(path) == ["bob@x.io", "eve@x.io"]
+
+
+@pytest.mark.parametrize("state", ["deleted", "replaced"])
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+def test_a_lost_file_is_noticed_after_the_log_was_emptied(path: Path, suffix: str, state: str) -> None:
+    db = DB(path)
+    db.add_user("bob@x.io", HASH)
+    assert db.empty_log()
+    file = Path(f"{path}{suffix}")
+    if state == "replaced":
+        (path.parent / "copy").write_bytes(file.read_bytes())
+        os.replace(path.parent / "copy", file)
+    else:
+        file.unlink()
+    for use in (db.check, db.empty_log, lambda: db.add_user("eve@x.io", HASH)):
+        with pytest.raises(StorageUnavailable, match=f"{re.escape(str(file))} was {state} while it was in use"):
+            use()
+    db.close()
+
+
+def test_a_long_reader_keeps_the_log_and_delays_nobody(path: Path) -> None:
+    with closing(DB(fill(path, "bob@x.io", "carol@x.io", "dave@x.io"))) as db:
+        reading = db.each_user()
+        next(reading)
+        db.add_user("eve@x.io", HASH)
+        began = time.monotonic()
+        assert db.empty_log() is False
+        assert time.monotonic() - began < 2  # a write waits for five seconds
+        db.add_user("frank@x.io", HASH)
+        assert [user.email for user in reading] == ["carol@x.io", "dave@x.io"]
+        assert db.empty_log() is True
+        with db._engine.transaction() as writer:
+            assert writer.execute("PRAGMA busy_timeout").fetchone() == (5000,)
+        assert len(list(db.each_user())) == 5
+
+
+@pytest.mark.slow
+def test_emptying_the_log_all_the_time_harms_no_use_of_the_database(path: Path, tmp_path: Path) -> None:
+    """Two engines, as two processes have them, of which each adds users and reads them, while backups are made."""
+    seconds, copies = 3.0, tmp_path / "copies"
+    copies.mkdir()
+    end = time.monotonic() + seconds
+    counts: list[int] = []
+    with closing(DB(path)) as first, closing(DB(path)) as second, ThreadPoolExecutor(8) as pool:
+
+        def write(db: DB, name: str) -> list[str]:
+            added: list[str] = []
+            while time.monotonic() < end:
+                added.append(f"{len(added)}@{name}")
+                assert db.find_user_by(id=db.add_user(added[-1], HASH).id).email == added[-1]
+            return added
+
+        def read(db: DB) -> None:
+            while time.monotonic() < end:
+                found = [user.id for user in db.each_user()]
+                assert found == list(range(1, len(found) + 1))
+
+        def empty(db: DB) -> int:
+            return sum(db.empty_log() for _ in iter(lambda: time.monotonic() < end, False))
+
+        def copy() -> None:
+            while time.monotonic() < end:
+                copied = back_up(path, copies / str(len(counts)))
+                counts.append(len(emails(copied)))
+
+        added = [pool.submit(write, db, name) for db, name in ((first, "a"), (first, "b"), (second, "c"))]
+        others = [pool.submit(read, first), pool.submit(read, second), pool.submit(copy)]
+        emptied = [pool.submit(empty, db) for db in (first, second)]
+        expected = sorted(name for one in added for name in one.result(30))
+        assert [one.result(30) for one in others] == [None] * 3
+        assert all(one.result(30) > 0 for one in emptied)
+    assert sorted(emails(path)) == expected
+    assert counts == sorted(counts)
+    assert problems(path) == []
+
+
 # Names of files
 
 

@@ -18,6 +18,7 @@ from tests.stored_users import (
     all_rows,
     begin_totp,
     find_session,
+    prune,
     rows,
     set_reset_token,
     spend_token,
@@ -57,7 +58,7 @@ OTHER_CHANGES: dict[str, Change] = {
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "bob code"),
     "remove_totp": lambda db: db.remove_totp(1),
     "remove_totp from a session": lambda db: db.remove_totp(1, "bob1", "renewed"),
-    "prune": lambda db: db.prune(now=NOW + 1000, limit=200),
+    "prune": lambda db: prune(db, NOW + 1000),
 }
 LOGINS: dict[str, Change] = {
     "add_session": lambda db: add_session(db, db.find_user_by(id=1), "new", now=NOW + 60),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from storage import DB, User
@@ -11,8 +13,10 @@ from tests.stored_users import (
     NEW_HASH,
     NOW,
     add_session,
+    all_rows,
     find_session,
     live_sessions,
+    rows,
     run_together,
     set_reset_token,
     spend_token,
@@ -113,3 +117,17 @@ def test_one_of_eight_threads_spends_a_token(db: DB, bob: User) -> None:
     spent = run_together(8, lambda index: spend_token(db, new=hashes[index]))
     assert sum(spent) == 1
     assert db.find_user_by(id=1).hashed_password == hashes[spent.index(True)]
+
+
+@pytest.mark.both_engines
+def test_pruning_erases_expired_tokens_and_no_live_ones(db: DB, bob: User, other: Any) -> None:
+    for number, expires_at in enumerate((NOW - 1, NOW, NOW + 1)):
+        user = db.add_user(f"{number}@x.io", HASH)
+        db.set_reset_token(user.id, f"t{number}", now=NOW - 600, expires_at=expires_at, keep_since=NOW)
+    before = all_rows(other)
+    assert list(db.prune(now=NOW, idle_since=0, limit=200)) == [("reset_tokens", 2)]
+    columns = "reset_token, reset_expires_at, reset_created_at"
+    erased = [(None, None, None)] * 3  # bob never had one
+    assert rows(other, f"SELECT {columns} FROM users ORDER BY id") == [*erased, ("t2", NOW + 1, NOW - 600)]
+    assert {table: found for table, found in all_rows(other).items() if found != before[table]}.keys() == {"users"}
+    assert list(db.prune(now=NOW, idle_since=0, limit=200)) == []

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import storage
 from storage import DB, Session, User, newest_session_time
 from tests import stored_users
 from tests.stored_users import (
@@ -20,6 +21,7 @@ from tests.stored_users import (
     enable_totp,
     find_session,
     live_sessions,
+    prune,
     rows,
     run_together,
     set_reset_token,
@@ -383,9 +385,50 @@ def test_pruning_updates_the_newest_session_of_each_user(db: DB, eve: User, bob:
     add_session(db, carol, "short", expires_at=NOW + 1)
     named = []
     for now in NOW, NOW + 1, NOW + 2:
-        db.prune(now=now, limit=200)
+        prune(db, now)
         named.append([user.session_id for user in db.each_user()])
     assert named == [["newest", "eve", "short"], ["newest", "eve", "long"], [None, None, "long"]]
+
+
+@pytest.mark.both_engines
+def test_pruning_deletes_sessions_that_expired_or_were_not_used(db: DB, eve: User, bob: User) -> None:
+    for name, seen, expires_at in [
+        ("unused", NOW - 100, NOW + 1),
+        ("expired", NOW - 99, NOW),
+        ("live", NOW - 99, NOW + 1),
+        ("unused, and the newest", NOW - 100, NOW + 1),
+    ]:
+        add_session(db, bob, name, now=seen, expires_at=expires_at, idle_since=0)
+    assert list(db.prune(now=NOW, idle_since=NOW - 100, limit=200)) == [("sessions", 3)]
+    assert db._engine.read_all("SELECT session_hash FROM sessions", {}) == [("live",)]
+    assert db.find_user_by(id=bob.id).session_id == "live"
+
+
+@pytest.mark.both_engines
+def test_pruning_searches_all_ids(db: DB, bob: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "SEARCH_STEP", 3)
+    for number in range(10):
+        add_session(db, bob, f"s{number}", now=NOW - 1, limit=10, expires_at=NOW + number % 2)
+    assert [number for _, number in db.prune(now=NOW, idle_since=0, limit=1)] == [1] * 5
+    assert live_sessions(db, *(f"s{number}" for number in range(10))) == [f"s{number}" for number in (1, 3, 5, 7, 9)]
+
+
+@pytest.mark.both_engines
+def test_pruning_keeps_what_came_to_life_after_it_was_found(db: DB, bob: User) -> None:
+    for name in "first", "used meanwhile":
+        add_session(db, bob, name, now=NOW - 100, idle_since=0)
+    eve = db.add_user("eve@x.io", HASH)
+    for user in bob, eve:
+        set_reset_token(db, user.id, f"token of {user.id}")
+    pruning = db.prune(now=NOW + 600, idle_since=NOW - 100, limit=1)
+    assert next(pruning) == ("sessions", 1)
+    db.touch_session("used meanwhile", NOW - 99)
+    assert next(pruning) == ("sessions", 0)
+    assert next(pruning) == ("reset_tokens", 1)
+    db.set_reset_token(eve.id, "new", now=NOW + 600, expires_at=NOW + 601, keep_since=0)
+    assert list(pruning) == [("reset_tokens", 0)]
+    assert find_session(db, "used meanwhile")
+    assert [user.reset_token for user in db.each_user()] == [None, "new"]
 
 
 @pytest.mark.both_engines
