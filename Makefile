@@ -15,7 +15,7 @@ SOURCES = $(PRODUCT) main.py $(wildcard *.md *.toml docs/*.* docs/security/* tes
 PACKED = bottle.py bcrypt waitress segno \
 	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py)
 # Packages that only some tests need: see [dependency-groups] in pyproject.toml.
-EXTRAS = .venv/browser .venv/fuzz
+EXTRAS = .venv/browser .venv/fuzz .venv/proxies
 
 PYZ = dist/authsvc$(if $(POSTGRES),-postgres).pyz
 
@@ -105,7 +105,7 @@ lock:
 		pyproject.toml -o requirements/run.txt
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
 		pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
-	for group in browser fuzz; do \
+	for group in browser fuzz proxies; do \
 		uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
 			pyproject.toml --group $$group -c requirements/dev.txt -o requirements/$$group.txt || exit 1; \
 	done

@@ -174,7 +174,12 @@ def clean_environ() -> dict[str, str]:
 
 
 # Test files that need more packages than requirements/dev.txt, by a package and the target of make that installs it.
-EXTRAS = {"test_pages.py": ("playwright", ".venv/browser"), "test_openapi.py": ("schemathesis", ".venv/fuzz")}
+EXTRAS = {
+    "test_pages.py": ("playwright", ".venv/browser"),
+    "test_openapi.py": ("schemathesis", ".venv/fuzz"),
+    "test_half_sent.py": ("h2", ".venv/proxies"),
+    "long/test_half_sent.py": ("h2", ".venv/proxies"),
+}
 collect_ignore = [name for name, (package, _) in EXTRAS.items() if not find_spec(package)]
 
 

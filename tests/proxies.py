@@ -13,6 +13,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,8 @@ import trustme
 from tests.conftest import HERE, Service
 
 AUTH, APP = "auth.example.com", "app.example.com"
-PROXIES = {"nginx": "nginx-light", "caddy": "caddy"}  # program: Debian's package
+PROXIES = {"nginx": "nginx.conf", "caddy": "Caddyfile", "caddy 2.6": "Caddyfile.debian12"}  # kind: its file in deploy/
+PROTOCOLS = "http/1.1", "h2"
 SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 PASSWORD = "correct horse battery"
 START_TIMEOUT = 30.0  # seconds; only a machine with too much to do needs more than one
@@ -41,6 +43,17 @@ def program(name: str, package: str) -> str:
     path = shutil.which(name) or shutil.which(name, path="/usr/sbin")
     if not path:
         pytest.skip(f"{name} is missing: apt-get install {package}")
+    return path
+
+
+def proxy_program(kind: str) -> str:
+    """Return the path of a proxy, or skip the test. "caddy" is the newest one, from PyPI, "caddy 2.6" is Debian's."""
+    if kind == "nginx":
+        return program("nginx", "nginx-light")
+    folder = f"{sys.prefix}/bin" if kind == "caddy" else "/usr/bin"  # PATH may have both
+    path = shutil.which("caddy", path=folder)
+    if not path:
+        pytest.skip(f"{kind} is missing: {'make .venv/proxies' if kind == 'caddy' else 'apt-get install caddy'}")
     return path
 
 
@@ -122,11 +135,11 @@ class Site:
     """A proxy, the service behind it, and the application beside the service. Close it at the end.
 
     Args:
-        kind: "nginx" or "caddy".
+        kind: one of PROXIES.
         folder: an empty folder for the configuration, the certificates and the database.
         settings: settings of the service, by their names in the environment.
         start: starts the service with its settings; by default from this repository.
-        configuration: the folder that has nginx.conf and Caddyfile.
+        configuration: the folder that has the configuration of the proxy, under its name in deploy/.
         application_port: the port of another application, on 127.0.0.1, instead of an ``Application``.
     """
 
@@ -144,7 +157,7 @@ class Site:
         application_port: int = 0,
     ) -> None:
         self.kind, self.folder, self.configuration = kind, folder, configuration
-        self.program = program(kind, PROXIES[kind])
+        self.program = proxy_program(kind)
         self.port = reserve_port()
         self.application = Application()
         self.application_port = application_port or self.application.server_port
@@ -190,12 +203,12 @@ class Site:
         """The URL of the application."""
         return f"https://{APP}:{self.port}"
 
-    def connect(self, host: str) -> ssl.SSLSocket:
-        """Connect to the proxy and name this host in the TLS handshake."""
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+    def connect(self, host: str, source: str = "127.0.0.1", *, protocol: str = "http/1.1") -> ssl.SSLSocket:
+        """Connect to the proxy from this address, and name this host and this protocol in the TLS handshake."""
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=20, source_address=(source, 0))
         try:
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return self.trust.wrap_socket(plain, server_hostname=host)
+            return self.trust[protocol].wrap_socket(plain, server_hostname=host)
         except BaseException:
             plain.close()
             raise
@@ -234,20 +247,21 @@ class Site:
         authority.cert_pem.write_to_path(str(self.folder / "authority.pem"))
         certificate.private_key_pem.write_to_path(str(self.folder / "key.pem"))
         certificate.cert_chain_pems[0].write_to_path(str(self.folder / "certificate.pem"))
-        self.trust = ssl.create_default_context()
-        authority.configure_trust(self.trust)
+        self.trust = {name: ssl.create_default_context(cafile=self.folder / "authority.pem") for name in PROTOCOLS}
+        for name, context in self.trust.items():
+            context.set_alpn_protocols([name])
 
     def _start_proxy(self) -> None:
         assert self.service
-        text = {"nginx": self._nginx, "caddy": self._caddy}[self.kind]()
+        text = (self.configuration / PROXIES[self.kind]).read_text()
+        text = self._nginx(text) if self.kind == "nginx" else self._caddy(text)
         # Whole numbers only: the port of the proxy may begin with the same digits.
         text = re.sub(r"127\.0\.0\.1:5000\b", "{}:{}".format(*self.service.address), text)
         text = re.sub(r"127\.0\.0\.1:8000\b", f"127.0.0.1:{self.application_port}", text)
         (self.folder / "proxy.conf").write_text(text)
-        command = {
-            "nginx": [self.program, "-p", str(self.folder), "-c", "nginx.conf", "-e", "stderr"],
-            "caddy": [self.program, "run", "--adapter", "caddyfile", "--config", "proxy.conf"],
-        }[self.kind]
+        command = [self.program, "run", "--adapter", "caddyfile", "--config", "proxy.conf"]
+        if self.kind == "nginx":
+            command = [self.program, "-p", str(self.folder), "-c", "nginx.conf", "-e", "stderr"]
         homes = {"HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder), "XDG_CONFIG_HOME": str(self.folder)}
         with (self.folder / "proxy.log").open("wb") as log:
             self.process = subprocess.Popen(
@@ -260,8 +274,7 @@ class Site:
             time.sleep(0.02)
         raise AssertionError((self.folder / "proxy.log").read_text())
 
-    def _nginx(self) -> str:
-        text = (self.configuration / "nginx.conf").read_text()
+    def _nginx(self, text: str) -> str:
         text = re.sub(r" *listen \[::\].*\n", "", text)
         text = text.replace("listen 80;", f"listen 127.0.0.1:{reserve_port()};")
         text = text.replace("listen 443 ", f"listen 127.0.0.1:{self.port} ")
@@ -272,13 +285,13 @@ class Site:
         paths = "".join(f"{name}_temp_path temp;" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
         (self.folder / "nginx.conf").write_text(
-            f"{user} daemon off; pid nginx.pid; worker_processes 1; events {{}}\n"
+            f"{user} daemon off; pid nginx.pid; worker_processes 1;\n"
+            "events { worker_connections 768; }\n"  # as in Debian
             f"http {{ access_log off; {paths} include proxy.conf; }}\n"
         )
         return text
 
-    def _caddy(self) -> str:
-        text = (self.configuration / "Caddyfile").read_text()
+    def _caddy(self, text: str) -> str:
         for host in (AUTH, APP):
             text = text.replace(f"\n{host} {{", f"\nhttps://{host}:{self.port} {{\n\ttls certificate.pem key.pem\n")
         return "{\n\tadmin off\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n}\n" + text

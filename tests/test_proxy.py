@@ -1,9 +1,10 @@
-"""The configurations in deploy/, in a real nginx and a real Caddy, before the service and a protected application."""
+"""The configurations in deploy/, in nginx and two versions of Caddy, before the service and a protected application."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from tests.conftest import HERE
 from tests.proxies import APP, AUTH, PROXIES, Site
+from web.forms import MAX_BODY_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.proxies]
 
@@ -218,7 +220,31 @@ def test_without_the_service_no_request_reaches_the_application(kind: str, tmp_p
 
 
 def test_all_configurations_name_the_same_hosts_and_ports() -> None:
-    for name in ("nginx.conf", "Caddyfile", "traefik.yml"):
+    for name in (*PROXIES.values(), "traefik.yml"):
         text = (HERE / "deploy" / name).read_text()
         for word in (AUTH, APP, "127.0.0.1:5000", "127.0.0.1:8000", "Remote-User", "Remote-Email", "verify"):
             assert word.lower().replace("remote-user", "remote") in text.lower().replace("remote_user", "remote"), name
+
+
+def test_the_two_files_for_caddy_differ_only_in_the_names_of_the_buffers() -> None:
+    newest, debian = ((HERE / "deploy" / PROXIES[kind]).read_text() for kind in ("caddy", "caddy 2.6"))
+    for side in ("request", "response"):
+        newest = re.sub(rf"(\t+){side}_buffers (.+)", rf"\1buffer_{side}s\n\1max_buffer_size \2", newest)
+    for text, name in ((newest, "Caddyfile.debian12"), (debian, "Caddyfile")):
+        assert len(re.findall(rf"\n# This file is for Caddy .*\b{re.escape(name)} is for .*", text)) == 1
+    version = re.compile("# This file is for Caddy .*")
+    assert version.sub("", newest) == version.sub("", debian)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("nginx.conf", "    client_max_body_size 20k;"),
+        ("Caddyfile", "\t\trequest_buffers 20KiB\n"),
+        ("Caddyfile.debian12", "\t\tbuffer_requests\n\t\tmax_buffer_size 20KiB\n"),
+        ("traefik.yml", "buffering: {maxRequestBodyBytes: 20480, memRequestBodyBytes: 20480}"),
+    ],
+)
+def test_each_proxy_holds_back_the_largest_body_of_the_service(name: str, line: str) -> None:
+    assert (HERE / "deploy" / name).read_text().count(line) == 1
+    assert MAX_BODY_BYTES < 20 * 1024
