@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -143,11 +143,13 @@ class _Connection:
 
 
 def service_connections(site: Site) -> int:
-    """Return the number of open TCP connections to the service, accepted or not."""
+    """Return the number of open connections of the service. /proc/net/tcp may repeat or omit some of them."""
     assert site.service
-    local = f":{site.service.address[1]:04X}"
-    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return sum(row[1].endswith(local) and row[3] == "01" for row in rows)  # 01 is ESTABLISHED
+    sockets = 0
+    for descriptor in Path(f"/proc/{site.service.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            sockets += str(descriptor.readlink()).startswith("socket:")
+    return sockets - 1  # without the one that listens
 
 
 @dataclass(frozen=True)
