@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-from addresses import Address, is_loopback, is_wide, parse_networks
+from addresses import Address, is_loopback, is_private_peer, is_wide, parse_networks
 
 PREFIX = "AUTHSVC_"
 
@@ -153,13 +153,21 @@ class Settings:
         """Whether this is a production service: one that faces the internet."""
         return self.public_url != ""
 
+    def tells_clients_apart(self, address: str | None) -> bool:
+        """Return whether two clients have two addresses, so that limits per client do no harm.
+
+        ``address`` is that of a client or of its peer, None if it is unknown. In development all clients are on this
+        machine. Behind a proxy that is not trusted, all have the address of the proxy.
+        """
+        return self.production and (bool(self.trusted_proxy) or not is_private_peer(address))
+
     def warnings(self) -> list[str]:
         """Return warnings about settings that are allowed but probably not intended."""
         found = []
         if self.production and not self.trusted_proxy:
             place = "behind a proxy on this machine or on a private network"
             shared = "all clients share one address in the rate limits"
-            unlimited = "the limits per client of the queue for password hashing are off"
+            unlimited = "the limits per client of the queues for password hashing and reset mails are off"
             found.append(f"AUTHSVC_TRUSTED_PROXY is not set: {place}, {shared}, and {unlimited}")
         for network in filter(is_wide, parse_networks(self.trusted_proxy)):
             risk = "every client inside it can forge its address and so avoid the rate limits"

@@ -25,7 +25,7 @@ README = (HERE / "README.md").read_text()
 ARCHITECTURE = (HERE / "docs" / "architecture.md").read_text()
 OPERATIONS = (HERE / "docs" / "operations.md").read_text()
 
-LEAVES = {"settings", "addresses", "log", "engines.errors"}
+LEAVES = {"settings", "addresses", "fair_queue", "log", "engines.errors"}
 
 HTTP = {"bottle", "waitress"}
 DATABASES = {"sqlite3", "psycopg", "psycopg_pool"}
@@ -36,6 +36,7 @@ POSTGRESQL = {"psycopg", "psycopg_pool"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "settings": ({"addresses"}, HTTP | {"sqlite3", "bcrypt"}),
     "addresses": (set(), HTTP | DATABASES | {"bcrypt"}),
+    "fair_queue": (set(), HTTP | DATABASES | {"bcrypt"}),
     "log": (set(), HTTP | DATABASES | {"bcrypt"}),
     "engines.errors": (set(), HTTP | DATABASES | {"bcrypt"}),
     "engines": (LEAVES | {"engines"}, HTTP | DATABASES | {"bcrypt", "hashlib", "time"}),

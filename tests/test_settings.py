@@ -396,7 +396,27 @@ def test_only_production_warns_of_a_missing_proxy() -> None:
     assert missing.startswith("AUTHSVC_TRUSTED_PROXY is not set: ")
     assert "on this machine or on a private network" in missing
     assert "all clients share one address in the rate limits" in missing
-    assert missing.endswith("the limits per client of the queue for password hashing are off")
+    assert missing.endswith("the limits per client of the queues for password hashing and reset mails are off")
+
+
+@pytest.mark.parametrize(
+    ("public_url", "trusted_proxy", "address", "apart"),
+    [
+        ("", "127.0.0.1", "203.0.113.5", False),
+        ("https://auth.example.com", "", "203.0.113.5", True),
+        ("https://auth.example.com", "", "127.0.0.1", False),
+        ("https://auth.example.com", "", "10.0.0.5", False),
+        ("https://auth.example.com", "", None, False),
+        ("https://auth.example.com", "127.0.0.1", "10.0.0.5", True),
+        ("https://auth.example.com", "127.0.0.1", None, True),
+    ],
+    ids=["development", "internet", "this machine", "private network", "unknown", "proxy: private", "proxy: unknown"],
+)
+def test_clients_are_told_apart_unless_all_have_the_address_of_a_proxy(
+    public_url: str, trusted_proxy: str, address: str | None, apart: bool
+) -> None:
+    settings = Settings(public_url=public_url, trusted_proxy=trusted_proxy)
+    assert settings.tells_clients_apart(address) == apart
 
 
 def test_a_cookie_domain_needs_production() -> None:

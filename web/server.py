@@ -6,7 +6,7 @@ pool of threads the fast requests would wait behind the slow ones. So there are 
 - **The I/O thread** of waitress answers GET and HEAD requests and refusals itself, without a hand-off. Nothing on it
   may write: a locked database must not stop the thread that serves everybody.
 - **The hashing threads** run the routes that may hash: as many threads as cores, at niceness 10, so that they yield to
-  the others. Requests wait in a queue (web/hash_queue.py). Those that probably come from the owner of an account go
+  the others. Requests wait in a queue (fair_queue.py). Those that probably come from the owner of an account go
   before those of strangers. In each class networks take turns. Where the queue is full, the network with the most
   requests loses one, which gets 503. So does a request that has waited 15 s.
 - **Two writer threads** run all other methods, and one more runs writes in the background.
@@ -38,16 +38,18 @@ from waitress.channel import HTTPChannel
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error, build_http_date
 
-from addresses import client_address, client_networks, is_private_peer, is_trusted, network_path
+from addresses import client_address, client_networks, is_trusted, network_path
+from fair_queue import FairQueue
 from log import log_crash, log_event
 from settings import Settings
 from web.forms import MAX_BODY_BYTES
-from web.hash_queue import HashQueue
 from web.parser import StrictParser
 from web.responses import MESSAGES, RETRY_AFTER, complete_error, new_request_id
 
 HASHING_QUEUE = 64  # requests of each of the two classes; 2 * 64 hashes of 0.24 s on two cores take the 15 s below
 DEVELOPMENT_HASHING_QUEUE = 128  # the same in development, where nearly all requests are of one class
+HASHING_PER_CLIENT = 4  # of each class: enough for several people behind one address, one second on one core
+HASHING_PER_NETWORK = 16  # of a /24 or /48, in each class: four full clients, a quarter of the 64 places
 HASHING_WAIT = 15.0  # seconds in the queue, then 503
 HASHING_NICENESS = 10
 WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other parses a form or sends an answer
@@ -335,7 +337,7 @@ class Dispatcher:
         self._rank = rank
         self._io_thread = threading.get_ident()
         limit = HASHING_QUEUE if settings.production else DEVELOPMENT_HASHING_QUEUE
-        self._hashing_queue: HashQueue[tuple[float, Channel]] = HashQueue(limit)
+        self._hashing_queue = FairQueue[tuple[float, Channel]](limit, HASHING_PER_CLIENT, HASHING_PER_NETWORK)
         self._writing_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         # A queue of their own: they pile up while the database is locked, and a client's write must not wait for them.
         self._background_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -359,11 +361,6 @@ class Dispatcher:
     def is_io_thread(self) -> bool:
         """Return whether the caller runs on the I/O thread."""
         return threading.get_ident() == self._io_thread
-
-    def limits_clients(self, peer: str) -> bool:
-        """Return whether clients of this peer are told apart, and so limited each."""
-        # Behind a proxy that is not trusted, all clients have its address. In development all are on this machine.
-        return self.settings.production and (bool(self.settings.trusted_proxy) or not is_private_peer(peer))
 
     def run_in_background(self, write: Callable[[], object]) -> None:
         """Run a write soon, or drop it when too many are waiting."""
@@ -394,7 +391,7 @@ class Dispatcher:
         preferred, account = (False, "") if self._hashing_queue.serves_at_once() else self._rank_safely(environ)
         peer, proxy = channel.addr[0], self.settings.trusted_proxy
         client = client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)
-        limited = self.limits_clients(peer)
+        limited = self.settings.tells_clients_apart(peer)
         path = (*network_path(client), account)
         lost = self._hashing_queue.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
         displaced = [other for _, other in lost if other is not channel]
@@ -519,8 +516,9 @@ class Server:
             channel.handle_close()
 
     def _client_of(self, channel: Channel) -> str | None:
-        peer, proxy = channel.addr[0], self.dispatcher.settings.trusted_proxy
-        if not self.dispatcher.limits_clients(peer) or (channel.head_at is None and is_trusted(peer, proxy)):
+        peer, settings = channel.addr[0], self.dispatcher.settings
+        proxy = settings.trusted_proxy
+        if not settings.tells_clients_apart(peer) or (channel.head_at is None and is_trusted(peer, proxy)):
             return None  # behind a trusted proxy only the head tells
         forwarded_for = channel.request.headers.get("X_FORWARDED_FOR") if channel.request else None
         return client_networks(client_address(peer, forwarded_for, proxy))[0]

@@ -1,13 +1,15 @@
-"""The queue of requests that wait for a password hash. It is fair between networks, and it is bounded.
+"""A bounded queue that is fair between networks, clients and accounts.
 
-A hash takes a quarter of a second of a core. With first come, first served, fifty addresses that always have a request
-waiting would keep everybody else out, and so would one home, which has millions of IPv6 addresses. So turns go round
-by network instead, and a full queue takes a place away from the network that holds the most of them.
+It holds work that anybody on the internet can ask for, and that takes long: password hashes (web/server.py), each a
+quarter of a second of a core, and reset mails (mail.py), each about as long as the mail server takes. With first come,
+first served, fifty addresses that always have something waiting would keep everybody else out, and so would one home,
+which has millions of IPv6 addresses. So turns go round by network instead, and a full queue takes a place away from the
+network that holds the most of them.
 
-Requests are in one of three classes. The preferred ones are those that probably come from the owner of an account. They
-go first, so a flood of requests from strangers hardly delays them. Strangers have two classes: the first request of a
-client within a minute, which goes before its further ones. So somebody who signs in for the first time need not wait
-for every address of an attacker again and again.
+Items are in one of three classes. The preferred ones are those that probably come from the owner of an account. They
+go first, so a flood of items from strangers hardly delays them. Strangers have two classes: the first item of a client
+within a minute, which goes before its further ones. So somebody who comes for the first time need not wait for every
+address of an attacker again and again.
 """
 
 from __future__ import annotations
@@ -21,27 +23,27 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-MAX_IN_A_ROW = 3  # hashes of one class while the next class waits, which so gets at least every fourth
-MAX_OF_CLIENT = 4  # waiting in one class: enough for several people behind one address, one second on one core
-MAX_OF_NETWORK = 16  # of a /24 or /48, waiting in one class: four full clients, a quarter of the 64 places
+MAX_IN_A_ROW = 3  # turns of one class while the next class waits, which so gets at least every fourth
 RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rate limits allow an address two more
 MAX_RECENT = 10_000  # clients that are remembered, some megabytes; the oldest go first
-
-# How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
-_LIMITS = (4, MAX_OF_CLIENT), (2, MAX_OF_NETWORK)
 
 Item = TypeVar("Item")
 Path = tuple[str, ...]
 
 
-class HashQueue(Generic[Item]):
+class FairQueue(Generic[Item]):
     """Holds items until a thread takes them. All methods may be called from any thread.
 
-    ``class_limit`` is the number of preferred items that may wait, and the number of items of strangers.
+    Args:
+        class_limit: the number of preferred items that may wait, and the number of items of strangers.
+        client_limit: the number of these that may be of one client.
+        network_limit: the number of these that may be of one /24 or /48.
     """
 
-    def __init__(self, class_limit: int) -> None:
+    def __init__(self, class_limit: int, client_limit: int, network_limit: int) -> None:
         self.class_limit = class_limit
+        # How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
+        self._limits = (4, client_limit), (2, network_limit)
         self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
         self._served = {True: _Served(), False: _Served()}  # by whether they were preferred
@@ -70,7 +72,7 @@ class HashQueue(Generic[Item]):
             limited: whether the limits of a client and of a network apply. They would do harm where all clients appear
                 to have one address, as behind a proxy that is not trusted.
         """
-        limits = (*(_LIMITS if limited else ()), (0, self.class_limit))
+        limits = (*(self._limits if limited else ()), (0, self.class_limit))
         client = path[-2]
         with self._lock:
             if preferred:
@@ -92,7 +94,7 @@ class HashQueue(Generic[Item]):
         """Wait for an item; remove and return the one that has its turn.
 
         Preferred items come first. While strangers wait as well, at least one of four is theirs, so that a flood with
-        preferred requests does not keep everybody else out. In the same way newcomers come before other strangers.
+        preferred items does not keep everybody else out. In the same way newcomers come before other strangers.
         """
         with self._lock:
             self._idle += 1

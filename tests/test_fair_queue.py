@@ -1,4 +1,4 @@
-"""The hash queue: whose turn it is, which request loses its place, and what that means for an honest client."""
+"""The fair queue: whose turn it is, which item loses its place, and what that means for an honest client."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from types import SimpleNamespace
 
 import pytest
 
+import fair_queue
+from fair_queue import FairQueue
 from tests.crowd import awaited
-from web import hash_queue
-from web.hash_queue import MAX_OF_CLIENT, MAX_OF_NETWORK, HashQueue
 
-CLASS_LIMIT = 64
+CLASS_LIMIT, MAX_OF_CLIENT, MAX_OF_NETWORK = LIMITS = 64, 4, 16  # as for requests that wait for a hash in production
 ACCOUNTS = "wnca", "wncb", "wnda", "woea", "xpfa"  # a path in letters: wide network, middle network, client, account
 
 Path = tuple[str, ...]
 
 
-class Queue(HashQueue[str]):
+class Queue(FairQueue[str]):
     """A queue with short names for the tests."""
 
     def __init__(self, class_limit: int = CLASS_LIMIT) -> None:
-        super().__init__(class_limit)
+        super().__init__(class_limit, MAX_OF_CLIENT, MAX_OF_NETWORK)
 
     def add(self, item: str, path: Sequence[str] = "wnca", *, preferred: bool = False, limited: bool = True) -> str:
         """Add an item; return the one that lost its place, or ""."""
@@ -50,7 +50,7 @@ class Queue(HashQueue[str]):
 @pytest.fixture
 def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     """A queue in which every stranger is a newcomer."""
-    monkeypatch.setattr(hash_queue, "RECENT", 0.0)
+    monkeypatch.setattr(fair_queue, "RECENT", 0.0)
     return Queue()
 
 
@@ -332,7 +332,7 @@ def test_a_lost_request_is_not_served(queue: Queue) -> None:
 
 
 def test_get_waits_for_a_request() -> None:
-    queue, taken = HashQueue[str](CLASS_LIMIT), SimpleQueue[str]()
+    queue, taken = FairQueue[str](*LIMITS), SimpleQueue[str]()
     takers = [threading.Thread(target=lambda: taken.put(queue.get()), daemon=True) for _ in range(2)]
     for taker in takers:
         taker.start()
@@ -355,7 +355,7 @@ def test_a_thread_is_woken_once_for_each_request_that_still_waits(queue: Queue) 
 def test_a_thread_that_is_woken_for_a_removed_request_waits_for_another(queue: Queue) -> None:
     queue._added.put(None)  # as if the request was removed between the waking and the lock
     taken: SimpleQueue[str] = SimpleQueue()
-    taker = threading.Thread(target=lambda: taken.put(HashQueue.get(queue)), daemon=True)
+    taker = threading.Thread(target=lambda: taken.put(FairQueue.get(queue)), daemon=True)
     taker.start()
     assert awaited(queue._added.empty)
     queue.add("1")
@@ -471,7 +471,7 @@ def test_2000_steps_at_random_do_what_the_model_does(queue: Queue, seed: int, mo
 def moment(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of the queue, set by hand, in a list of one."""
     now = [1000.0]
-    monkeypatch.setattr(hash_queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(fair_queue, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
@@ -548,7 +548,7 @@ def test_a_preferred_request_makes_no_client_old(moment: list[float]) -> None:
 
 
 def test_the_clients_that_are_remembered_are_bounded(moment: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hash_queue, "MAX_RECENT", 3)
+    monkeypatch.setattr(fair_queue, "MAX_RECENT", 3)
     queue = Queue()
     for number in range(10):
         queue.fill(["w", "n", f"client {number}", "a"], "item")
@@ -557,7 +557,7 @@ def test_the_clients_that_are_remembered_are_bounded(moment: list[float], monkey
 
 
 def test_an_idle_thread_serves_at_once(moment: list[float]) -> None:
-    queue = HashQueue[str](CLASS_LIMIT)
+    queue = FairQueue[str](*LIMITS)
     assert not queue.serves_at_once()
     taken: SimpleQueue[str] = SimpleQueue()
 
