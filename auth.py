@@ -36,6 +36,7 @@ from email.message import EmailMessage
 from typing import ClassVar
 from urllib.parse import urlsplit
 
+from addresses import network_path
 from credentials import device as devices
 from credentials import passwords, totp
 from engines.errors import AlreadyExists, StorageUnavailable
@@ -485,7 +486,10 @@ class Auth:
         if not known:
             self._count(address, self._limiter.reset_address)
         if self._mailer:
-            self._mailer.enqueue(functools.partial(self._reset_mail, email, known, log))
+            task = functools.partial(self._reset_mail, email, known, log)
+            path = (*network_path(address or "unknown"), email.casefold()[:MAX_EMAIL_BYTES])
+            limited = self._settings.tells_clients_apart(address)
+            self._mailer.enqueue_reset(task, path, known=known, limited=limited)
 
     def reset_password(self, reset_token: str, password: str, *, email: str | None, address: str | None) -> User:
         """Set a new password, spend the token and end all sessions, in one transaction; return the user.

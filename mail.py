@@ -1,10 +1,15 @@
 """Outgoing mail: password resets and notices of account changes.
 
-Requests never wait for the mail server. A request puts a task on a bounded queue, and one worker thread composes and
-sends the mail. Requests for unknown users do the same, so response times do not reveal whether an account exists.
+Requests never wait for the mail server. A request puts a task on a bounded queue, and a worker thread composes and
+sends the mail. Requests for unknown users do the same, so response times do not reveal whether an account exists. A
+task that sends no mail takes as long as one that does, so the time at which the next mail arrives does not either.
 
-Mail that cannot be sent is retried for as long as a reset token can be valid. The queue is in memory. Mail that still
-waits when the process ends is lost, and the user has to ask for it again.
+Anybody can ask for reset mails. They wait in a queue that is fair between networks, clients and accounts
+(fair_queue.py), and notices in one of their own, with threads of their own. So a flood neither delays a notice nor
+displaces it, and the mails that a client asks for do not displace those of others.
+
+Mail that cannot be sent is retried by another thread, a reset for as long as its token is valid. The queues are in
+memory. Mail that still waits when the process ends is lost, and the user has to ask for it again.
 """
 
 from __future__ import annotations
@@ -23,11 +28,15 @@ from email.utils import format_datetime, make_msgid
 from pathlib import Path
 from urllib.parse import unquote, urlencode
 
+from fair_queue import FairQueue
 from settings import MAILBOX, Settings, SettingsError
 
-WAITING = 1000  # most tasks in the queue, and most mails waiting for a retry; further ones are dropped
+WAITING = 1000  # of each kind, most tasks in the queue, and most mails waiting for a retry; further ones are dropped
+RESETS_PER_CLIENT = 10  # waiting: as many as the rate limit lets a stranger ask for at once, so it never drops these
+RESETS_PER_NETWORK = 100  # of a /24 or /48: ten full clients, a fifth of the places of strangers
 TIMEOUT = 20  # seconds to connect to the mail server, and for each of its replies
 ANSWER_FIRST = 0.03  # seconds that a task waits, so that the time of the answer does not tell what the task does
+FIRST_DELIVERY = 1.0  # seconds that a reset task without a mail takes before any mail was sent
 RETRIES = 5, 30, 120, 300  # seconds to wait before each retry
 
 RESET = """\
@@ -48,6 +57,8 @@ mailbox first. Then reset your password here, unless your account was deleted. T
 """
 
 Task = Callable[[], EmailMessage | None]
+Send = Callable[[EmailMessage], None]
+Waiting = tuple[float, Task, bool]  # a task, when it may run, and whether it takes as long without a mail as with one
 
 
 class Mailer:
@@ -62,20 +73,28 @@ class Mailer:
         self._settings = settings
         self._log = log
         self._password = _read_password(settings.smtp_password_file)
-        self._tasks: queue.Queue[tuple[float, Task]] = queue.Queue(WAITING)  # with the time when it may run
-        # A heap of mails to retry: due time in monotonic seconds, id of the mail, tries so far, mail.
-        self._retries: list[tuple[float, int, int, EmailMessage]] = []
-        self._starting = threading.Lock()
-        self._worker = threading.Thread(target=self._work, daemon=True)
+        self._notices: queue.Queue[Waiting] = queue.Queue(WAITING)
+        self._resets = FairQueue[Waiting](WAITING // 2, RESETS_PER_CLIENT, RESETS_PER_NETWORK)
+        self._notice_sender = _Sender(self._notices.get, self._send, log, float("inf"))
+        self._reset_sender = _Sender(self._resets.get, self._send, log, settings.reset_lifetime)
 
     def enqueue(self, task: Task) -> None:
-        """Have the worker thread run ``task`` and send the mail that it returns, if any."""
-        with self._starting:  # the thread starts with the first task, so creating a Mailer starts none
-            if self._worker.ident is None:
-                self._worker.start()
+        """Have a worker thread run ``task`` and send the notice that it returns, if any."""
+        self._notice_sender.start()
         try:
-            self._tasks.put_nowait((time.monotonic() + ANSWER_FIRST, task))
+            self._notices.put_nowait((time.monotonic() + ANSWER_FIRST, task, False))
         except queue.Full:
+            self._log("mail_dropped", reason="queue full")
+
+    def enqueue_reset(self, task: Task, path: tuple[str, ...], *, known: bool, limited: bool) -> None:
+        """Have a worker thread run ``task`` and send the reset mail that it returns, if any.
+
+        ``path`` and ``limited`` are those of FairQueue.put. ``known`` is whether a browser has asked that the account
+        knows. Its task goes before those of strangers, and ends at once without a mail: there is nothing to conceal.
+        """
+        self._reset_sender.start()
+        waiting = time.monotonic() + ANSWER_FIRST, task, not known
+        for _ in self._resets.put(waiting, path, preferred=known, limited=limited):
             self._log("mail_dropped", reason="queue full")
 
     def reset(self, email: str, token: str) -> EmailMessage:
@@ -112,38 +131,9 @@ class Mailer:
         mail.set_content(text.format(email=email, host=host, **details))
         return mail
 
-    def _work(self) -> None:
-        while True:
-            wait = self._retries[0][0] - time.monotonic() if self._retries else None
-            if wait is not None and wait <= 0:
-                _, _, tries, mail = heapq.heappop(self._retries)
-                self._deliver(mail, tries)
-                continue
-            try:
-                due, task = self._tasks.get(timeout=wait)
-                time.sleep(max(0.0, due - time.monotonic()))
-                if composed := task():
-                    self._deliver(composed, 0)
-            except queue.Empty:
-                pass
-            except Exception as error:
-                self._log("mail_dropped", reason=type(error).__name__)
-
-    def _deliver(self, mail: EmailMessage, tries: int) -> None:
-        try:
-            with self._connected() as smtp:
-                smtp.send_message(mail, self._settings.mail_from, [mail["To"]])
-        except OSError as error:  # includes SMTPException
-            recipients: dict[str, tuple[int, bytes]] = getattr(error, "recipients", {})
-            code = next(iter(recipients.values()))[0] if recipients else getattr(error, "smtp_code", 0)
-            details = {"reason": type(error).__name__, "smtp_code": code, "tries": tries + 1}
-            if 500 <= code < 600 or tries == len(RETRIES) or len(self._retries) >= WAITING:
-                self._log("mail_dropped", **details)
-            else:
-                self._log("mail_delayed", **details)
-                heapq.heappush(self._retries, (time.monotonic() + RETRIES[tries], id(mail), tries + 1, mail))
-        else:
-            self._log("mail_sent", tries=tries + 1)
+    def _send(self, mail: EmailMessage) -> None:
+        with self._connected() as smtp:
+            smtp.send_message(mail, self._settings.mail_from, [mail["To"]])
 
     @contextmanager
     def _connected(self) -> Iterator[smtplib.SMTP]:
@@ -167,6 +157,77 @@ class Mailer:
 def reset_link(base: str, email: str, token: str) -> str:
     """Return the link to reset a password. The token is in the fragment, which browsers never send to a server."""
     return f"{base}/reset#{urlencode({'token': token, 'email': email})}"
+
+
+class _Sender:
+    """Two threads that send mails of one kind: one those of new tasks, the other those that failed before.
+
+    ``get`` waits for a task. ``lifetime`` is the number of seconds after which a mail is not tried again.
+    """
+
+    def __init__(self, get: Callable[[], Waiting], send: Send, log: Callable[..., None], lifetime: float) -> None:
+        self._get, self._send, self._log, self._lifetime = get, send, log, lifetime
+        # A heap of mails to retry: due time in monotonic seconds, id of the mail, tries so far, expiry, mail.
+        self._retries: list[tuple[float, int, int, float, EmailMessage]] = []
+        self._added = threading.Condition()  # guards the heap
+        self._starting = threading.Lock()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._retry)]
+
+    def start(self) -> None:
+        """Start the threads unless they run: with the first task, so creating a Mailer starts none."""
+        with self._starting:
+            while self._threads:
+                self._threads.pop().start()
+
+    def _work(self) -> None:
+        took = FIRST_DELIVERY  # seconds of the latest task whose mail was sent
+        while True:
+            due, task, concealed = self._get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            began, mail = time.monotonic(), None
+            try:
+                mail = task()
+            except Exception as error:
+                self._log("mail_dropped", reason=type(error).__name__)
+            if mail:
+                sent = self._deliver(mail, 0, began + self._lifetime)
+                elapsed = time.monotonic() - began
+                # A quick refusal must not make the next tasks shorter, and a stalled delivery must not stall all.
+                took = min(TIMEOUT, elapsed if sent else max(took, elapsed))
+            if concealed:
+                time.sleep(max(0.0, began + took - time.monotonic()))
+
+    def _retry(self) -> None:
+        while True:
+            with self._added:
+                while not self._retries or self._retries[0][0] > time.monotonic():
+                    self._added.wait(self._retries[0][0] - time.monotonic() if self._retries else None)
+                _, _, tries, expires, mail = heapq.heappop(self._retries)
+            if time.monotonic() < expires:
+                self._deliver(mail, tries, expires)
+            else:
+                self._log("mail_dropped", reason="expired", tries=tries)
+
+    def _deliver(self, mail: EmailMessage, tries: int, expires: float) -> bool:
+        """Send a mail, or have it tried again; return whether it was sent."""
+        try:
+            self._send(mail)
+        except Exception as error:  # OSError includes SMTPException
+            recipients: dict[str, tuple[int, bytes]] = getattr(error, "recipients", {})
+            code = next(iter(recipients.values()))[0] if recipients else getattr(error, "smtp_code", 0)
+            details = {"reason": type(error).__name__, "smtp_code": code, "tries": tries + 1}
+            permanent = not isinstance(error, OSError) or 500 <= code < 600
+            with self._added:
+                if permanent or tries == len(RETRIES) or len(self._retries) >= WAITING:
+                    self._log("mail_dropped", **details)
+                else:
+                    self._log("mail_delayed", **details)
+                    due = time.monotonic() + RETRIES[tries]
+                    heapq.heappush(self._retries, (due, id(mail), tries + 1, expires, mail))
+                    self._added.notify()
+            return False
+        self._log("mail_sent", tries=tries + 1)
+        return True
 
 
 def _read_password(path: str) -> str:

@@ -52,7 +52,10 @@ class MailServer:
         self._scheme, self._starttls = scheme, starttls
         self.received: queue.Queue[Received] = queue.Queue()
         self.recipient_replies: list[str] = []  # to the next recipients; when it is empty, "250 OK"
+        self.delayed_once: set[str] = set()  # recipients who are refused for now, once each
         self.data_replies: list[str] = []  # to the next messages
+        self.delay = 0.0  # seconds before it accepts a message
+        self.delays: dict[str, float] = {}  # the same by recipient
         self.logins: list[tuple[bytes, bytes]] = []
         self._listener = listener.dup() if listener else socket.create_server(("127.0.0.1", 0))
         # asyncio sets this on sockets that it makes itself. Without it each line of a reply waits 40 ms for the last.
@@ -127,6 +130,9 @@ class MailServer:
     async def handle_RCPT(  # noqa: N802
         self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any
     ) -> str:
+        if address in self.delayed_once:
+            self.delayed_once.remove(address)
+            return "451 later"
         if self.recipient_replies:
             return self.recipient_replies.pop(0)
         envelope.rcpt_tos.append(address)
@@ -138,6 +144,7 @@ class MailServer:
         assert self._scheme == "smtps" or session.ssl
         message = email.message_from_bytes(envelope.content.replace(b"\r\n", b"\n"), policy=email.policy.default)
         assert isinstance(message, EmailMessage)
+        await asyncio.sleep(self.delays.get(envelope.rcpt_tos[0], self.delay))
         self.received.put(Received(envelope.mail_from, envelope.rcpt_tos, message))
         return "250 OK"
 
