@@ -231,6 +231,7 @@ class Auth:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
             CodeRequired: the password is right, but the code is missing.
         """
+        email = email[: MAX_EMAIL_BYTES + 1]  # a longer one is as unknown as this, and takes long to compute with
         found = self._find_user(email)
         known = self._known_device(found, device)
         nonce = known.nonce if known else None
@@ -327,7 +328,8 @@ class Auth:
     def end_sessions(self, session_id: str | None, *, except_this: bool) -> User:
         """End all sessions of this session's user, or all others; return the user."""
         user = self.identify(session_id)
-        self._db.end_sessions(user.id, kept=_digest(session_id) if except_this else None)
+        if not except_this or len(self.sessions_of(user.id)) > 1:  # where nothing ends, nothing is written
+            self._db.end_sessions(user.id, kept=_digest(session_id) if except_this else None)
         return user
 
     # Known browsers
@@ -343,23 +345,29 @@ class Auth:
         new = devices.issue(self._limiter.secret, user.id, user.device_key, kind, self._now())
         return devices.with_new(devices.parse(held), new)
 
-    # Which request is hashed first when many wait
+    # Which request goes first when many wait. Each method also returns a short name of the account, for taking turns.
 
-    def has_priority(self, email: str, device: str | None) -> bool:
-        """Return whether a login from this browser goes before those of strangers."""
-        return self._is_known(email, device) and self._limiter.has_priority(email)
+    def rank_login(self, email: str, device: str | None) -> tuple[bool, str]:
+        """Return whether a request with this device cookie goes before those of strangers, but not past a limit."""
+        user = self._find_user(email) if devices.parse(device) else None  # without a cookie, nothing is looked up
+        if user and (known := self._known_device(user, device)):
+            return self._limiter.has_attempts(self._limiter.login_of_device(user.email, known.nonce)), str(user.id)
+        return False, _account_name(email)
 
-    def session_has_priority(self, session_id: str | None) -> tuple[bool, str]:
-        """Return whether a change in this session goes before others, and the email of its user, or ""."""
+    def rank_session(self, session_id: str | None) -> tuple[bool, str]:
+        """Return whether a change in this session goes before others, but not past a limit."""
         try:
-            user = self.identify(session_id, enrolling=True)
+            user, session = self._identify(session_id, enrolling=True)
         except SessionRequired:
             return False, ""
-        return self._limiter.has_priority(user.email), user.email
+        return self._limiter.has_attempts(*self._limiter.session_password(session, user.email)), str(user.id)
 
-    def is_live_reset(self, reset_token: str) -> bool:
-        """Return whether a reset token is live; one that is goes before others."""
-        return self._db.find_reset(_digest(reset_token), **self._window()) is not None
+    def rank_reset(self, email: str, reset_token: str) -> tuple[bool, str]:
+        """Return whether this is a live reset token of this email; then it goes before others."""
+        user = self._db.find_reset(_digest(reset_token), **self._window())
+        if user and user.email.casefold() == email.casefold():
+            return True, str(user.id)
+        return False, _account_name(email)
 
     # Changes by a signed-in user. The current password is checked, and counted for the session.
 
@@ -487,7 +495,7 @@ class Auth:
             self._count(address, self._limiter.reset_address)
         if self._mailer:
             task = functools.partial(self._reset_mail, email, known, log)
-            path = (*network_path(address or "unknown"), email.casefold()[:MAX_EMAIL_BYTES])
+            path = (*network_path(address or "unknown"), _account_name(email))
             limited = self._settings.tells_clients_apart(address)
             self._mailer.enqueue_reset(task, path, known=known, limited=limited)
 
@@ -769,6 +777,11 @@ def _check_email(email: str, *, production: bool) -> None:
         raise EmailRejected("email must not contain control characters")
     if production and not MAILBOX.fullmatch(email):
         raise EmailRejected("email must be name@host, in ASCII, without spaces and quotes")
+
+
+def _account_name(email: str) -> str:
+    # Short, as emails may have any length here. The same for all spellings, which must not count as several accounts.
+    return _digest(email.casefold())[:16]
 
 
 def _digest(secret: str | None) -> str:

@@ -252,19 +252,20 @@ class Handlers:
         return _file(*self._files[name])
 
     def rank(self, environ: WSGIEnvironment) -> tuple[bool, str]:
-        """Return whether a request that hashes goes before those of strangers, and the email of its account.
+        """Return whether a request goes before those of strangers while many wait, and a name of its account.
 
         For web/server.py, which calls it on the I/O thread: it only reads.
         """
-        path = environ["PATH_INFO"]
+        route = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         try:
-            if path not in ("/users", "/sessions", "/reset_password"):
-                return self._auth.session_has_priority(_read_cookie(environ, self._cookie_name, SESSION_ID))
+            if route not in RANKED_BY_EMAIL:
+                return self._auth.rank_session(_read_cookie(environ, self._cookie_name, SESSION_ID))
             email, token = read_form(environ, optional=("email", "reset_token"))
-            if path == "/reset_password":
-                return self._auth.is_live_reset(token), email
-            device = _read_cookie(environ, DEVICE_COOKIE, DEVICE_TOKENS) if path == "/sessions" else None
-            return self._auth.has_priority(email, device), email
+            if route == ("PUT", "/reset_password"):
+                return self._auth.rank_reset(email, token)
+            creates = route == ("POST", "/users")
+            device = None if creates else _read_cookie(environ, DEVICE_COOKIE, DEVICE_TOKENS)
+            return self._auth.rank_login(email, device)
         except (Refusal, StorageUnavailable):  # the route answers that
             return False, ""
 
@@ -285,6 +286,11 @@ class Handlers:
             answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}={value}; {attributes}"))
         return answer
 
+
+# Routes of which the form names the account. Those of all others need a session.
+RANKED_BY_EMAIL = frozenset(
+    {("POST", "/users"), ("POST", "/sessions"), ("POST", "/reset_password"), ("PUT", "/reset_password")}
+)
 
 # The server looks them up by path, so none may have a variable or be a GET: those run on the I/O thread.
 HASHING_ROUTES = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
@@ -476,7 +482,7 @@ def _bottle_error(error: HTTPError) -> bytes:
 def _read_cookie(environ: WSGIEnvironment, name: str, form: re.Pattern[str]) -> str | None:
     """Return the value of a cookie; None where there is none, more than one, or one of another form."""
     # Not Bottle's reader: it fails on a malformed cookie next to ours.
-    pairs = [pair.strip(" ").partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";")]
+    pairs = [pair.strip(" ").partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";") if name in pair]
     found = [value for key, _, value in pairs if key == name]
     # Two are ambiguous: a sibling host may have set one.
     return found[0] if len(found) == 1 and form.fullmatch(found[0]) else None

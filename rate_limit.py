@@ -69,8 +69,7 @@ class RateLimiter:
         priority = []
         if device is not None:
             priority = [self._priority(account)]
-            own = self._bucket(LOGIN_DEVICE, "login of device", account, device)
-            yield [own, self._bucket(LOGIN_DEVICES, "login of devices", account), *priority]
+            yield self.login_of_device(email, device)
         pairs = [self._bucket(LOGIN_ACCOUNT_AND_ADDRESS, "login", account, networks[0])]
         if len(networks) > 1:
             pairs.append(self._bucket(LOGIN_ACCOUNT_AND_SITE, "login", account, networks[-1]))
@@ -81,9 +80,11 @@ class RateLimiter:
             *priority,
         ]
 
-    def has_priority(self, email: str) -> bool:
-        """Return whether known browsers of this account go before others; not after many logins within minutes."""
-        return not self._limits.is_empty(self._priority(email.casefold()), int(self._clock()))
+    def login_of_device(self, email: str, device: str) -> Buckets:
+        """Return the buckets of a login with a valid device cookie, given by its nonce."""
+        account = email.casefold()
+        own = self._bucket(LOGIN_DEVICE, "login of device", account, device)
+        return [own, self._bucket(LOGIN_DEVICES, "login of devices", account), self._priority(account)]
 
     def code(self, email: str, device: str | None) -> list[Buckets]:
         """Return the buckets of a one-time code. ``device`` is the kind of a valid device cookie of the account."""
@@ -109,11 +110,11 @@ class RateLimiter:
 
     def reset_address(self, address: str) -> list[Buckets]:
         """Return the buckets of a request for a reset token."""
-        return [[self._scaled(RESET_ADDRESS, "reset", client_networks(address)[0])]]
+        return [self._by_network(RESET_ADDRESS, "reset", client_networks(address))]
 
     def unknown_token(self, address: str) -> list[Buckets]:
         """Return the buckets of a reset token that is not live."""
-        return [[self._scaled(RESET_TOKEN_ADDRESS, "confirm", client_networks(address)[0])]]
+        return [self._by_network(RESET_TOKEN_ADDRESS, "confirm", client_networks(address))]
 
     def consume(self, choices: Iterable[Buckets]) -> tuple[int, Buckets]:
         """Count an attempt; return 0 and the buckets it consumed from, or the seconds to wait and no buckets."""
@@ -124,6 +125,11 @@ class RateLimiter:
                 return 0, buckets
             waits.append(wait)
         return min(waits, default=0), []
+
+    def has_attempts(self, buckets: Buckets) -> bool:
+        """Return whether each of these buckets has an attempt left. Nothing is counted."""
+        now = int(self._clock())
+        return not any(self._limits.is_empty(bucket, now) for bucket in buckets)
 
     def refund(self, buckets: Buckets) -> None:
         """Give back an attempt that succeeded."""

@@ -25,7 +25,7 @@ CLIENTS = 160  # more than the longest queue holds
 BOUNDS = 8, 32, 128
 FILLING = 16.0  # seconds until the longest queue is full
 SECONDS = 24.0
-START = "import authsvc, web.server; web.server.HASHING_QUEUE = {bound}; authsvc.main([])"
+START = "import authsvc, web.server; web.server.QUEUE = {bound}; authsvc.main([])"
 
 Answer = tuple[float, int, float]  # time of the answer, its status, seconds since the first try of this login
 

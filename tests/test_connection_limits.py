@@ -81,9 +81,9 @@ class LocalServer:
         self.thread.join(10)
         idle = threading.Barrier(2 + web.server.WRITERS)  # past it, no worker uses the connections that are closed next
         last: Any = SimpleNamespace(service=lambda: idle.wait(5))
-        self.dispatcher._hashing_queue.put((float("inf"), last), ("",) * 4, preferred=True, limited=False)
-        for _ in range(web.server.WRITERS):
-            self.dispatcher._writing_queue.put(last.service)
+        queues = [self.dispatcher._hashing_queue, *[self.dispatcher._writing_queue] * web.server.WRITERS]
+        for waiting in queues:
+            waiting.put((float("inf"), last), ("",) * 4, preferred=True, limited=False)
         idle.wait(5)
         for channel in list(self.server._server.active_channels.values()):
             channel.handle_close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -419,35 +420,74 @@ def rank(auth: Auth, settings: Settings) -> Any:
     return ranked
 
 
+def name(email: str) -> str:
+    """Return the short name of an account that was not looked up."""
+    return hashlib.sha256(email.encode()).hexdigest()[:16]
+
+
 def test_a_known_browser_goes_first_for_its_own_account_only(
     rank: Any, call: Client, auth: Auth, owner: Browser
 ) -> None:
     auth.register_user("eve@x.io", PASSWORD)
-    assert rank(owner, "POST", "/sessions", email=BOB, password="wrong") == (True, BOB)
-    assert rank(owner, "POST", "/sessions", email="eve@x.io", password="wrong") == (False, "eve@x.io")
-    assert rank(owner, "POST", "/sessions", email="nobody@x.io", password="wrong") == (False, "nobody@x.io")
-    assert rank(Browser(call), "POST", "/sessions", email=BOB, password=PASSWORD) == (False, BOB)
-    assert rank(owner, "POST", "/users", email=BOB, password=PASSWORD) == (False, BOB)
+    assert rank(owner, "POST", "/sessions", email=BOB, password="wrong") == (True, "1")
+    assert rank(owner, "POST", "/reset_password", email=BOB) == (True, "1")
+    assert rank(owner, "POST", "/sessions", email="eve@x.io", password="wrong") == (False, name("eve@x.io"))
+    assert rank(owner, "POST", "/sessions", email="nobody@x.io", password="wrong") == (False, name("nobody@x.io"))
+    assert rank(Browser(call), "POST", "/sessions", email=BOB, password=PASSWORD) == (False, name(BOB))
+    assert rank(owner, "POST", "/users", email=BOB, password=PASSWORD) == (False, name(BOB))
+
+
+def test_all_spellings_of_an_email_are_one_account(rank: Any, call: Client, owner: Browser) -> None:
+    assert rank(owner, "POST", "/sessions", email=BOB.upper(), password="wrong") == (True, "1")
+    assert rank(Browser(call), "POST", "/sessions", email=BOB.upper(), password="wrong") == (False, name(BOB))
+
+
+def test_an_email_of_any_length_has_a_short_name_and_is_unknown(rank: Any, call: Client, owner: Browser) -> None:
+    long = BOB + "x" * 10_000
+    assert rank(owner, "POST", "/sessions", email=long, password=PASSWORD) == (False, name(long))
+    assert owner("POST", "/sessions", email=long, password=PASSWORD).status == 401
 
 
 def test_a_live_session_goes_first_for_its_own_changes_only(rank: Any, owner: Browser, auth: Auth, db: DB) -> None:
     change = {"password": PASSWORD, "new_password": NEW_PASSWORD}
     assert rank(owner, "PUT", "/password", **change) == (False, "")
     owner.log_in()
-    for method, path in (("PUT", "/password"), ("DELETE", "/profile"), ("POST", "/totp"), ("DELETE", "/totp")):
-        assert rank(owner, method, path, **change) == (True, BOB)
+    for method, path in (("PUT", "/password"), ("DELETE", "/profile"), ("POST", "/totp"), ("DELETE", "/sessions")):
+        assert rank(owner, method, path, **change) == (True, "1")
     del owner.cookies["__Host-device"]
-    assert rank(owner, "POST", "/sessions", email=BOB, password=PASSWORD) == (False, BOB)
-    assert rank(owner, "POST", "/users", email="new@x.io", password=PASSWORD) == (False, "new@x.io")
+    assert rank(owner, "POST", "/sessions", email=BOB, password=PASSWORD) == (False, name(BOB))
+    assert rank(owner, "POST", "/users", email="new@x.io", password=PASSWORD) == (False, name("new@x.io"))
     db.end_sessions(1)
     assert rank(owner, "PUT", "/password", **change) == (False, "")
 
 
-def test_a_live_reset_token_goes_first(rank: Any, owner: Browser, auth: Auth, call: Client) -> None:
-    form = {"email": BOB, "new_password": NEW_PASSWORD}
-    token = auth.get_reset_password_token(BOB)
-    assert rank(Browser(call), "PUT", "/reset_password", reset_token=token, **form) == (True, BOB)
-    assert rank(Browser(call), "PUT", "/reset_password", reset_token="junk", **form) == (False, BOB)
+def test_a_live_reset_token_goes_first_with_its_own_email(rank: Any, auth: Auth, owner: Browser, call: Client) -> None:
+    auth.register_user("eve@x.io", PASSWORD)
+    token, spare = auth.get_reset_password_token(BOB), Browser(call)
+    form = {"new_password": NEW_PASSWORD}
+    assert rank(spare, "PUT", "/reset_password", reset_token=token, email=BOB.upper(), **form) == (True, "1")
+    assert rank(spare, "PUT", "/reset_password", reset_token="junk", email=BOB, **form) == (False, name(BOB))
+    eve = "eve@x.io"
+    assert rank(spare, "PUT", "/reset_password", reset_token=token, email=eve, **form) == (False, name(eve))
+
+
+def test_attempts_beyond_a_limit_cost_a_browser_its_place(rank: Any, owner: Browser, clock: Clock) -> None:
+    for _ in range(9):
+        owner.log_in(password="wrong")
+    assert rank(owner, "POST", "/sessions", email=BOB, password=PASSWORD) == (True, "1")
+    owner.log_in(password="wrong")
+    assert rank(owner, "POST", "/sessions", email=BOB, password=PASSWORD) == (False, "1")
+    clock.advance(60)
+    assert rank(owner, "POST", "/sessions", email=BOB, password=PASSWORD) == (True, "1")
+
+
+def test_attempts_beyond_a_limit_cost_a_session_its_place(rank: Any, owner: Browser) -> None:
+    owner.log_in()
+    change = {"password": "wrong", "new_password": NEW_PASSWORD}
+    for _ in range(10):
+        assert rank(owner, "PUT", "/password", **change) == (True, "1")
+        assert owner("PUT", "/password", **change).status == 403
+    assert rank(owner, "PUT", "/password", **change) == (False, "1")
 
 
 def test_many_hashes_within_minutes_cost_an_account_its_place(
@@ -462,7 +502,7 @@ def test_many_hashes_within_minutes_cost_an_account_its_place(
     owner.log_in()
     assert not goes_first()
     owner.log_in()
-    assert rank(owner, "PUT", "/password", password=PASSWORD, new_password=NEW_PASSWORD) == (False, BOB)
+    assert rank(owner, "PUT", "/password", password=PASSWORD, new_password=NEW_PASSWORD) == (False, "1")
     assert owner.log_in() == 200  # it loses nothing else
     clock.advance(60)
     assert goes_first()
@@ -490,5 +530,5 @@ def test_a_malformed_request_goes_last_and_fails_in_its_route(
         return []
 
     Client(application)("POST", "/sessions", body=body)
-    assert ranked == [(False, "")]
+    assert [preferred for preferred, _ in ranked] == [False]
     assert call("POST", "/sessions", body=body).status in (400, 413)

@@ -508,7 +508,7 @@ def register_at_once(count: int, url: str) -> Counter[int]:
     form = {"email": "race@clients", "password": "b4l0u"}
 
     def register(_: int) -> int:
-        status = 503  # on a machine with too much to do, a hash may wait for longer than HASHING_WAIT
+        status = 503  # on a machine with too much to do, a hash may wait for longer than MAX_WAIT
         while status == 503:
             status = requests.post(f"{url}/users", data=form, timeout=30).status_code
         return status

@@ -174,8 +174,8 @@ class LocalServer:
         idle = threading.Barrier(3)  # past it, no worker uses the connections that are closed next
         self.dispatcher._hashing_queue.class_limit = 1  # a test may have set it to 0
         item = (float("inf"), self.task(idle.wait))
-        self.dispatcher._hashing_queue.put(item, ("",) * 4, preferred=False, limited=False)
-        self.dispatcher._writing_queue.put(idle.wait)
+        for waiting in self.dispatcher._hashing_queue, self.dispatcher._writing_queue:
+            waiting.put(item, ("",) * 4, preferred=False, limited=False)
         idle.wait(TIMEOUT)
         wasyncore.close_all(self._server._server._map)
 
@@ -303,6 +303,32 @@ def test_a_full_queue_refuses_a_pipelined_request_in_its_turn(server: LocalServe
     assert [connection.status(), connection.status()] == [200, 503]
 
 
+def test_requests_that_write_wait_in_a_fair_and_bounded_queue(server: LocalServer, monotonic: Clock) -> None:
+    write, first = http("PUT", "/slow", a="1"), http("PUT", "/slow", rank="first")
+    accepted = [server.dial().send(write)]
+    server.running.get(timeout=TIMEOUT)
+    accepted += [server.queue_one(write), server.queue_one(first), server.queue_one(write)]
+    server.dispatcher._writing_queue.class_limit = 2
+    assert server.queue_one(write).status() == 503
+    hashed = server.dial().send(http("POST", "/slow", hash="1"))  # it does not wait for them
+    assert server.running.get(timeout=TIMEOUT) == b"hash=1"
+    server.release.set()
+    assert [connection.status() for connection in (*accepted, hashed)] == [200] * 5
+    assert [server.running.get(timeout=TIMEOUT) for _ in range(3)] == [b"rank=first", b"a=1", b"a=1"]
+
+
+@pytest.mark.slow
+def test_a_request_waits_for_a_writer_for_15_seconds_at_most(server: LocalServer, monotonic: Clock) -> None:
+    write = http("PUT", "/slow", a="1")
+    running = server.dial().send(write)
+    server.running.get(timeout=TIMEOUT)
+    waiting = server.queue_one(write)
+    monotonic.advance(web.server.MAX_WAIT + 1)
+    assert waiting.status() == 503
+    server.release.set()
+    assert running.status() == 200
+
+
 @pytest.mark.parametrize(("seconds", "status"), [(15.0, 200), (15.1, 503)])
 def test_a_request_waits_for_a_hash_for_15_seconds_at_most(
     server: LocalServer, monotonic: Clock, seconds: float, status: int
@@ -321,7 +347,7 @@ def test_a_request_that_has_waited_too_long_is_answered_while_all_threads_hash(
     server: LocalServer, monotonic: Clock
 ) -> None:
     first, second = server.hash_one(), server.queue_one()
-    monotonic.advance(web.server.HASHING_WAIT + 1)
+    monotonic.advance(web.server.MAX_WAIT + 1)
     answer = second.answer()
     assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
     server.release.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sqlite3
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +135,13 @@ def test_all_other_sessions_end(call: Client) -> None:
         assert_200(answer, {"message": "all other sessions ended"})
         assert "Set-Cookie" not in answer.headers
         assert [profile_status(call, cookie) for cookie in (first, mine, last, eves)] == [403, 200, 403, 200]
+
+
+def test_where_no_other_session_ends_nothing_is_written(call: Client, other: sqlite3.Connection) -> None:
+    mine = cookie_of(log_in(call))
+    before = other.execute("PRAGMA data_version").fetchone()
+    assert call("DELETE", "/sessions/others", cookie=mine).status == 200
+    assert other.execute("PRAGMA data_version").fetchone() == before
 
 
 @pytest.mark.both_engines

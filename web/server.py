@@ -46,11 +46,11 @@ from web.forms import MAX_BODY_BYTES
 from web.parser import StrictParser
 from web.responses import MESSAGES, RETRY_AFTER, complete_error, new_request_id
 
-HASHING_QUEUE = 64  # requests of each of the two classes; 2 * 64 hashes of 0.24 s on two cores take the 15 s below
-DEVELOPMENT_HASHING_QUEUE = 128  # the same in development, where nearly all requests are of one class
-HASHING_PER_CLIENT = 4  # of each class: enough for several people behind one address, one second on one core
-HASHING_PER_NETWORK = 16  # of a /24 or /48, in each class: four full clients, a quarter of the 64 places
-HASHING_WAIT = 15.0  # seconds in the queue, then 503
+QUEUE = 64  # requests of each of the two classes; 2 * 64 hashes of 0.24 s on two cores take the 15 s below
+DEVELOPMENT_QUEUE = 128  # the same in development, where nearly all requests are of one class
+PER_CLIENT = 4  # of each class: enough for several people behind one address, one second on one core
+PER_NETWORK = 16  # of a /24 or /48, in each class: four full clients, a quarter of the 64 places
+MAX_WAIT = 15.0  # seconds in the queue, then 503
 HASHING_NICENESS = 10
 WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other parses a form or sends an answer
 MAX_BACKGROUND_WRITES = 1000  # waiting; further ones are dropped, and the next request asks for them again
@@ -336,27 +336,28 @@ class Dispatcher:
         self.settings = settings
         self._rank = rank
         self._io_thread = threading.get_ident()
-        limit = HASHING_QUEUE if settings.production else DEVELOPMENT_HASHING_QUEUE
-        self._hashing_queue = FairQueue[tuple[float, Channel]](limit, HASHING_PER_CLIENT, HASHING_PER_NETWORK)
-        self._writing_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        limit = QUEUE if settings.production else DEVELOPMENT_QUEUE
+        self._hashing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
+        self._writing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
         # A queue of their own: they pile up while the database is locked, and a client's write must not wait for them.
         self._background_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._displaced: list[Channel] = []  # whose requests have lost their places
         self._stopping = False
-        writers = [(_work, self._writing_queue)] * WRITERS + [(_work, self._background_queue, BACKGROUND_PAUSE)]
-        for target, *arguments in [(self._hash,)] * cores + writers:
-            threading.Thread(target=target, args=arguments, daemon=True).start()
+        hashing = functools.partial(self._serve, self._hashing_queue, HASHING_NICENESS)
+        writing = functools.partial(self._serve, self._writing_queue, 0)
+        background = functools.partial(_work, self._background_queue)
+        for target in [hashing] * cores + [writing] * WRITERS + [background]:
+            threading.Thread(target=target, daemon=True).start()
 
     def add_task(self, channel: Channel) -> None:
         """Schedule the request of a connection. Called on the I/O thread, which holds requests_lock."""
         request = channel.requests[0]
-        if not request.error and (request.command, request.path) in self._hashing_routes:
-            if not self._stopping and self._queue(channel):
+        if not request.error and request.command not in ("GET", "HEAD"):
+            hashes = (request.command, request.path) in self._hashing_routes
+            if not (hashes and self._stopping) and self._wait(channel, hashes):
                 return
             request.error = Busy("")
-        if request.error or request.command in ("GET", "HEAD"):
-            channel.serve_now = True
-        else:
-            self._writing_queue.put(channel.service)
+        channel.serve_now = True
 
     def is_io_thread(self) -> bool:
         """Return whether the caller runs on the I/O thread."""
@@ -381,22 +382,28 @@ class Dispatcher:
 
     def refuse_late(self) -> None:
         """Answer 503 to requests that have waited too long for a hash."""
-        latest = time.monotonic() - HASHING_WAIT
-        for _, channel in self._hashing_queue.remove(lambda waiting: waiting[0] < latest):
-            self._writing_queue.put(functools.partial(_refuse, channel))
+        latest = time.monotonic() - MAX_WAIT
+        for waiting in self._hashing_queue, self._writing_queue:
+            for _, channel in waiting.remove(lambda item: item[0] < latest):
+                _refuse(channel)
 
-    def _queue(self, channel: Channel) -> bool:
-        """Let a request wait for a hash; return False if it lost its place at once."""
+    def refuse_displaced(self) -> None:
+        """Answer 503 to requests that have lost their places to others."""
+        while self._displaced:
+            _refuse(self._displaced.pop())
+
+    def _wait(self, channel: Channel, hashes: bool) -> bool:
+        """Let a request wait for its thread; return False if it lost its place at once."""
         environ = PlainTask(channel, channel.requests[0]).get_environment()
-        preferred, account = (False, "") if self._hashing_queue.serves_at_once() else self._rank_safely(environ)
+        waiting = self._hashing_queue if hashes else self._writing_queue
+        preferred, account = (False, "") if waiting.serves_at_once() else self._rank_safely(environ)
         peer, proxy = channel.addr[0], self.settings.trusted_proxy
         client = client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)
         limited = self.settings.tells_clients_apart(peer)
         path = (*network_path(client), account)
-        lost = self._hashing_queue.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
+        lost = waiting.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
         displaced = [other for _, other in lost if other is not channel]
-        for other in displaced:  # not here: waitress holds a lock of this connection, and answering takes another one's
-            self._writing_queue.put(functools.partial(_refuse, other))
+        self._displaced += displaced  # refused later: this thread holds a lock of this connection
         return len(displaced) == len(lost)
 
     def _rank_safely(self, environ: WSGIEnvironment) -> tuple[bool, str]:
@@ -408,13 +415,13 @@ class Dispatcher:
         finally:
             environ["wsgi.input"].seek(0)  # the route reads the body again
 
-    def _hash(self) -> None:
-        if sys.platform == "linux":  # there niceness is per thread
+    def _serve(self, waiting: FairQueue[tuple[float, Channel]], niceness: int) -> None:
+        if niceness and sys.platform == "linux":  # there niceness is per thread
             with contextlib.suppress(OSError):  # a sandbox may refuse it: then fast requests get less of the processor
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), HASHING_NICENESS)
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         while True:
-            since, channel = self._hashing_queue.get()
-            too_late = time.monotonic() - since > HASHING_WAIT
+            since, channel = waiting.get()
+            too_late = time.monotonic() - since > MAX_WAIT
             _run(functools.partial(_refuse, channel) if too_late else channel.service)
 
 
@@ -529,6 +536,7 @@ class Server:
         for channel, data in self.answers:
             channel.send_now(data)
         self.answers.clear()
+        self.dispatcher.refuse_displaced()
         if self._has_new:
             self._accept_all()
 
@@ -560,10 +568,10 @@ def _refuse(channel: Any) -> None:
     channel.service()
 
 
-def _work(tasks: queue.SimpleQueue[Callable[[], object]], pause: float = 0.0) -> None:
+def _work(tasks: queue.SimpleQueue[Callable[[], object]]) -> None:
     while True:
         task = tasks.get()
-        time.sleep(pause)
+        time.sleep(BACKGROUND_PAUSE)
         _run(task)
 
 
