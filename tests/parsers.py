@@ -1,55 +1,46 @@
-"""Compares the shortcut of our parser for plain heads with the parser of waitress."""
+"""Compares what our parser accepts with how the parser of waitress understands it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from waitress.adjustments import Adjustments
+from waitress.parser import HTTPRequestParser
 
 from web.forms import MAX_BODY_BYTES
 from web.parser import StrictParser
 from web.server import MAX_HEADER_BYTES
 
 LIMITS = Adjustments(max_request_body_size=MAX_BODY_BYTES + 1, max_request_header_size=MAX_HEADER_BYTES)
-
-# Attributes that nothing reads after the head is parsed.
-UNUSED = {"adj", "began", "first_line", "proxy_scheme", "proxy_netloc", "fragment", "connection_close"}
-# Attributes for which waitress's class has a default.
-DEFAULTED = {"body_rcv", "chunked", "content_length", "expect_continue"}
+KNOWN = "command", "request_uri", "path", "query", "version", "url_scheme", "chunked", "content_length", "completed"
 
 
-class NotPlain(Exception):
-    """The head is not one that the shortcut parses."""
+def feed(parser: Any, stream: bytes, size: int = 0) -> int:
+    """Give a stream to a parser in pieces of ``size``, or at once; return how many bytes it takes as one request."""
+    at = 0
+    while at < len(stream) and not parser.completed:
+        at += parser.received(stream[at : at + size] if size else stream[at:])
+    return at
 
 
-class ShortcutParser(StrictParser):
-    """Parses plain heads only."""
+def describe(parser: Any) -> dict[str, Any]:
+    """Return everything that is known about a request, or the status with which it is refused."""
+    if parser.error:
+        return {"status": parser.error.code, "command": getattr(parser, "command", "")}
+    if not parser.headers_finished:
+        return {"headers_finished": False}
+    headers = {name: value for name, value in parser.headers.items() if name != "CONNECTION"}  # ours has one option
+    expects = parser.body_rcv is not None and parser.expect_continue  # waitress also expects a body of no bytes
+    body = parser.get_body_stream().read() if parser.completed else None
+    return {name: getattr(parser, name) for name in KNOWN} | {"headers": headers, "expects": expects, "body": body}
 
-    def _parse_strictly(self, header_plus: bytes) -> None:
-        raise NotPlain
 
-
-class WaitressParser(StrictParser):
-    """Leaves every head to waitress."""
-
-    def _parse_plain(self, head: str) -> bool:
+def is_accepted(stream: bytes) -> bool:
+    """Return whether a stream begins with an acceptable head. If so, check that waitress understands the same."""
+    ours, theirs = StrictParser(LIMITS), HTTPRequestParser(LIMITS)
+    consumed = feed(ours, stream)
+    if ours.error or not ours.headers_finished:
         return False
-
-
-def takes_shortcut(stream: bytes) -> bool:
-    """Return whether the head of a request is plain. If it is, check that waitress understands the same."""
-    shortcut = ShortcutParser(LIMITS)
-    try:
-        consumed = shortcut.received(stream)
-    except NotPlain:
-        return False
-    strict = WaitressParser(LIMITS)
-    found, expected = (consumed, describe(shortcut)), (strict.received(stream), describe(strict))
+    found, expected = (consumed, describe(ours)), (feed(theirs, stream), describe(theirs))
     assert found == expected, f"{stream!r}: {found} is not {expected}"
     return True
-
-
-def describe(parser: StrictParser) -> object:
-    """Return everything that is known about a request, or the reason why it is refused."""
-    if parser.error:
-        return parser.error.code, parser.error.body
-    known = {name: getattr(parser, name) for name in (vars(parser).keys() | DEFAULTED) - UNUSED}
-    return known | {"body_rcv": type(parser.body_rcv)}

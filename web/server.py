@@ -94,10 +94,10 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         self.response_headers += headers
         if error.code == Busy.code:
             self.response_headers.append(("Retry-After", str(RETRY_AFTER)))
-        self.set_close_on_finish()
+        self.request.headers["CONNECTION"] = "close"  # whatever the client asked for: waitress says so, and closes
         self.channel.discard = MAX_DISCARD_BYTES
         self.content_length = len(body)
-        self.write(body)
+        self.write(b"" if self.request.command == "HEAD" else body)
 
     def _log_refusal(self, request_id: str) -> None:
         error, request, channel = self.request.error, self.request, self.channel
