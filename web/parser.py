@@ -35,14 +35,15 @@ HEAD = re.compile(
 )
 
 # A name or an address, and a port (RFC 3986, 3.2.2 and 3.2.3; RFC 6874 for the zone). Names have the characters of DNS.
-NAME = r"[\w~-]++(?:\.[\w~-]++)*+\.?+"
-IPV6 = r"\[(?P<ipv6>[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++(?:%[\w.~-]++)?+)\]"
-HOST = re.compile(rf"(?:{NAME}|{IPV6})(?::(?P<port>[0-9]{{1,5}}))?+", re.ASCII)
+HOST = re.compile(
+    r"(?:[\w~-]++(?:\.[\w~-]++)*+\.?+|\[(?P<ipv6>[0-9A-Fa-f]*+:[0-9A-Fa-f:.]++(?:%[\w.~-]++)?+)\])"
+    r"(?::(?P<port>[0-9]{1,5}))?+",
+    re.ASCII,
+)
 
 # What stands between the data of two chunks, or after that of the last one; and each beginning of it.
 CHUNK_LINE = re.compile(rb"\r\n(?:0\r\n\r\n|(?!0+\r)(?P<size>[0-9A-Fa-f]{1,8})\r\n)")
 CHUNK_LINE_START = re.compile(rb"\r(?:\n(?:0(?:\r(?:\n\r?)?)?|(?!0{8})[0-9A-Fa-f]{1,8}|(?!0+\r)[0-9A-Fa-f]{1,8}\r)?)?")
-LONGEST_CHUNK_LINE = 12  # bytes
 
 
 class Refused(Exception):
@@ -70,7 +71,7 @@ class ChunkedReceiver:
         """Read a part of the stream and return how many bytes of it belong to the body."""
         at = 0
         while at < len(data) and not (self.completed or self.error):
-            line = self._line + data[at : at + LONGEST_CHUNK_LINE]
+            line = self._line + data[at : at + 12]  # bytes of the longest CHUNK_LINE
             if self._missing:
                 written = self._body.write(data[at : at + self._missing])
                 at, self._missing = at + written, self._missing - written
