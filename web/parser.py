@@ -6,7 +6,6 @@ It keeps the interface of waitress's parser, which is private: hence ``waitress<
 from __future__ import annotations
 
 import functools
-import io
 import re
 import time
 from typing import Any
@@ -14,7 +13,7 @@ from urllib.parse import unquote
 
 from waitress.buffers import OverflowableBuffer
 from waitress.parser import HTTPRequestParser
-from waitress.receiver import FixedStreamReceiver
+from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.utilities import BadRequest, RequestEntityTooLarge, RequestHeaderFieldsTooLarge, ServerNotImplemented
 
 from addresses import parse_address
@@ -50,47 +49,34 @@ class Refused(Exception):
     """Raised with the ``error`` of a request that is refused."""
 
 
-class ChunkedReceiver:
-    """Reads a chunked body as RFC 9112, 7.1, defines it, without extensions and trailers, in the place of waitress's.
+class StrictChunkedReceiver(ChunkedReceiver):  # type: ignore[misc]
+    """Reads a chunked body as RFC 9112, 7.1, defines it, without extensions and trailers.
 
-    That one accepts more, which proxies read differently. Here the first wrong byte sets ``error``.
+    waitress's receiver accepts more, which proxies read differently. Here the first wrong byte sets ``error``.
     """
 
-    completed = False
-    error: BadRequest | None = None
-
-    def __init__(self) -> None:
-        self._body = io.BytesIO()
-        self._missing = 0  # bytes of the data of this chunk
-        self._line = b"\r\n"  # what was read since the last data; the first size stands as after the end of a chunk
-
-    def __len__(self) -> int:
-        return self._body.getbuffer().nbytes
+    completed, error = False, None  # as in waitress's class, for mypy
+    missing = 0  # bytes of the data of this chunk
+    line = b"\r\n"  # what was read since the last data; the first size stands as after the end of a chunk
 
     def received(self, data: bytes) -> int:
-        """Read a part of the stream and return how many bytes of it belong to the body."""
+        """Read a part of the stream and return how many bytes of it belong to the body: all, if it is malformed."""
         at = 0
         while at < len(data) and not (self.completed or self.error):
-            line = self._line + data[at : at + 12]  # bytes of the longest CHUNK_LINE
-            if self._missing:
-                written = self._body.write(data[at : at + self._missing])
-                at, self._missing = at + written, self._missing - written
+            line = self.line + data[at : at + 12]  # bytes of the longest CHUNK_LINE
+            if self.missing:
+                piece = data[at : at + self.missing]
+                self.buf.append(piece)
+                at, self.missing = at + len(piece), self.missing - len(piece)
             elif found := CHUNK_LINE.match(line):
-                at += found.end() - len(self._line)
-                self._line, self._missing = b"", int(found["size"] or b"0", 16)
-                self.completed = not self._missing
+                at += found.end() - len(self.line)
+                self.line, self.missing = b"", int(found["size"] or b"0", 16)
+                self.completed = not self.missing
             elif CHUNK_LINE_START.fullmatch(line):
-                at, self._line = len(data), line
+                at, self.line = len(data), line
             else:
-                self.error = BadRequest("malformed chunk")
-        if self.completed:
-            self._body.seek(0)
+                at, self.error = len(data), BadRequest("malformed chunk")
         return at
-
-    def getfile(self) -> io.BytesIO:
-        return self._body
-
-    getbuf = getfile
 
 
 class StrictParser(HTTPRequestParser):  # type: ignore[misc]
@@ -109,7 +95,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
 
     def received(self, data: bytes) -> int:
         """Read a part of the stream and return how many bytes of it belong to this request: all, if it is refused."""
-        consumed: int = super().received(data) if self.headers_finished else self._receive_head(data)
+        consumed: int = super().received(data) if self.completed or self.headers_finished else self._receive_head(data)
         if self.error:
             self.expect_continue = False
             return len(data)
@@ -171,7 +157,8 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         elif encoding.lower() != "chunked":
             raise Refused(ServerNotImplemented(""))
         else:
-            self.chunked, self.body_rcv = True, ChunkedReceiver()
+            self.chunked = True
+            self.body_rcv = StrictChunkedReceiver(OverflowableBuffer(self.adj.inbuf_overflow))
         if self.body_rcv is not None and self.version == "1.1":
             self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue"
 
