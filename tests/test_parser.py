@@ -170,8 +170,16 @@ def test_a_head_of_spaces_is_parsed_in_linear_time(value: bytes) -> None:
     assert time.process_time() - began < 0.2  # 0.0002 s; waitress takes 2 s and more
 
 
-def test_a_head_without_end_is_refused() -> None:
-    assert status(HEAD + b"X: " + b"a" * 17_000, 1000) == 431
+@pytest.mark.parametrize("size", [0, 1000])
+@pytest.mark.parametrize(("length", "expected"), [(16_383, None), (16_384, 431), (20_000, 431)])
+def test_a_head_of_16_kib_is_refused(length: int, expected: int | None, size: int) -> None:
+    head = (HEAD + b"X: ").ljust(length - 4, b"a") + b"\r\n\r\n"
+    assert status(head, size) == expected
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_head_without_end_is_refused(size: int) -> None:
+    assert status(HEAD + b"X: " + b"a" * 17_000, size) == 431
 
 
 HOSTS = (

@@ -87,7 +87,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
     """
 
     command = path = query = request_uri = ""  # of a request whose head is malformed
-    headers_finished, header_plus, error, expect_continue = False, b"", None, False  # as in waitress's class, for mypy
+    headers_finished, header_plus, error = False, b"", None  # as in waitress's class, for mypy
 
     def __init__(self, adj: Any) -> None:
         super().__init__(adj)
@@ -96,10 +96,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
     def received(self, data: bytes) -> int:
         """Read a part of the stream and return how many bytes of it belong to this request: all, if it is refused."""
         consumed: int = super().received(data) if self.completed or self.headers_finished else self._receive_head(data)
-        if self.error:
-            self.expect_continue = False
-            return len(data)
-        return consumed
+        return len(data) if self.error else consumed
 
     def _receive_head(self, data: bytes) -> int:
         stream, limit = self.header_plus + data, self.adj.max_request_header_size
