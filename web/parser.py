@@ -128,9 +128,11 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
             if "_" in name:  # dropped, as nginx does: applications would take X_Forwarded_For for X-Forwarded-For
                 continue
             name, value = name.upper().replace("-", "_"), value.strip(" \t")
-            if name in headers and name in SINGLE_HEADERS:
-                raise Refused(BadRequest("repeated header"))
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+            if name in headers:
+                if name in SINGLE_HEADERS:
+                    raise Refused(BadRequest("repeated header"))
+                value = f"{headers[name]}, {value}"
+            headers[name] = value
         host = headers.get("HOST", "" if self.version == "1.1" else "unnamed")
         if not (_is_host(host) and (self.request_uri.startswith("/") or _is_host(authority))):
             raise Refused(BadRequest("malformed host"))
