@@ -687,29 +687,21 @@ PLAIN_HEAD = "Host: x\r\nX-Forwarded-For: 192.0.2.7\r\n"
 @pytest.mark.parametrize(
     ("request_text", "address", "logged"),
     [
-        (f"get /{SECRET} HTTP/1.1\r\n{PLAIN_HEAD}\r\n", "127.0.0.1", (400, "Malformed HTTP method")),
-        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}bad header: {SECRET}\r\n\r\n", "127.0.0.1", (400, "Invalid header")),
-        (
-            f"GET / HTTP/1.1\r\n{PLAIN_HEAD}X: a\rb{SECRET}\r\n\r\n",
-            "127.0.0.1",
-            (400, "Bare CR or LF found in header line"),
-        ),
+        (f"get /{SECRET} HTTP/1.1\r\n{PLAIN_HEAD}\r\n", "127.0.0.1", (400, "malformed head")),
+        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}bad header: {SECRET}\r\n\r\n", "127.0.0.1", (400, "malformed head")),
+        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}X: a\rb{SECRET}\r\n\r\n", "127.0.0.1", (400, "malformed head")),
         (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}Cookie: {SECRET}\r\nCookie: b\r\n\r\n", "192.0.2.7", (400, "repeated header")),
         (
             f"POST / HTTP/1.1\r\n{PLAIN_HEAD}Transfer-Encoding: chunked\r\n\r\n{SECRET}\r\n",
             "192.0.2.7",
-            (400, "Invalid chunk size"),
+            (400, "malformed chunk"),
         ),
-        (
-            f"POST /{SECRET} HTTP/1.1\r\n{PLAIN_HEAD}Content-Length: 16385\r\n\r\n",
-            "192.0.2.7",
-            (413, "exceeds max_body of 16385"),
-        ),
-        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}X: {SECRET * 1024}", "127.0.0.1", (431, "exceeds max_header of 16384")),
+        (f"POST /{SECRET} HTTP/1.1\r\n{PLAIN_HEAD}Content-Length: 16385\r\n\r\n", "192.0.2.7", (413, "body too large")),
+        (f"GET / HTTP/1.1\r\n{PLAIN_HEAD}X: {SECRET * 1024}", "127.0.0.1", (431, "head too large")),
         (
             f"POST / HTTP/1.1\r\n{PLAIN_HEAD}Transfer-Encoding: {SECRET}\r\n\r\n",
             "192.0.2.7",
-            (501, "Transfer-Encoding requested is not supported."),
+            (501, "unknown transfer encoding"),
         ),
     ],
 )

@@ -107,7 +107,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         self.headers_finished = True
         try:
             if end < 4 or end >= limit:
-                raise Refused(RequestHeaderFieldsTooLarge(""))
+                raise Refused(RequestHeaderFieldsTooLarge("head too large"))
             self._parse_head(stream[:end].decode("latin-1"))
         except Refused as refusal:
             (self.error,) = refusal.args
@@ -122,17 +122,18 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
             raise Refused(BadRequest("malformed head"))
         self.command, self.request_uri, authority, path, self.query, self.version, fields = found.groups("")
         self.path = unquote(path, "latin-1") if "%" in path else path
-        self.url_scheme, headers = self.adj.url_scheme, self.headers
+        self.url_scheme, headers, repeated = self.adj.url_scheme, self.headers, False
         for line in fields.split("\r\n")[:-1]:
             name, _, value = line.partition(":")
             if "_" in name:  # dropped, as nginx does: applications would take X_Forwarded_For for X-Forwarded-For
                 continue
             name, value = name.upper().replace("-", "_"), value.strip(" \t")
             if name in headers:
-                if name in SINGLE_HEADERS:
-                    raise Refused(BadRequest("repeated header"))
+                repeated = repeated or name in SINGLE_HEADERS
                 value = f"{headers[name]}, {value}"
             headers[name] = value
+        if repeated:  # not before all headers are read: the log needs the address that the proxy added
+            raise Refused(BadRequest("repeated header"))
         host = headers.get("HOST", "" if self.version == "1.1" else "unnamed")
         if not (_is_host(host) and (self.request_uri.startswith("/") or _is_host(authority))):
             raise Refused(BadRequest("malformed host"))
@@ -148,13 +149,13 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
                 raise Refused(BadRequest("malformed length"))
             self.content_length = int(length)
             if self.content_length >= self.adj.max_request_body_size:
-                raise Refused(RequestEntityTooLarge(""))
+                raise Refused(RequestEntityTooLarge("body too large"))
             if self.content_length:
                 self.body_rcv = FixedStreamReceiver(self.content_length, OverflowableBuffer(self.adj.inbuf_overflow))
         elif self.version == "1.0" or length is not None:
             raise Refused(BadRequest("ambiguous length"))
         elif encoding.lower() != "chunked":
-            raise Refused(ServerNotImplemented(""))
+            raise Refused(ServerNotImplemented("unknown transfer encoding"))
         else:
             self.chunked = True
             self.body_rcv = StrictChunkedReceiver(OverflowableBuffer(self.adj.inbuf_overflow))

@@ -101,15 +101,12 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 
     def _log_refusal(self, request_id: str) -> None:
         error, request, channel = self.request.error, self.request, self.channel
-        # waitress sets the command after it has read all headers. Before, one that the proxy added may be missing.
-        forwarded = request.headers.get("X_FORWARDED_FOR") if hasattr(request, "command") else None
-        proxies = channel.owner.dispatcher.settings.trusted_proxy
+        forwarded, proxies = request.headers.get("X_FORWARDED_FOR"), channel.owner.dispatcher.settings.trusted_proxy
         context = {"request_id": request_id, "address": client_address(channel.addr[0], forwarded, proxies)}
         if error.code == Busy.code:
             log_event("sys_busy", **context)
         elif error.code in MESSAGES:  # else 500, and the exception has a line
-            reason = error.body.partition(' "')[0]  # waitress quotes the request at the end of some texts
-            log_event("input_validation_fail", **context, status=error.code, reason=reason)
+            log_event("input_validation_fail", **context, status=error.code, reason=error.body)
 
 
 class PlainTask(WSGITask):  # type: ignore[misc]
