@@ -61,6 +61,7 @@ def status(stream: bytes, size: int = 0) -> int | None:
         b"GET http://a\\@b/ HTTP/1.1",
         b"GET ftp://a/ HTTP/1.1",
         b"CONNECT a:443 HTTP/1.1",
+        b"CONNECT / HTTP/1.1",
         b"OPTIONS * HTTP/1.1",
     ],
 )

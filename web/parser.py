@@ -24,10 +24,10 @@ SINGLE_HEADERS = frozenset(
 )
 
 # A request line and headers (RFC 9112, 2.2 to 5; RFC 9110, 5.5 and 5.6.2). Browsers send most printable characters as
-# they are, so a target may have all but "#". Its form is origin or absolute: clients of a service need no other. The
+# they are, so a target may have all but "#". Its form is origin or absolute: only CONNECT and OPTIONS * need others. The
 # quantifiers are possessive, so a head that does not match fails in linear time.
 HEAD = re.compile(
-    r"(?:\r\n)?+(?P<command>[A-Z0-9!#$%&'*+.^_`|~-]++) "
+    r"(?:\r\n)?+(?!CONNECT )(?P<command>[A-Z0-9!#$%&'*+.^_`|~-]++) "
     r"(?P<uri>(?:(?=/)|(?i:https?)://(?P<authority>[^/?# ]*+))(?P<path>[!\"$->@-~]*+)(?:\?(?P<query>[!\"$-~]*+))?+)"
     r" HTTP/(?P<version>1\.[01])\r\n"
     r"(?P<fields>(?:[A-Za-z0-9!#$%&'*+.^_`|~-]++:[\t -~\x80-\xff]*+\r\n)*+)\r\n"
