@@ -95,7 +95,7 @@ def test_a_refused_head_request_is_answered_as_get_but_without_a_body(
         (b"HTTP/1.0\r\nConnection: x", 1),
     ],
 )
-def test_a_connection_option_is_heard_in_a_list(service: Service, line: bytes, answers: int) -> None:
+def test_a_connection_option_is_recognized_in_a_list(service: Service, line: bytes, answers: int) -> None:
     assert statuses(send(service.address, b"GET / " + line + b"\r\nHost: x\r\n\r\n" + LAST)) == [200] * answers
 
 

@@ -24,8 +24,8 @@ SINGLE_HEADERS = frozenset(
 )
 
 # A request line and headers (RFC 9112, 2.2 to 5; RFC 9110, 5.5 and 5.6.2). Browsers send most printable characters as
-# they are, so a target may have all but "#". Its form is origin or absolute: only CONNECT and OPTIONS * need others. The
-# quantifiers are possessive, so a head that does not match fails in linear time.
+# they are, so a target may have all but "#". Its form is origin or absolute, as CONNECT and OPTIONS * are for proxies.
+# The quantifiers are possessive, so a head that does not match fails in linear time.
 HEAD = re.compile(
     r"(?:\r\n)?+(?!CONNECT )(?P<command>[A-Z0-9!#$%&'*+.^_`|~-]++) "
     r"(?P<uri>(?:(?=/)|(?i:https?)://(?P<authority>[^/?# ]*+))(?P<path>[!\"$->@-~]*+)(?:\?(?P<query>[!\"$-~]*+))?+)"
