@@ -171,6 +171,11 @@ def test_a_head_of_spaces_is_parsed_in_linear_time(value: bytes) -> None:
     assert time.process_time() - began < 0.2  # 0.0002 s; waitress takes 2 s and more
 
 
+@pytest.mark.parametrize(("count", "expected"), [(100, None), (101, 431), (3000, 431)])
+def test_a_request_has_at_most_100_headers(count: int, expected: int | None) -> None:
+    assert status(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * (count - 1) + b"\r\n") == expected
+
+
 @pytest.mark.parametrize("size", [0, 1000])
 @pytest.mark.parametrize(("length", "expected"), [(16_383, None), (16_384, 431), (20_000, 431)])
 def test_a_head_of_16_kib_is_refused(length: int, expected: int | None, size: int) -> None:

@@ -18,6 +18,8 @@ from waitress.utilities import BadRequest, RequestEntityTooLarge, RequestHeaderF
 
 from addresses import parse_address
 
+MAX_HEADERS = 100  # in a request; thousands of short ones would take milliseconds
+
 # Headers that must not be repeated: which one counts differs between us and a proxy.
 SINGLE_HEADERS = frozenset(
     {"HOST", "CONTENT_LENGTH", "TRANSFER_ENCODING", "CONTENT_TYPE", "COOKIE", "ORIGIN", "X_FORWARDED_PROTO"}
@@ -123,7 +125,10 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         self.command, self.request_uri, authority, path, self.query, self.version, fields = found.groups("")
         self.path = unquote(path, "latin-1") if "%" in path else path
         self.url_scheme, headers, repeated = self.adj.url_scheme, self.headers, False
-        for line in fields.split("\r\n")[:-1]:
+        lines = fields.split("\r\n")[:-1]
+        if len(lines) > MAX_HEADERS:
+            raise Refused(RequestHeaderFieldsTooLarge("too many headers"))
+        for line in lines:
             name, _, value = line.partition(":")
             if "_" in name:  # dropped, as nginx does: applications would take X_Forwarded_For for X-Forwarded-For
                 continue

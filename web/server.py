@@ -224,9 +224,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.send_continue()
         if request.completed:
             self.request, self.head_at, self.sent_continue = None, None, False
-            if not request.empty:
-                self.requests.append(request)
-                self.server.add_task(self)
+            self.requests.append(request)
+            self.server.add_task(self)
         elif new or (request.headers_finished and self.head_at is None):
             self.head_at = time.monotonic() if request.headers_finished else None
             self.owner.limit_client(self)
