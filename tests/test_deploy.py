@@ -5,10 +5,13 @@ The last part installs the service as deploy/README.md says, as one file that th
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import functools
+import itertools
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -37,6 +41,7 @@ DEPLOY = HERE / "deploy"
 SERVICE, DAILY, TIMER = UNITS = tuple(
     DEPLOY / name for name in ("authsvc.service", "authsvc-daily.service", "authsvc-daily.timer")
 )
+WRAPPER = DEPLOY / "authsvc"
 ENV = (DEPLOY / "authsvc.env").read_text()
 ENABLED = re.sub("^#(?=[A-Z])", "", ENV, flags=re.MULTILINE)
 STATE, UNPACKED, PROGRAM = "/var/lib/authsvc", "/opt/authsvc/unpacked", "/opt/authsvc/authsvc.pyz"
@@ -230,13 +235,119 @@ def test_the_settings_are_accepted(text: str, has_mail: bool) -> None:
     )
 
 
-def test_a_shell_reads_the_same_settings_as_systemd(tmp_path: Path) -> None:
-    file = tmp_path / "env"
-    file.write_text(ENABLED)
-    script = f"set -a; . {shlex.quote(str(file))}; env -0"
-    done = subprocess.run(["sh", "-c", script], env=clean_environ(), capture_output=True, text=True, check=True)
-    read = dict(entry.partition("=")[::2] for entry in done.stdout.split("\0"))
-    assert variables(ENABLED).items() <= read.items()
+# The text of a file, and the variables that systemd reads in it.
+FILES: dict[str, tuple[str, dict[str, str]]] = {
+    "plain": ("# text\n; text\n\nA=1\nB=two words  \n  C = 3\t\n", {"A": "1", "B": "two words", "C": "3"}),
+    "url": (
+        "A=postgresql://u@db/x?sslmode=verify-full&b=c#d;e\n",
+        {"A": "postgresql://u@db/x?sslmode=verify-full&b=c#d;e"},
+    ),
+    "shell": ("A=$HOME `id` $(id) ~ * | > < !\nB=x&y\n", {"A": "$HOME `id` $(id) ~ * | > < !", "B": "x&y"}),
+    "single quotes": ("A=' x # \\ \"y\" '\nB='two\nlines'\n", {"A": ' x # \\ "y" ', "B": "two\nlines"}),
+    "double quotes": ('A=" x \\" \\$ \\` \\\\ \\n "\n', {"A": ' x " $ ` \\ \\n '}),
+    "quotes side by side": ("A='x' \"y\" z\n", {"A": "xyz"}),
+    "quotes inside": ('A=it\'s "5"\n', {"A": 'it\'s "5"'}),
+    "backslashes": ("A=a\\b\\\\c\\ \nB=\\'x\n", {"A": "ab\\c ", "B": "'x"}),
+    "continuation": ('A=x \\\n  y\nB="x\\\ny"\n', {"A": "x   y", "B": "xy"}),
+    "windows": ("A=1\r\n# text\r\nB='2'\r\n", {"A": "1", "B": "2"}),
+    "no variables": ("export A=1\n1B=2\nC\nD.E=3\n=4\n\ufeffF=5\n", {}),
+    "the last counts": ("A=1\nB=\nA=2", {"A": "2", "B": ""}),
+    "quote left open": ("A='x\nB=2\n", {"A": "x\nB=2\n"}),
+}
+
+
+def read_as_systemd(file: Path) -> dict[str, str]:
+    """Read a file by the function that systemd itself calls for EnvironmentFile=."""
+    libraries = list(Path("/usr/lib").glob("**/systemd/libsystemd-shared-*.so"))
+    if not libraries:
+        pytest.skip("systemd's library is missing: apt-get install systemd")
+    found: Any = ctypes.POINTER(ctypes.c_char_p)()
+    assert ctypes.CDLL(str(libraries[0])).load_env_file(None, bytes(file), ctypes.byref(found)) == 0
+    lines = [line.decode() for line in itertools.takewhile(bool, found or ())]
+    pairs = [line.partition("=")[::2] for line in lines]
+    return {name: value for name, value in pairs if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)}  # as systemd does
+
+
+def read_as_wrapper(text: str) -> dict[str, str]:
+    read: dict[str, str] = runpy.run_path(str(WRAPPER))["read_settings"](text)
+    return read
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES.values(), ids=FILES)
+def test_the_wrapper_reads_the_settings_as_systemd_does(text: str, expected: dict[str, str], tmp_path: Path) -> None:
+    assert read_as_wrapper(text) == expected
+    (tmp_path / "env").write_bytes(text.encode())
+    assert read_as_systemd(tmp_path / "env") == expected
+
+
+def test_the_wrapper_reads_the_settings_of_this_release() -> None:
+    assert read_as_wrapper(ENV) == variables(ENV)
+    assert read_as_wrapper(ENABLED) == variables(ENABLED)
+
+
+class Wrapper:
+    """The wrapper "authsvc" for an installation in the folder of the test."""
+
+    def __init__(self, installed: Installed) -> None:
+        self.settings = installed.state.parent / "authsvc.env"
+        self.path = installed.state.parent / "authsvc"
+        text = WRAPPER.read_text().replace("/etc/authsvc/authsvc.env", str(self.settings))
+        text = text.replace("runuser -u authsvc -- /usr/bin/python3", sys.executable)
+        self.path.write_text(installed.moved(text))
+
+    def __call__(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["/usr/bin/python3", "-sP", self.path, *arguments],
+            env=clean_environ() | environ,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+
+@pytest.mark.process
+def test_a_command_uses_the_database_of_the_settings_and_no_other(installed: Installed) -> None:
+    wrapper, old = Wrapper(installed), str(installed.state / "old.db")
+    for database in (installed.database, old):
+        add_user(Path(database), "bob@example.com")
+    wrapper.settings.write_text(f"AUTHSVC_DATABASE='{installed.database}'\n")
+    exported = {"AUTHSVC_DATABASE": old, "AUTHSVC_REGISTRATION": "nonsense"}
+    done = wrapper("user", "disable", "bob@example.com", **exported)
+    assert (done.returncode, done.stdout) == (0, "disabled bob@example.com; all sessions ended\n")
+    url = "postgresql://127.0.0.1:1/x?sslmode=verify-full&connect_timeout=1"
+    wrapper.settings.write_text(f"AUTHSVC_PUBLIC_URL=https://auth.example.com\nAUTHSVC_DATABASE={url}\n")
+    done = wrapper("user", "disable", "bob@example.com", **exported)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("authsvc: cannot open the database x on 127.0.0.1:1: ")
+    with closing(DB(old)) as db:
+        assert [user.disabled_at for user in db.each_user()] == [None]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("AUTHSVC_PUBLIC_URL=https://auth.example.com\n", "AUTHSVC_DATABASE must be set"),
+        ("AUTHSVC_DATABASE=\n", "AUTHSVC_DATABASE must be set"),
+        ("export AUTHSVC_DATABASE=/x\n", "AUTHSVC_DATABASE must be set"),
+        ("AUTHSVC_DATABASE=authsvc.db\n", "an absolute path"),
+        ("# a comment\\\nAUTHSVC_DATABASE=/x\n", "a comment ends in a backslash"),
+        ("AUTHSVC_DATABASE=/\udcff\n", "utf-8"),
+        (None, "No such file or directory: run the command as root"),
+    ],
+    ids=["missing", "empty", "export", "relative", "comment", "utf-8", "no file"],
+)
+def test_the_wrapper_refuses_settings_that_name_no_database(
+    installed: Installed, text: str | None, message: str
+) -> None:
+    wrapper = Wrapper(installed)
+    if text is not None:
+        wrapper.settings.write_text(text, errors="surrogateescape")
+    done = wrapper("user", "list")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"authsvc: {wrapper.settings}: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 # Commands
