@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import pwd
+import re
 import sys
 import syslog
 import time
@@ -63,11 +64,18 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             target = command.add_mutually_exclusive_group(required=True)
             target.add_argument("--all", action="store_true", help="end the sessions of all users")
         if argument:
-            target.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None)
+            kind = _file_name if names in ("backup", "restore", "copy-to") else str
+            target.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None, type=kind)
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         if names in ("import", "export"):
             command.add_argument("--format", choices=user_files.FORMATS.values(), help="default: by the file's name")
+
+
+def _file_name(text: str) -> str:
+    if text == "-":
+        raise argparse.ArgumentTypeError("name a file: a database is no stream")
+    return text
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -81,12 +89,25 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would report the closed pipe at exit
         return 0
     except REFUSALS as error:
-        print(_printable(f"authsvc: {error}"), file=sys.stderr)
+        print(_printable(f"authsvc: {error}{_remedy(error.__cause__, arguments, settings)}"), file=sys.stderr)
     except OSError as error:
-        print(_printable(f"authsvc: {error.filename or arguments.command}: {error.strerror}"), file=sys.stderr)
+        text = f"{error.filename or arguments.command}: {error.strerror}{_remedy(error, arguments, settings)}"
+        print(_printable(f"authsvc: {text}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("authsvc: interrupted", file=sys.stderr)
     return 1
+
+
+def _remedy(error: BaseException | None, arguments: argparse.Namespace, settings: Settings) -> str:
+    """Return what to do about a missing permission; "" for any other error."""
+    if not isinstance(error, PermissionError):
+        return ""
+    remedy = "use the user of the service"
+    if getattr(arguments, "file", None) or getattr(arguments, "target", None):
+        place = os.path.dirname(os.path.abspath(settings.database)) if os.path.exists(settings.database) else ""
+        remedy = f"use a file and a folder that this user may read and write{place and f', such as {place}'}"
+        remedy += ', or "-" for standard input or output' if arguments.command in ("import", "export") else ""
+    return f": this command runs as the user {_user_name()}: {remedy}"
 
 
 class Operator:
@@ -99,6 +120,8 @@ class Operator:
     def require_database(self) -> None:
         """Raise CommandFailed if there is no database. Opening it would create one, perhaps in the wrong place."""
         database = self.settings.database
+        with suppress(FileNotFoundError):
+            os.stat(database)  # a file in a folder that this user cannot enter is not missing: PermissionError
         if not operations(database).exists(database):
             remedy = "start the service once to create it, or set AUTHSVC_DATABASE to the service's value"
             raise CommandFailed(f"there is no database {redacted(database)}: {remedy}")
@@ -276,14 +299,14 @@ def _end_sessions(operator: Operator) -> None:
 
 
 def _import_users(operator: Operator) -> None:
-    """Add all users in a file, or none. Reads CSV with a header, JSON lines and htpasswd -B."""
+    """Add all users in a file ("-": standard input), or none. Reads CSV with a header, JSON lines and htpasswd -B."""
     path = operator.arguments.file
-    form = user_files.detect_format(path, operator.arguments.format)
+    form = user_files.detect_format(".csv" if path == "-" else path, operator.arguments.format)
     problems: dict[int, str] = {}
     users: list[User] = []
     lines: dict[str, int] = {}  # by email in folded letter case
     now = int(time.time())
-    with open(path, "rb") as file, operator.open_database() as (auth, db):
+    with _open_input(path) as file, operator.open_database() as (auth, db):
         for line, record in _with_progress(f"reading {path}", user_files.read_records(file, form)):
             try:
                 user = user_files.parse_user(record, auth.check_email, now)
@@ -306,8 +329,8 @@ def _import_users(operator: Operator) -> None:
 
 
 def _export_users(operator: Operator) -> None:
-    """Write all users, with password hashes and TOTP seeds, to a new file or standard output."""
-    path = operator.arguments.file
+    """Write all users, with password hashes and TOTP seeds, to a new file or standard output ("-")."""
+    path = None if operator.arguments.file == "-" else operator.arguments.file
     form = user_files.detect_format(path or ".csv", operator.arguments.format)
     with operator.open_database() as (_, db), _open_output(path) as file:
         exported, left_out = user_files.write_users(db.each_user(), file, form)
@@ -332,6 +355,13 @@ def _clear_progress() -> None:
         print("\r" + " " * 64, end="\r", file=sys.stderr, flush=True)
 
 
+def _open_input(path: str) -> IO[bytes]:
+    # A pipe belongs to the person who typed the command. Under a name such as /dev/fd/63, which a shell gives to <(…),
+    # the service's user could not open it; the descriptor is open already.
+    stream = re.fullmatch("-|/dev/stdin|/dev/fd/([0-9]{1,9})", path)
+    return open(int(stream[1] or 0) if stream else path, "rb", closefd=not stream)
+
+
 @contextmanager
 def _open_output(path: str | None) -> Iterator[IO[str]]:
     if path is None:
@@ -353,6 +383,7 @@ def _open_output(path: str | None) -> Iterator[IO[str]]:
 def _backup(operator: Operator) -> None:
     """Copy the database to a new file. The service may be running."""
     path, database = operator.arguments.file, operator.settings.database
+    operator.require_database()
     operations(database).backup(database, path)
     operator.log("sys_backup")
     operator.print_record(f"backed up to {path}", file=path, bytes=os.path.getsize(path))
@@ -360,7 +391,7 @@ def _backup(operator: Operator) -> None:
 
 def _restore(operator: Operator) -> None:
     """Replace the database with a backup and end all sessions. Stop the service first."""
-    database = operator.settings.database
+    source, database = operator.arguments.file, operator.settings.database
     # Beside the file itself: a symbolic link to it may be on another file system.
     file = os.path.realpath(database) if os.path.islink(database) else database
     kept = f"{file}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
@@ -372,7 +403,12 @@ def _restore(operator: Operator) -> None:
             # The backup still holds sessions that were ended after it was made, perhaps because they were stolen.
             ended = db.end_all_sessions()
 
-    replaced = operations(database).restore(operator.arguments.file, database, kept, prepare)
+    try:
+        replaced = operations(database).restore(source, database, kept, prepare)
+    except DatabaseRefused:
+        with suppress(FileNotFoundError):
+            os.close(os.open(source, os.O_RDONLY))  # raises PermissionError where SQLite gives no reason
+        raise
     operator.log("sys_restore")
     record = {"database": database, "kept": kept if replaced else None, "sessions_ended": ended}
     text = f"restored {database}; {_count(ended, 'session')} ended"
@@ -448,6 +484,10 @@ def _login_name() -> str:
     # Environment variables such as LOGNAME are not used: anybody can set them.
     with suppress(OSError):  # there is no terminal, as under a timer or in a container
         return os.getlogin()  # the person who logged in, even under sudo
+    return _user_name()
+
+
+def _user_name() -> str:
     with suppress(KeyError):
         return pwd.getpwuid(os.getuid()).pw_name
     return str(os.getuid())
