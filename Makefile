@@ -5,13 +5,18 @@ BIN = .venv/bin
 
 # The product: the modules at the top, and the folders with their data files (pages, password list, schema).
 PACKAGES = cli credentials engines tables web
-PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) \
+PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml \
 	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
 
 # Everything the tests read. "make check" runs them again when one of these files is newer than the last run.
 SOURCES = $(PRODUCT) main.py $(wildcard *.md *.toml docs/*.* docs/security/* tests/*.*)
 
-# POSTGRES=1 adds psycopg and its libpq, about 5 MB, for AUTHSVC_DATABASE=postgresql://…
+# POSTGRES=1 adds psycopg and its libpq, about 5 MB, for AUTHSVC_DATABASE=postgresql://… "make install" adds them where
+# the installed file has them or the settings name such a database; "make install POSTGRES=" leaves them out.
+ifneq (,$(filter install,$(MAKECMDGOALS)))
+POSTGRES ?= $(shell grep -ls -e site-packages/psycopg/ -e '^AUTHSVC_DATABASE=.\?postgres' \
+	$(DESTDIR)/opt/authsvc/authsvc.pyz $(DESTDIR)/etc/authsvc/authsvc.env)
+endif
 PACKED = bottle.py bcrypt waitress segno \
 	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py)
 # Packages that only some tests need: see [dependency-groups] in pyproject.toml.
@@ -62,13 +67,15 @@ bench: .venv/dev
 pyz: $(PYZ)
 
 # The modules are packed as they are and never installed into site-packages, where names like "auth" would collide.
-$(PYZ): .venv/pyz $(PRODUCT)
+$(PYZ): .venv/pyz $(PRODUCT) deploy/unpack.py
 	@rm -rf build && mkdir -p build dist
-	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) $(PACKAGES) build
+	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml $(PACKAGES) build
 	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cp -r $(PACKED) $(CURDIR)/build
 	@find build -name __pycache__ -prune -exec rm -r {} +
-	@$(BIN)/shiv --site-packages build --entry-point authsvc:main --python '/usr/bin/env python3' --reproducible \
-		--output-file $@
+	@$(BIN)/python -c 'from pathlib import Path; from shiv import builder, cli; \
+		start = Path("deploy/unpack.py").read_text(); \
+		builder.MAIN_TEMPLATE = start.replace("{", "{{").replace("}", "}}"); cli.main()' \
+		--site-packages build --entry-point authsvc:main --python '/usr/bin/env python3' --reproducible --output-file $@
 	@rm -rf build
 	@echo $@
 
@@ -83,6 +90,7 @@ install: $(PYZ)
 	[ -e $(DESTDIR)/etc/authsvc/authsvc.env ] || \
 		install -D -m 640 $(if $(DESTDIR),,-g authsvc) deploy/authsvc.env $(DESTDIR)/etc/authsvc/authsvc.env
 	$(if $(DESTDIR),,systemctl daemon-reload)
+	@echo "installed $(if $(POSTGRES),with psycopg,without psycopg (make install POSTGRES=1 adds it))"
 
 lint: .venv/dev $(EXTRAS)
 	$(BIN)/ruff format --check .

@@ -388,14 +388,25 @@ def main(arguments: list[str] | None = None) -> int:
     from cli import commands
 
     parser = argparse.ArgumentParser(prog="authsvc.py", description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands.add_commands(parser)
     parsed = parser.parse_args(arguments)
+    if parsed.version:
+        print(f"authsvc {_version()}")
+        return 0
     try:
         settings = Settings.from_environ()
         return commands.run(parsed, settings) if parsed.command else serve(settings)
     except (SettingsError, DatabaseRefused) as error:
         print(f"authsvc: {error}", file=sys.stderr)
         return 2
+
+
+def _version() -> str:
+    import tomllib  # no request needs it
+
+    project = Path(__file__).with_name("pyproject.toml").read_text(encoding="utf-8")
+    return str(tomllib.loads(project)["project"]["version"])
 
 
 def serve(settings: Settings) -> int:

@@ -120,9 +120,13 @@ class Operator:
     def require_database(self) -> None:
         """Raise CommandFailed if there is no database. Opening it would create one, perhaps in the wrong place."""
         database = self.settings.database
-        with suppress(FileNotFoundError):
-            os.stat(database)  # a file in a folder that this user cannot enter is not missing: PermissionError
         if not operations(database).exists(database):
+            try:
+                os.stat(database)
+            except PermissionError:  # this user cannot enter its folder
+                raise
+            except OSError:
+                pass
             remedy = "start the service once to create it, or set AUTHSVC_DATABASE to the service's value"
             raise CommandFailed(f"there is no database {redacted(database)}: {remedy}")
 

@@ -31,6 +31,8 @@ from tests import postgres
 from tests.results import Recorder
 
 HERE = Path(__file__).resolve().parent.parent
+# The start of a command line. Permissions do not bind root, unless it gives up these capabilities.
+BOUND = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
 COST = 4  # log2 of the bcrypt rounds, 1 ms
 
 log.direct = True  # the tests read what the service in this process has logged; test_log.py tests the thread

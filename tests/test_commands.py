@@ -33,7 +33,7 @@ from credentials import totp
 from engines import sqlite_files
 from settings import Settings
 from storage import DB, User
-from tests.conftest import COST, HERE, Service, clean_environ
+from tests.conftest import BOUND, COST, HERE, Service, clean_environ
 from tests.crowd import UNMEASURED, awaited
 
 HASH = "$2b$12$" + "a" * 21 + "e" + "b" * 31
@@ -117,10 +117,6 @@ def run_process(*arguments: str, database: Path, **options: Any) -> subprocess.C
         cwd=database.parent,
         **options,
     )
-
-
-# Permissions do not bind root, unless it gives up these capabilities.
-BOUND = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
 
 
 def run_bound(*arguments: str, database: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -253,6 +249,14 @@ def test_help_is_printed(run: Run, command: list[str]) -> None:
     result = run(*command[: 2 if command[:1] in (["user"], ["sessions"]) else 1], "--help")
     assert result.code == 0
     assert result.out.startswith("usage: authsvc.py")
+
+
+def test_the_version_is_the_one_of_the_project(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_REGISTRATION", "ask")  # a wrong setting hides no version
+    version = re.search('^version = "(.+)"$', (HERE / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    result = run("--version")
+    assert (result.code, result.out, result.err) == (0, f"authsvc {version[1]}\n", [])
 
 
 def test_a_wrong_setting_exits_with_2(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import functools
 import itertools
+import json
 import os
 import re
 import runpy
@@ -32,7 +33,7 @@ import requests
 from settings import PREFIX, Settings
 from storage import DB
 from tests import postgres
-from tests.conftest import HERE, Service, clean_environ
+from tests.conftest import BOUND, HERE, Service, clean_environ
 from tests.crowd import written_log
 from tests.product import MODULES, PACKAGES
 from tests.proxies import PASSWORD, Site
@@ -610,6 +611,108 @@ def test_an_installation_of_the_first_release_works_with_the_new_file(tmp_path: 
         assert service.end() == 0
 
 
+def install(tree: Path, root: Path, *options: str) -> str:
+    """Install below a root; return what make printed."""
+    command = ["make", "-s", "install", f"DESTDIR={root}", *options]
+    done = subprocess.run(command, cwd=tree, check=True, capture_output=True, text=True, timeout=300)
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow  # builds the service twice
+@pytest.mark.process
+def test_an_update_keeps_psycopg_until_it_is_left_out(tmp_path: Path, tree: Path) -> None:
+    build(tree)
+    build(tree, "POSTGRES=1")
+    without = "installed without psycopg (make install POSTGRES=1 adds it)"
+    assert install(tree, tmp_path) == without
+    assert install(tree, tmp_path) == without
+    assert install(tree, tmp_path, "POSTGRES=1") == "installed with psycopg"
+    for _ in range(2):
+        assert install(tree, tmp_path) == "installed with psycopg"
+        assert "site-packages/psycopg/__init__.py" in zipfile.ZipFile(f"{tmp_path}{PROGRAM}").namelist()
+    assert install(tree, tmp_path, "POSTGRES=") == without
+    assert "site-packages/psycopg/__init__.py" not in zipfile.ZipFile(f"{tmp_path}{PROGRAM}").namelist()
+    settings = tmp_path / "etc/authsvc/authsvc.env"
+    settings.write_text('AUTHSVC_DATABASE="postgresql://authsvc@db.example.com/authsvc"\n')
+    assert install(tree, tmp_path) == "installed with psycopg"
+
+
+def run_packed(packed: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run the one file with the system's Python, as a user whom permissions bind."""
+    return subprocess.run(
+        [*BOUND, "/usr/bin/python3", "-sP", packed, *arguments],
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("variable", "folder", "reason"),
+    [
+        ("HOME", "closed", "Permission denied"),
+        ("HOME", "/proc/nowhere", "No such file or directory"),
+        ("SHIV_ROOT", "closed/unpacked", "Permission denied"),
+        ("SHIV_ROOT", "file", "Not a directory"),
+    ],
+)
+def test_one_file_that_cannot_be_unpacked_says_what_to_set(
+    tmp_path: Path, tree: Path, variable: str, folder: str, reason: str
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "file").touch()
+    done = run_packed(build(tree), "--version", **{variable: str(tmp_path / folder)})
+    assert (done.returncode, done.stdout) == (2, "")
+    named = "~/.shiv" if variable == "HOME" else str(tmp_path / folder)
+    remedy = "set SHIV_ROOT to a folder that only this user can write to"
+    assert done.stderr == f"authsvc: cannot unpack into {named}: {reason}: {remedy}\n"
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+def test_one_file_whose_libraries_cannot_be_loaded_says_what_to_set(tmp_path: Path, tree: Path) -> None:
+    packed = build(tree)
+    assert run_packed(packed, "--version", SHIV_ROOT=str(tmp_path)).returncode == 0
+    [library] = tmp_path.glob("*/site-packages/bcrypt/*.so")
+    library.write_bytes(b"")  # refused like a file on a file system that is mounted with noexec
+    done = run_packed(packed, "--version", SHIV_ROOT=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"authsvc: cannot run from {tmp_path}: {library}: ")
+    assert done.stderr.endswith(": set SHIV_ROOT to another folder if this one is mounted with noexec\n")
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+def test_the_two_files_that_were_started_last_stay_unpacked(tmp_path: Path, tree: Path) -> None:
+    """The newest one, and the one from which the service runs until it is restarted."""
+    built = zipfile.ZipFile(build(tree))
+    packed, root = tmp_path / "authsvc.pyz", tmp_path / "unpacked"
+
+    def start(release: str) -> set[str]:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for entry in built.infolist():
+                content = built.read(entry)
+                if entry.filename == "environment.json":
+                    content = json.dumps({**json.loads(content), "build_id": release}).encode()
+                archive.writestr(entry.filename, content)
+        assert run_packed(packed, "--version", SHIV_ROOT=str(root)).returncode == 0
+        return {path.name.replace("authsvc.pyz", "").strip("._") for path in root.iterdir()}
+
+    def kept(*releases: str) -> set[str]:
+        return {name for release in releases for name in (release, f"{release}_lock")}
+
+    (root / "another.pyz_0").mkdir(parents=True)
+    another = {"another.pyz_0"}
+    assert start("1") == another | kept("1")
+    assert start("2") == another | kept("1", "2")
+    assert start("1") == another | kept("1", "2")  # back to the former one
+    assert start("3") == another | kept("1", "3")
+    assert start("4") == another | kept("3", "4")
+
+
 class Alone(Service):
     """The one file and nothing else of the project, run by the system's Python."""
 
@@ -629,7 +732,7 @@ class Alone(Service):
 def product_files() -> set[str]:
     """Return the path of every file of the service, relative to the repository."""
     files = [path for package in PACKAGES for path in (HERE / package).rglob("*") if path.is_file()]
-    files += [*MODULES.values(), *HERE.glob("*.sql")]
+    files += [*MODULES.values(), *HERE.glob("*.sql"), HERE / "pyproject.toml"]
     return {str(path.relative_to(HERE)) for path in files if "__pycache__" not in path.parts}
 
 
@@ -642,6 +745,7 @@ def test_the_service_needs_one_file_only(tmp_path: Path, tree: Path) -> None:
         for page in ("login", "pages/style.css", "pages/script.js"):
             assert requests.get(f"{service.url}/{page}", timeout=30).ok
         assert "usage: authsvc.py" in service.command("--help")
+        assert re.fullmatch("authsvc [0-9]+[.][0-9]+[.][0-9]+\n", service.command("--version"))
     finally:
         assert service.end() == 0
     names = set(zipfile.ZipFile(service.folder / "authsvc.pyz").namelist())
