@@ -102,7 +102,7 @@ def _remedy(error: BaseException | None, arguments: argparse.Namespace, settings
     """Return what to do about a missing permission; "" for any other error."""
     if not isinstance(error, PermissionError):
         return ""
-    remedy = "use the user of the service"
+    remedy = "run it as the user of the service"
     if getattr(arguments, "file", None) or getattr(arguments, "target", None):
         place = os.path.dirname(os.path.abspath(settings.database)) if os.path.exists(settings.database) else ""
         remedy = f"use a file and a folder that this user may read and write{place and f', such as {place}'}"
@@ -363,7 +363,13 @@ def _open_input(path: str) -> IO[bytes]:
     # A pipe belongs to the person who typed the command. Under a name such as /dev/fd/63, which a shell gives to <(…),
     # the service's user could not open it; the descriptor is open already.
     stream = re.fullmatch("-|/dev/stdin|/dev/fd/([0-9]{1,9})", path)
-    return open(int(stream[1] or 0) if stream else path, "rb", closefd=not stream)
+    try:
+        return open(int(stream[1] or 0) if stream else path, "rb", closefd=not stream)
+    except OSError as error:
+        if not stream:
+            raise
+        remedy = 'pipe the users to "import -" (sudo closes all other descriptors)'
+        raise CommandFailed(f"{path}: {error.strerror}: {remedy}") from None
 
 
 @contextmanager

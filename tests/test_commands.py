@@ -528,6 +528,13 @@ def test_users_are_imported_from_a_pipe_that_only_its_owner_may_open(people: Aut
 
 
 @pytest.mark.process
+def test_an_import_of_a_pipe_that_sudo_has_closed_is_refused(people: Auth, path: Path) -> None:
+    done = run_process("import", "/dev/fd/63", "--format", "csv", database=path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith('authsvc: /dev/fd/63: Bad file descriptor: pipe the users to "import -" ')
+
+
+@pytest.mark.process
 def test_a_pipe_is_imported_at_a_terminal(people: Auth, path: Path) -> None:
     script = f'"{sys.executable}" "{HERE / "authsvc.py"}" import <(echo email,hash; echo "$1") --format csv'
     ours, theirs = pty.openpty()
