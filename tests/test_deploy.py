@@ -286,6 +286,11 @@ def test_the_wrapper_reads_the_settings_of_this_release() -> None:
     assert read_as_wrapper(ENABLED) == variables(ENABLED)
 
 
+def test_the_wrapper_finds_its_programs_without_a_path() -> None:  # cron leaves /usr/sbin out
+    command = runpy.run_path(str(WRAPPER))["COMMAND"].split()
+    assert [os.access(command[number], os.X_OK) for number in (0, 4)] == [True, True], command
+
+
 class Wrapper:
     """The wrapper "authsvc" for an installation in the folder of the test."""
 
@@ -293,7 +298,7 @@ class Wrapper:
         self.settings = installed.state.parent / "authsvc.env"
         self.path = installed.state.parent / "authsvc"
         text = WRAPPER.read_text().replace("/etc/authsvc/authsvc.env", str(self.settings))
-        text = text.replace("runuser -u authsvc -- /usr/bin/python3", sys.executable)
+        text = text.replace("/sbin/runuser -u authsvc -- /usr/bin/python3", sys.executable)
         self.path.write_text(installed.moved(text))
 
     def __call__(self, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -438,6 +443,7 @@ def move_wrapper(wrapper: str, root: Path, service: Service) -> str:
     """Return the text of the wrapper "authsvc" for a service below another root, with the settings of that service."""
     settings = service.folder / "authsvc.env"
     settings.write_text("".join(f"{name}={value}\n" for name, value in service.environ.items()))
+    wrapper = wrapper.replace("/sbin/runuser", "runuser")  # as the first release called it
     for before, after in {
         "/etc/authsvc/authsvc.env": str(settings),
         "runuser -u authsvc -- ": "",  # this machine does not have that user
