@@ -22,6 +22,20 @@ PREFIX = "AUTHSVC_"
 # Variables with our prefix that other programs read.
 FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
 
+# Kubernetes sets these variables for a Service named authsvc or authsvc-…, and Docker for a link of that name. Only
+# values of their form are ignored: any other value was meant as a setting.
+_LINK = re.compile(
+    r"""
+    AUTHSVC_(?:[A-Z0-9_]+_)?(?:
+        PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))? = (?:tcp|udp|sctp)://[^\s@]+
+      | (?:SERVICE_HOST | PORT_[0-9]+_(?:TCP|UDP|SCTP)_ADDR) = [0-9A-Fa-f.:]+
+      | (?:SERVICE_PORT(?:_[A-Z0-9_]+)? | PORT_[0-9]+_(?:TCP|UDP|SCTP)_PORT) = [0-9]+
+      | PORT_[0-9]+_(?:TCP|UDP|SCTP)_PROTO = (?:tcp|udp|sctp)
+    )
+    | AUTHSVC_NAME = /[\w.-]+/authsvc""",
+    re.VERBOSE,
+)
+
 RANGES = {
     "bcrypt_cost": (4, 15),  # 4 takes 1 ms, for tests; 15 takes 2 s of a core for each login
     "sessions_per_user": (1, 100),  # a user's sessions are listed on the I/O thread, which must not be delayed
@@ -89,8 +103,12 @@ class Settings:
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):
+            if name not in readers and _LINK.fullmatch(f"{name}={environ[name]}"):
+                continue
             if name not in readers:
-                raise SettingsError(f"{name} is not a setting; the README lists all settings")
+                listen = "set AUTHSVC_LISTEN=ADDRESS:PORT, for example 127.0.0.1:5000"
+                remedy = listen if name in ("AUTHSVC_PORT", "AUTHSVC_HOST") else "the README lists all settings"
+                raise SettingsError(f"{name} is not a setting; {remedy}")
             known = readers[name]
             values[known.name] = _read(name, environ[name], type(known.default))
         return cls(**values)

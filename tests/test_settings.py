@@ -197,6 +197,55 @@ def test_variables_of_other_programs_are_ignored(name: str) -> None:
     assert Settings.from_environ({name: "nonsense"}) == Settings()
 
 
+# What Kubernetes sets in every pod beside a Service named authsvc or authsvc-postgresql, and Docker for a link.
+SERVICE_LINKS = {
+    "AUTHSVC_SERVICE_HOST": "10.96.0.12",
+    "AUTHSVC_SERVICE_PORT": "5000",
+    "AUTHSVC_SERVICE_PORT_HTTP_MAIN": "5000",
+    "AUTHSVC_PORT": "tcp://10.96.0.12:5000",
+    "AUTHSVC_PORT_5000_TCP": "tcp://10.96.0.12:5000",
+    "AUTHSVC_PORT_5000_TCP_ADDR": "10.96.0.12",
+    "AUTHSVC_PORT_5000_TCP_PORT": "5000",
+    "AUTHSVC_PORT_5000_TCP_PROTO": "tcp",
+    "AUTHSVC_PORT_53_UDP": "udp://[fd00::c]:53",
+    "AUTHSVC_PORT_53_UDP_ADDR": "fd00::c",
+    "AUTHSVC_PORT_53_UDP_PROTO": "udp",
+    "AUTHSVC_POSTGRESQL_SERVICE_HOST": "fd00::d",
+    "AUTHSVC_POSTGRESQL_SERVICE_PORT_TCP_POSTGRESQL": "5432",
+    "AUTHSVC_POSTGRESQL_PORT": "tcp://[fd00::d]:5432",
+    "AUTHSVC_NAME": "/web/authsvc",
+}
+
+
+@pytest.mark.parametrize("name", SERVICE_LINKS)
+def test_the_variables_of_a_service_of_our_name_are_ignored(name: str) -> None:
+    assert Settings.from_environ({name: SERVICE_LINKS[name]}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in SERVICE_LINKS for value in ("on", "", f"{SERVICE_LINKS[name]}\n", "https://x")),
+        ("AUTHSVC_PORT", "tcp://user:canary@host"),
+        ("AUTHSVC_PORT_5000", "tcp://10.96.0.12:5000"),
+        ("AUTHSVC_PORT_5000_TCP_PROTO", "5000"),
+        ("AUTHSVC_SERVICE_PORT", "10.96.0.12"),
+        ("AUTHSVC_SERVICES_HOST", "10.96.0.12"),
+        ("AUTHSVC_LISTEN", "tcp://10.96.0.12:5000"),
+    ],
+)
+def test_a_variable_that_only_resembles_those_of_a_service_is_refused(name: str, value: str) -> None:
+    message = refusal({name: value})
+    assert re.match(rf"{name}\b", message)
+    assert "canary" not in message
+
+
+@pytest.mark.parametrize(("name", "value"), [("AUTHSVC_PORT", "8080"), ("AUTHSVC_HOST", "0.0.0.0")])
+def test_a_port_or_a_host_is_refused_with_a_hint_at_the_setting_for_both(name: str, value: str) -> None:
+    hint = "set AUTHSVC_LISTEN=ADDRESS:PORT, for example 127.0.0.1:5000"
+    assert refusal({name: value}) == f"{name} is not a setting; {hint}"
+
+
 @pytest.mark.parametrize(
     ("listen", "host", "port"),
     [
