@@ -232,6 +232,8 @@ class _Sender:
 
 def _read_password(path: str) -> str:
     try:
-        return Path(path).read_text().rstrip("\r\n") if path else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"AUTHSVC_SMTP_PASSWORD_FILE cannot be read: {error}") from None
+        return Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n") if path else ""
+    except (OSError, ValueError) as error:
+        # The path is not shown: it may be the password itself, in the wrong setting.
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(f"AUTHSVC_SMTP_PASSWORD_FILE cannot be read: {reason}") from None

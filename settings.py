@@ -55,7 +55,13 @@ MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!
 _URL = re.compile(r"postgres(?:ql)?://(?:[^\s/@?#]*@)?[^\s/@?#]*(?:/[^\s/@?#]*)?(?:\?[^\s@?#]*)?")
 _HOST = re.compile(r"[\w.-]*|[0-9A-Fa-f:.]+|/[\w./ -]+")  # a name, an IP address, or the folder of a Unix socket
 _PORT = re.compile(r"[0-9]{0,5}")
+_NAME = re.compile(r"[^=@]*")  # of a database; anything else may be a connection string with a password
+# What is not the path of a file, and may contain a password: URLs of another form, and libpq's connection strings.
+_NO_PATH = re.compile(r"://|^[A-Z][A-Z0-9+.-]*:|(?:^|//)[^/]*:[^/]*@|^[A-Z_]+ *=|\bpassword *=", re.IGNORECASE)
 ENCRYPTED_MODES = "require", "verify-ca", "verify-full"  # values of sslmode that never fall back to plain text
+
+# What an environment file leaves in a value by mistake: control and invisible characters, blanks or quotes around it.
+_STRAY = re.compile(r"[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff]|\A\s|\s\Z|\A(['\"]).*\1\Z")
 
 REGISTRATION = "open", "invitation", "closed"
 
@@ -114,6 +120,9 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            stray = _STRAY.search(str(getattr(self, one.name)))
+            self._require(not stray, one.name, "must have no control characters, and no blanks or quotes around it")
         for name, (least, most) in RANGES.items():
             self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
         self._check_database()
@@ -135,11 +144,12 @@ class Settings:
 
     def _check_database(self) -> None:
         self._require(self.database, "database", "must name a file")
+        form = "must be a file or postgresql://user:password@host:port/name, percent-encoded where needed"
+        self._require(is_url(self.database) or not _NO_PATH.search(self.database), "database", form)
         if is_url(self.database):
             with suppress(ImportError):  # without psycopg it cannot be checked; engines/postgres.py refuses to open it
                 options = _connection_options(self.database)
-                form = "postgresql://user:password@host:port/name, percent-encoded where needed"
-                self._require(options is not None, "database", f"must be a file or {form}")
+                self._require(options is not None, "database", form)
                 safe = not self.production or _is_encrypted(options or {})
                 self._require(safe, "database", "would connect without TLS: add ?sslmode=verify-full")
 
@@ -147,7 +157,7 @@ class Settings:
         try:
             parse_networks(self.trusted_proxy)
         except ValueError as error:
-            self._require(False, "trusted_proxy", str(error))
+            self._require(False, "trusted_proxy", _without_password(str(error)))
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::[0-9]{1,5})?", self.public_url, re.ASCII)
@@ -161,9 +171,9 @@ class Settings:
 
     def _require(self, fulfilled: object, name: str, requirement: str) -> None:
         if not fulfilled:
-            value = str(getattr(self, name))
+            value = _without_password(str(getattr(self, name)))
             secret = name in ("smtp_url", "database")  # a URL may contain a password
-            text = "" if secret else f"={value if value.isprintable() else repr(value)}"
+            text = "" if secret else f"={value if value.isprintable() and value == value.strip() else repr(value)}"
             raise SettingsError(f"{PREFIX}{name.upper()}{text} {requirement}")
 
     @property
@@ -201,6 +211,7 @@ class Settings:
         try:
             url = urlsplit(self.smtp_url)
             usable = url.scheme in ("smtp+starttls", "smtps") and url.hostname and url.port != 0 and not url.password
+            usable = usable and not (url.path.strip("/") or url.query or url.fragment)  # perhaps the rest of a password
         except ValueError:  # the port is not a number, or out of range
             return None
         return url if usable else None
@@ -217,7 +228,7 @@ class Settings:
             return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host), int(found[3])
         except ValueError:
             form = "ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
-            raise SettingsError(f"AUTHSVC_LISTEN={self.listen!r} must be {form}") from None
+            raise SettingsError(f"AUTHSVC_LISTEN={_without_password(self.listen)!r} must be {form}") from None
 
 
 def is_url(database: str) -> bool:
@@ -253,7 +264,7 @@ def _connection_options(url: str) -> dict[str, str] | None:
     except (Error, ValueError):  # ValueError: not valid UTF-8. Both messages may repeat the password and are dropped.
         return None
     plausible = all(_HOST.fullmatch(host) and _PORT.fullmatch(port) for host, port in _servers(options))
-    return options if plausible and _URL.fullmatch(url) else None
+    return options if plausible and _NAME.fullmatch(options.get("dbname", "")) and _URL.fullmatch(url) else None
 
 
 def _servers(options: dict[str, str]) -> list[tuple[str, str]]:
@@ -272,15 +283,20 @@ def _is_encrypted(options: dict[str, str]) -> bool:
     return all(not host or host.startswith("/") or is_loopback(host) for host, _ in _servers(options))
 
 
+def _without_password(text: str) -> str:
+    """Return a value for messages. The URL of another setting may be in it by mistake, with a password."""
+    return re.sub(r"(//|:).*(?=@)|(password *=).*", r"\1\2…", text, flags=re.DOTALL | re.IGNORECASE)
+
+
 def _read(name: str, text: str, kind: type) -> str | int | bool:
     if not text:  # a broken environment file must not silently turn production into development
         raise SettingsError(f"{name} is set but empty: give it a value or unset it")
     if kind is bool:
         if text not in SWITCH:
-            raise SettingsError(f"{name}={text!r} must be on or off (or 1 or 0)")
+            raise SettingsError(f"{name}={_without_password(text)!r} must be on or off (or 1 or 0)")
         return SWITCH[text]
     if kind is int:
         if not re.fullmatch("[0-9]{1,9}", text, re.ASCII):
-            raise SettingsError(f"{name}={text!r} must be a whole number")
+            raise SettingsError(f"{name}={_without_password(text)!r} must be a whole number")
         return int(text)
     return text

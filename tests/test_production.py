@@ -18,7 +18,8 @@ import web.server
 from auth import Auth
 from authsvc import create_app
 from credentials import totp
-from settings import Settings
+from mail import Mailer
+from settings import Settings, SettingsError
 from storage import DB
 from tests.conftest import COST, HERE, Client, Clock, Service, clean_environ
 from tests.crowd import written_log
@@ -188,7 +189,10 @@ REFUSED_STARTS = [
     ),
     *[
         ({"AUTHSVC_SMTP_URL": url, "AUTHSVC_MAIL_FROM": "a@x"}, "AUTHSVC_SMTP_URL must be smtp+starttls://")
-        for url in ("smtp://h", "h:25", "smtps://", "smtps://u:secret@h", "smtps://h:x", "smtps://h:0", "https://h")
+        for url in (
+            *("smtp://h", "h:25", "smtps://", "smtps://u:secret@h", "smtps://h:x", "smtps://h:0", "https://h"),
+            *("smtps://u:25/secret@h", "smtps://u:25?secret@h", "smtps://u:25#secret@h", "smtps://u:secret/x@h"),
+        )
     ],
     *[
         ({"AUTHSVC_PUBLIC_URL": url}, "AUTHSVC_PUBLIC_URL must be https://host")
@@ -199,14 +203,14 @@ REFUSED_STARTS = [
             "https://auth.example.com?x",
             "https://auth.example.com#x",
             "https://u@auth.example.com",
+            "https://u:secret@auth.example.com",
+            "https://u:1/secret@auth.example.com",
             "https://Auth.example.com",
             "HTTPS://auth.example.com",
             "https://auth.example.com:",
             "https://auth.example.com:port",
             "https://auth..example.com",
             "https://é.example.com",
-            "https://auth.example.com\n",
-            " https://auth.example.com",
             "https://",
             "auth.example.com",
             "javascript:alert(1)",
@@ -268,8 +272,24 @@ def test_a_database_file_that_other_users_can_read_is_refused(tmp_path: Path, mo
 @pytest.mark.process
 def test_an_unreadable_mail_password_file_is_refused(tmp_path: Path) -> None:
     environ = {"AUTHSVC_SMTP_URL": "smtps://u@h", "AUTHSVC_MAIL_FROM": "a@x", "AUTHSVC_SMTP_PASSWORD_FILE": "absent"}
-    assert "AUTHSVC_SMTP_PASSWORD_FILE cannot be read" in refused_start(tmp_path, **environ)
+    line = refused_start(tmp_path, **environ)
+    assert line == "authsvc: AUTHSVC_SMTP_PASSWORD_FILE cannot be read: No such file or directory"
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"caf\xe9", "it is not UTF-8"), ("naïve".encode("utf-16"), "it is not UTF-8")]
+)
+def test_a_mail_password_that_is_not_utf_8_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "password").write_bytes(content)
+    settings = Settings(smtp_password_file=str(tmp_path / "password"))
+    with pytest.raises(SettingsError, match=f"AUTHSVC_SMTP_PASSWORD_FILE cannot be read: {reason}"):
+        Mailer(settings, print)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_mail_password(tmp_path: Path) -> None:
+    (tmp_path / "password").write_bytes(b"\xef\xbb\xbfp4ssw\xc3\xb6rd\r\n")
+    assert Mailer(Settings(smtp_password_file=str(tmp_path / "password")), print)._password == "p4sswörd"
 
 
 def test_a_start_without_a_trusted_proxy_logs_a_warning(start: Callable[..., Service]) -> None:

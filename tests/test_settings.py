@@ -302,6 +302,80 @@ def test_a_malformed_database_url_is_refused_without_showing_it(database: str) -
     assert "canary" not in message  # the canary is a password, and the message goes to a log
 
 
+# Neither the URL that the service takes nor the path of a file.
+FOREIGN_URLS = [
+    *("postgresql+psycopg://u:canary@db/x", "POSTGRESQL://u:canary@db/x", "Postgres:canary", "mysql://u:canary@db/x"),
+    *("jdbc:postgresql://db/x?password=canary", "sqlite:///canary", "u:canary@db/x", "//u:canary@db/x", "u:can/ary@db"),
+    *(
+        "host=db user=u password=canary",
+        "DATABASE_URL=postgresql://u:canary@db/x",
+        "/a b/password = canary",
+        "C:\\canary",
+    ),
+    *(" postgresql://u:canary@db/x", "'postgresql://u:canary@db/x'", '"canary"', "canary\r", "canary\u200b"),
+    *("postgresql://db/user=u%20password=canary", "postgresql://db/x?dbname=u:canary%40db"),
+]
+
+
+@pytest.mark.parametrize("database", FOREIGN_URLS)
+def test_what_is_neither_a_path_nor_our_url_is_refused_without_showing_it(database: str) -> None:
+    message = refusal({"AUTHSVC_DATABASE": database})
+    assert message.startswith("AUTHSVC_DATABASE must ")
+    assert "canary" not in message
+
+
+@pytest.mark.parametrize(
+    "path", ["a b@c.db", "/data/a:b.db", "./a:b@c.db", "/x=1/y.db", "données.db", "\udcff.db", "O'x'"]
+)
+def test_the_path_of_a_database_may_have_unusual_characters(path: str) -> None:
+    assert redacted(Settings.from_environ({"AUTHSVC_DATABASE": path}).database) == path
+
+
+@pytest.mark.parametrize(
+    "name", sorted({f"AUTHSVC_{name.upper()}" for name in DEFAULTS} - {"AUTHSVC_SMTP_PASSWORD_FILE"})
+)
+def test_a_url_in_the_wrong_setting_is_refused_without_its_password(name: str) -> None:
+    for value in "https://user:can/ary@host", "user:canary@host\n", "postgres:host/db?a=1&password=can/ary#":
+        message = refusal({name: value})
+        assert name in message
+        assert not re.search("canary|can/ary", message)
+
+
+# What an environment file leaves in a value: the line breaks of Windows, blanks, and quotes that no shell removes.
+STRAY = [
+    "{}\r",
+    "{}\n",
+    " {}",
+    "{} ",
+    "{}\t",
+    "\xa0{}",
+    "{}\u3000",
+    '"{}"',
+    "'{}'",
+    "{}\x00",
+    "{}\x1b[0m",
+    "{}\x9b",
+    "\ufeff{}",
+]
+
+
+@pytest.mark.parametrize("form", STRAY)
+@pytest.mark.parametrize("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS])
+def test_a_value_with_stray_characters_is_refused(name: str, form: str) -> None:
+    default = getattr(Settings(), name.removeprefix("AUTHSVC_").lower())
+    values = {"AUTHSVC_SMTP_URL": "smtps://mail.example.com", "AUTHSVC_PUBLIC_URL": "https://auth.example.com"}
+    value = values.get(name) or {True: "on", False: "off"}.get(default, str(default) or "name@example.com")
+    assert refusal({name: form.format(value)}).startswith(name)
+
+
+@pytest.mark.parametrize("database", ["authsvc.db\r", " authsvc.db", "'authsvc.db'"])
+def test_a_stray_character_is_refused_in_settings_from_the_constructor(database: str) -> None:
+    with pytest.raises(
+        SettingsError, match="AUTHSVC_DATABASE must have no control characters, and no blanks or quotes"
+    ):
+        Settings(database=database)
+
+
 @pytest.mark.parametrize("database", MALFORMED_URLS)
 def test_a_malformed_database_url_has_no_name_to_show(database: str) -> None:
     assert redacted(database) == "PostgreSQL"
