@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from engines.errors import DatabaseRefused
 from engines.rows import Rows
 from engines.sqlite import SQLiteEngine, connect
 
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # errors of a file system that does not flush folders
 IN_USE = "the database is in use: stop the service first"
 
 
@@ -45,7 +47,7 @@ def restore(source: str, database: str, kept: str, prepare: Callable[[str], obje
     """Replace the database with a backup; return whether there was one, which is then kept under the name ``kept``.
 
     ``prepare`` is called with the path of the copy before it replaces the database. If the process is killed, either
-    the old or the new database is there, complete; ``kept`` may then be a second name of the old one.
+    the old or the new database is there, complete; ``kept`` may then be a second name or a copy of the old one.
 
     ``kept`` must be on the same file system as the file itself, to which ``database`` may be a symbolic link.
 
@@ -66,11 +68,8 @@ def restore(source: str, database: str, kept: str, prepare: Callable[[str], obje
         replaced = os.path.exists(database) and os.path.getsize(database) > 0
         if replaced:
             _merge_log(database)
-            if os.geteuid() == 0:  # the file must stay readable for the service's user
-                owner = os.stat(database)
-                # The user may own the folder, too, and must not have root change the owner of another file.
-                os.chown(temporary, owner.st_uid, owner.st_gid, follow_symlinks=False)
-            os.link(database, kept)
+            _copy_owner(database, temporary)
+            _keep(database, kept)
         # A log that is left belongs to a damaged database. SQLite would apply it to the new one.
         for suffix in ("-wal", "-shm", "-journal"):
             with suppress(FileNotFoundError):
@@ -200,8 +199,35 @@ def _temporary_file(path: str) -> Iterator[str]:
 
 
 def _publish(temporary: str, path: str) -> None:
-    os.link(temporary, path)  # unlike rename() it never replaces a file
+    try:
+        os.link(temporary, path)  # unlike rename() it never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:  # the file system has no hard links, like exFAT and some network drives
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.replace(temporary, path)
     _sync(path)
+
+
+def _keep(database: str, kept: str) -> None:
+    """Give a closed database a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(database, kept)
+    except FileExistsError:
+        raise
+    except OSError:
+        with _temporary_file(kept) as temporary:
+            shutil.copyfile(database, temporary)
+            _copy_owner(database, temporary)
+            _sync(temporary)
+            _publish(temporary, kept)
+
+
+def _copy_owner(database: str, path: str) -> None:
+    if os.geteuid() == 0:  # the file must stay readable for the service's user
+        owner = os.stat(database)
+        # The user may own the folder, too, and must not have root change the owner of another file.
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _copy(source: str, path: str) -> None:
@@ -218,5 +244,10 @@ def _sync(path: str) -> None:
     """Flush a file and its name to disk. It must not be open as a database: closing it here gives up SQLite's locks."""
     for name in (path, os.path.dirname(os.path.abspath(path))):
         file = os.open(name, os.O_RDONLY)
-        os.fsync(file)
-        os.close(file)
+        try:
+            os.fsync(file)
+        except OSError as error:
+            if name == path or error.errno not in NO_FOLDER_SYNC:
+                raise
+        finally:
+            os.close(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sqlite3
@@ -71,6 +72,25 @@ def first_release(tmp_path: Path) -> Path:
     return Path(shutil.copyfile(FIRST_RELEASE, tmp_path / "first_release.db"))
 
 
+@pytest.fixture(params=["links", "no links"])
+def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The file system has hard links or, like exFAT and some network drives, neither links nor flushing of folders."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def flush(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(file)
+
+    fsync = os.fsync
+    if request.param == "no links":
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(os, "fsync", flush)
+    return str(request.param)
+
+
 def mode_of(file: Path) -> int:
     return stat.S_IMODE(file.stat().st_mode)
 
@@ -85,7 +105,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_backup_is_one_private_file(permissive_umask: None, db: DB, path: Path, folder: Path) -> None:
+def test_a_backup_is_one_private_file(permissive_umask: None, links: str, db: DB, path: Path, folder: Path) -> None:
     bob = db.add_user("bob@x.io", HASH)
     back_up(path, folder / "copy")
     assert [file.name for file in folder.iterdir()] == ["copy"]
@@ -139,7 +159,7 @@ def test_a_backup_does_not_wait_for_a_transaction(short_timeout: None, db: DB, p
 
 
 @pytest.mark.parametrize("kind", ["a file", "an empty file", "a broken link", "a folder", "the database"])
-def test_a_backup_never_replaces_a_file(db: DB, path: Path, folder: Path, kind: str) -> None:
+def test_a_backup_never_replaces_a_file(links: str, db: DB, path: Path, folder: Path, kind: str) -> None:
     target = path if kind == "the database" else folder / "copy"
     if kind == "a broken link":
         target.symlink_to("nowhere")
@@ -207,7 +227,7 @@ def restore_is_refused(backup: Path, path: Path, kept: Path, reason: str) -> Non
 
 
 def test_a_restore_replaces_the_database_and_keeps_the_old_one(
-    permissive_umask: None, path: Path, backup: Path, kept: Path
+    permissive_umask: None, links: str, path: Path, backup: Path, kept: Path
 ) -> None:
     fill(path, "bob@x.io")
     before = content(path), backup.read_bytes()
@@ -222,7 +242,9 @@ def test_a_restore_replaces_the_database_and_keeps_the_old_one(
         assert db.add_user("eve@x.io", HASH).id == 3
 
 
-def test_the_kept_database_contains_the_log_of_a_killed_process(path: Path, backup: Path, kept: Path) -> None:
+def test_the_kept_database_contains_the_log_of_a_killed_process(
+    links: str, path: Path, backup: Path, kept: Path
+) -> None:
     leave_log(path, "bob@x.io")
     assert restore(backup, path, kept) is True
     assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.lock", kept.name, backup.name}
@@ -393,7 +415,9 @@ def test_a_damaged_database_is_kept_as_it_is(
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_the_log_of_a_damaged_database_is_kept_with_it(path: Path, backup: Path, kept: Path, kind: str) -> None:
+def test_the_log_of_a_damaged_database_is_kept_with_it(
+    links: str, path: Path, backup: Path, kept: Path, kind: str
+) -> None:
     fill(path, "bob@x.io")
     DAMAGED[kind](path)
     log = Path(f"{path}-wal")
@@ -452,7 +476,9 @@ def test_a_bad_backup_is_refused_and_changes_nothing(
     assert {name: after[name] for name in before} == before
 
 
-def test_a_restore_never_replaces_another_file(short_timeout: None, path: Path, backup: Path, kept: Path) -> None:
+def test_a_restore_never_replaces_another_file(
+    short_timeout: None, links: str, path: Path, backup: Path, kept: Path
+) -> None:
     fill(path, "bob@x.io")
     kept.write_text("precious")
     restore_is_refused(backup, path, kept, "File exists")
@@ -495,7 +521,7 @@ def test_a_restore_replaces_the_file_that_a_symbolic_link_names(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to another user")
 @pytest.mark.parametrize("damage", [lambda _: None, damage_header], ids=["complete", "damaged"])
 def test_a_file_that_root_restores_has_the_owner_of_the_old_one(
-    path: Path, backup: Path, kept: Path, damage: Callable[[Path], object]
+    links: str, path: Path, backup: Path, kept: Path, damage: Callable[[Path], object]
 ) -> None:
     fill(path, "bob@x.io")
     damage(path)
@@ -508,12 +534,18 @@ def test_a_file_that_root_restores_has_the_owner_of_the_old_one(
 # Restores in a child process for each step, and kills it before the step; the last child is not killed. A step is an
 # operation on a file. The names in audit events are those of the Python documentation; os.replace() is an os.rename.
 KILLED_RESTORES = """
-import os, shutil, signal, sys
+import errno, os, shutil, signal, sys
 from contextlib import closing
 from engines.sqlite_files import restore
 from storage import DB
 
 STEPS = {"open", "os.chown", "os.link", "os.remove", "os.rename", "sqlite3.connect", "tempfile.mkstemp"}
+
+def no_links(*_):
+    raise OSError(errno.EPERM, "no hard links")
+
+if sys.argv[1] == "no links":
+    os.link = no_links
 
 def end_sessions(path):
     with closing(DB(path)) as db:
@@ -549,8 +581,11 @@ print(step)
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.faults
+@pytest.mark.parametrize("file_system", ["links", "no links"])
 @pytest.mark.parametrize("kind", ["complete", "damaged"])
-def test_a_killed_restore_leaves_the_old_or_the_new_database(tmp_path: Path, backup: Path, kind: str) -> None:
+def test_a_killed_restore_leaves_the_old_or_the_new_database(
+    tmp_path: Path, backup: Path, kind: str, file_system: str
+) -> None:
     (template := tmp_path / "template").mkdir()
     leave_log(template / "authsvc.db", "bob@x.io")
     if kind == "damaged":
@@ -558,7 +593,7 @@ def test_a_killed_restore_leaves_the_old_or_the_new_database(tmp_path: Path, bac
             damage_header(Path(f"{template / 'authsvc.db'}{suffix}"))
     damaged = (template / "authsvc.db").read_bytes(), (template / "authsvc.db-wal").read_bytes()
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_RESTORES],
+        [sys.executable, "-c", KILLED_RESTORES, file_system],
         cwd=tmp_path,
         env={**clean_environ(), "PYTHONPATH": str(HERE)},
         capture_output=True,
@@ -587,6 +622,18 @@ def test_a_killed_restore_leaves_the_old_or_the_new_database(tmp_path: Path, bac
     assert states == sorted(states, reverse=True)  # once it is the new one, it stays the new one
     assert set(states) == {"old", "new"}
     assert len(states) > 20
+
+
+# Copies
+
+
+def test_the_target_of_a_copy_gets_its_name_at_the_end(links: str, path: Path) -> None:
+    with sqlite_files.open_target(str(path)):
+        assert not path.exists()
+    assert problems(path) == []
+    assert mode_of(path) == 0o600
+    with pytest.raises(DatabaseRefused, match="File exists"), sqlite_files.open_target(str(path)):
+        pass
 
 
 # Problems
