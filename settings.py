@@ -63,6 +63,13 @@ ENCRYPTED_MODES = "require", "verify-ca", "verify-full"  # values of sslmode tha
 # What an environment file leaves in a value by mistake: control and invisible characters, blanks or quotes around it.
 _STRAY = re.compile(r"[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff]|\A\s|\s\Z|\A(['\"]).*\1\Z")
 
+# Common suffixes under which strangers have hosts. Browsers refuse a cookie for each suffix in publicsuffix.org's list.
+_SECOND_LEVEL = re.compile(r"(?:ac|co|com|edu|go|gob|gov|gv|ltd|mil|ne|net|nom|or|org|plc|sch)\.[a-z]{2}")
+_HOSTING = """
+    me.uk asso.fr github.io gitlab.io pages.dev workers.dev web.app firebaseapp.com vercel.app netlify.app fly.dev
+    onrender.com herokuapp.com azurewebsites.net cloudfront.net ngrok.io ngrok.app ngrok-free.app trycloudflare.com
+    duckdns.org dedyn.io ddns.net no-ip.org hopto.org dyndns.org synology.me myfritz.net nip.io sslip.io"""
+
 REGISTRATION = "open", "invitation", "closed"
 
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
@@ -120,6 +127,7 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
+        self._normalize()
         for one in fields(self):
             stray = _STRAY.search(str(getattr(self, one.name)))
             self._require(not stray, one.name, "must have no control characters, and no blanks or quotes around it")
@@ -142,6 +150,14 @@ class Settings:
             remedy = "set AUTHSVC_PUBLIC_URL for production, or AUTHSVC_UNSAFE_LISTEN=1 to accept the risk"
             self._require(listens_locally or self.unsafe_listen, "listen", f"{risk}: {remedy}")
 
+    def _normalize(self) -> None:
+        """Write host names as browsers write them in an Origin header: in lower case, without the default port."""
+        for name in "public_url", "cookie_domain":
+            text = getattr(self, name)
+            object.__setattr__(self, name, text.lower() if text.isascii() else text)
+        if found := re.fullmatch(r"(https://[^/:]+):0*([1-9][0-9]*)", self.public_url):
+            object.__setattr__(self, "public_url", found[1] if found[2] == "443" else f"{found[1]}:{found[2]}")
+
     def _check_database(self) -> None:
         self._require(self.database, "database", "must name a file")
         form = "must be a file or postgresql://user:password@host:port/name, percent-encoded where needed"
@@ -160,14 +176,19 @@ class Settings:
             self._require(False, "trusted_proxy", _without_password(str(error)))
 
     def _check_production(self) -> None:
-        host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::[0-9]{1,5})?", self.public_url, re.ASCII)
-        self._require(host, "public_url", "must be https://host, in lower case and without a path")
+        host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?", self.public_url, re.ASCII)
+        usable = host and int(host[2] or 443) <= 65535
+        self._require(usable, "public_url", "must be https://host or https://host:port, without a path")
         self._require(self.bcrypt_cost >= 10, "bcrypt_cost", "must be at least 10 in production")
         self._require(self.throttle, "throttle", "cannot be off in production")
         self._require(not self.unsafe_listen, "unsafe_listen", "is for development only: unset it")
         domain = self.cookie_domain
         shareable = not domain or (host and f".{host[1]}".endswith(f".{domain}") and "." in domain)
+        if host and host[1] != domain:  # an IP address has no parent domain
+            shareable = shareable and not domain.rpartition(".")[2].isdigit()
         self._require(shareable, "cookie_domain", "must be the host of AUTHSVC_PUBLIC_URL or a parent domain")
+        shared = _SECOND_LEVEL.fullmatch(domain) or domain in _HOSTING.split()
+        self._require(not shared, "cookie_domain", "is a suffix under which others have hosts: name a domain of yours")
 
     def _require(self, fulfilled: object, name: str, requirement: str) -> None:
         if not fulfilled:

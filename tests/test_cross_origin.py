@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import authsvc
 from auth import Auth
 from settings import Settings
-from tests.conftest import Client
+from tests.conftest import COST, Client
 from tests.production import (
     BOB,
     CLIENT,
@@ -109,6 +110,24 @@ def test_no_route_that_writes_accepts_a_cross_origin_request(
     assert auth.list_sessions(session_id)[1] == [session]
     assert auth.find_user(BOB).totp_secret is None
     assert auth.valid_login(BOB, PASSWORD)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("localhost:80", "http://localhost", 200),  # a proxy may add the default port
+        ("LOCALHOST:5000", "http://localhost:5000", 200),
+        ("localhost:5000", "http://localhost", 403),
+        ("localhost", "http://localhost:5000", 403),
+        ("localhost:80", "https://localhost", 403),
+    ],
+)
+def test_a_development_service_compares_the_origin_with_its_host(
+    tmp_path: Path, host: str, origin: str, status: int
+) -> None:
+    call = Client(authsvc.create_app(Settings(database=str(tmp_path / "authsvc.db"), bcrypt_cost=COST)))
+    answer = call("POST", "/users", FORM, REMOTE_ADDR="127.0.0.1", HTTP_HOST=host, HTTP_ORIGIN=origin)
+    assert answer.status == status
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])

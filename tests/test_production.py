@@ -205,9 +205,11 @@ REFUSED_STARTS = [
             "https://u@auth.example.com",
             "https://u:secret@auth.example.com",
             "https://u:1/secret@auth.example.com",
-            "https://Auth.example.com",
-            "HTTPS://auth.example.com",
             "https://auth.example.com:",
+            "https://auth.example.com:0",
+            "https://auth.example.com:65536",
+            "https://auth.example.com:443/",
+            "https://auth.example.com:443:443",
             "https://auth.example.com:port",
             "https://auth..example.com",
             "https://é.example.com",
@@ -220,6 +222,21 @@ REFUSED_STARTS = [
     *[
         ({"AUTHSVC_COOKIE_DOMAIN": domain}, "AUTHSVC_COOKIE_DOMAIN must be the host of AUTHSVC_PUBLIC_URL or a parent")
         for domain in ("other.com", "com", ".example.com", "ample.com", "my.auth.example.com", "example.com; Path=/x")
+    ],
+    *[
+        (
+            {"AUTHSVC_PUBLIC_URL": f"https://auth.{domain.lower()}", "AUTHSVC_COOKIE_DOMAIN": domain},
+            "AUTHSVC_COOKIE_DOMAIN is a suffix under which others have hosts",
+        )
+        for domain in ("co.uk", "CO.UK", "com.au", "or.jp", "gv.at", "duckdns.org", "github.io", "Synology.me")
+    ],
+    ({"AUTHSVC_PUBLIC_URL": "https://co.uk", "AUTHSVC_COOKIE_DOMAIN": "co.uk"}, "AUTHSVC_COOKIE_DOMAIN is a suffix"),
+    *[
+        (
+            {"AUTHSVC_PUBLIC_URL": "https://192.0.2.10", "AUTHSVC_COOKIE_DOMAIN": domain},
+            "AUTHSVC_COOKIE_DOMAIN must be the host of AUTHSVC_PUBLIC_URL or a parent",
+        )
+        for domain in ("2.10", "0.2.10")
     ],
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -540,6 +540,39 @@ def test_clients_are_told_apart_unless_all_have_the_address_of_a_proxy(
 ) -> None:
     settings = Settings(public_url=public_url, trusted_proxy=trusted_proxy)
     assert settings.tells_clients_apart(address) == apart
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("https://auth.example.com:443", "https://auth.example.com"),
+        ("https://auth.example.com:0443", "https://auth.example.com"),
+        ("HTTPS://Auth.Example.COM", "https://auth.example.com"),
+        ("https://Auth.example.com:08443", "https://auth.example.com:8443"),
+        ("https://auth.example.com:4430", "https://auth.example.com:4430"),
+        ("https://192.0.2.1:443", "https://192.0.2.1"),
+    ],
+)
+def test_the_public_url_is_written_as_browsers_write_an_origin(url: str, origin: str) -> None:
+    settings = Settings.from_environ({"AUTHSVC_PUBLIC_URL": url})
+    assert settings.public_url == origin
+    assert replace(settings).public_url == origin
+
+
+@pytest.mark.parametrize(
+    ("url", "domain"),
+    [
+        ("https://auth.example.co.uk", "example.co.uk"),
+        ("https://auth.Example.com:443", "EXAMPLE.com"),
+        ("https://auth.co.example", "co.example"),
+        ("https://me.duckdns.org", "me.duckdns.org"),
+        ("https://192.0.2.10", "192.0.2.10"),
+        ("https://auth.xn--p1ai-5.xn--p1ai", "xn--p1ai-5.xn--p1ai"),
+    ],
+)
+def test_a_cookie_domain_of_the_operator_is_accepted(url: str, domain: str) -> None:
+    settings = Settings.from_environ({"AUTHSVC_PUBLIC_URL": url, "AUTHSVC_COOKIE_DOMAIN": domain})
+    assert settings.cookie_domain == domain.lower()
 
 
 def test_a_cookie_domain_needs_production() -> None:

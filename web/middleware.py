@@ -77,7 +77,7 @@ class SecurityMiddleware:
         if environ["REQUEST_METHOD"] in SAFE_METHODS:
             return True
         site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
-        own_origin = self._settings.public_url or f"http://{environ.get('HTTP_HOST', '')}"
+        own_origin = self._settings.public_url or f"http://{environ.get('HTTP_HOST', '').lower().removesuffix(':80')}"
         return origin == own_origin or (origin is None if site is None else site in ("same-origin", "none"))
 
 
