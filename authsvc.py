@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import io
 import os
 import re
 import signal
@@ -83,7 +84,7 @@ class Handlers:
         self._cookie_name = prefix + "session_id"
         secure = "; Secure" if settings.production else ""
         self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
-        template = (PAGES / "index.html").read_text().replace("{domain}", domain)
+        template = (PAGES / "index.html").read_text(encoding="utf-8").replace("{domain}", domain)
         self._pages = {f"/{name}": template.replace("{page}", name).encode() for name in PAGE_NAMES}
         self._files = {name: (kind, (PAGES / name).read_bytes()) for name, kind in PAGE_FILES.items()}
 
@@ -385,6 +386,39 @@ def _shared_app() -> WSGIApplication:
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM or Ctrl-C, or run one of the operator's commands; return the exit code."""
+    # Without these descriptors, files of the database would get their numbers, and be written to as streams.
+    sys.stdin = sys.stdin or os.fdopen(os.open(os.devnull, os.O_RDONLY), encoding="utf-8")
+    if sys.stdout is None:
+        print("authsvc: standard output is closed: redirect it to /dev/null", file=sys.stderr)
+        return 1
+    sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every email
+    code = 1
+    try:
+        code = _run(arguments)
+    except OSError as error:  # of a full disk under standard output or the log
+        with contextlib.suppress(OSError):
+            print(f"authsvc: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+    except SystemExit as ended:  # argparse has printed a help text or an error
+        raise SystemExit(_flush(int(ended.code or 0))) from None
+    return _flush(code)
+
+
+def _flush(code: int) -> int:
+    """Flush standard output and error. Return the exit code, which becomes 1 if something is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python would flush it once more
+            with contextlib.suppress(OSError):
+                print("" if code else f"authsvc: standard output: {error.strerror}\n", end="", file=sys.stderr)
+            code = code or 1
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     from cli import commands
 
     parser = argparse.ArgumentParser(prog="authsvc.py", description=DESCRIPTION, epilog=EPILOG)

@@ -129,7 +129,10 @@ class Settings:
     def __post_init__(self) -> None:
         self._normalize()
         for one in fields(self):
-            stray = _STRAY.search(str(getattr(self, one.name)))
+            text = os.fsencode(str(getattr(self, one.name))).decode(
+                errors="replace"
+            )  # in another locale it was misread
+            stray = _STRAY.search(text)
             self._require(not stray, one.name, "must have no control characters, and no blanks or quotes around it")
         for name, (least, most) in RANGES.items():
             self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")

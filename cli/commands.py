@@ -8,6 +8,7 @@ on a link, and the user chooses the password.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import pwd
@@ -64,7 +65,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             target = command.add_mutually_exclusive_group(required=True)
             target.add_argument("--all", action="store_true", help="end the sessions of all users")
         if argument:
-            kind = _file_name if names in ("backup", "restore", "copy-to") else str
+            kind = _utf_8 if "email" in argument else _file_name if names in ("backup", "restore", "copy-to") else str
             target.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None, type=kind)
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
@@ -375,7 +376,10 @@ def _open_input(path: str) -> IO[bytes]:
 @contextmanager
 def _open_output(path: str | None) -> Iterator[IO[str]]:
     if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", errors="strict")
         yield sys.stdout
+        sys.stdout.flush()
         return
     # The file holds password hashes: only its owner may read it, and it replaces no existing file.
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -487,7 +491,18 @@ def _prune(operator: Operator) -> None:
     operator.print_record(f"deleted: {listed}", pruned=True, **deleted)
 
 
-# Output
+# Input and output
+
+
+def _utf_8(text: str) -> str:
+    """Return an argument that was typed in UTF-8, or else in the encoding of the locale.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    with suppress(UnicodeDecodeError):
+        return os.fsencode(text).decode()
+    return text.encode().decode()
 
 
 def _login_name() -> str:

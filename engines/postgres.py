@@ -320,7 +320,7 @@ def _migrate(connection: psycopg.Connection) -> None:
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s::integer, %s::integer)", MIGRATION_LOCK)
         version = _schema_version(connection)  # again: another copy may have migrated it meanwhile
-        for step in POSTGRES_MIGRATIONS[version - 1 :] if version else (POSTGRES_SCHEMA.read_text(),):
+        for step in POSTGRES_MIGRATIONS[version - 1 :] if version else (POSTGRES_SCHEMA.read_text(encoding="utf-8"),):
             connection.execute(step.encode())
         statement = "INSERT INTO authsvc_version (version) VALUES (%s) ON CONFLICT (id) DO UPDATE SET version = %s"
         connection.execute(statement, [POSTGRES_VERSION, POSTGRES_VERSION])

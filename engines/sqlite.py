@@ -181,7 +181,7 @@ class SQLiteEngine:
         version = schema_version(self._writer)  # again: another process may have migrated it meanwhile
         self._writer.execute("PRAGMA journal_mode = WAL")
         if version < SQLITE_VERSION:
-            steps = SQLITE_MIGRATIONS[version - 1 :] if version else (SQLITE_SCHEMA.read_text(),)
+            steps = SQLITE_MIGRATIONS[version - 1 :] if version else (SQLITE_SCHEMA.read_text(encoding="utf-8"),)
             statement = f"BEGIN IMMEDIATE; {''.join(steps)} PRAGMA user_version = {SQLITE_VERSION}; COMMIT;"
             self._writer.executescript(statement)
 
@@ -207,7 +207,7 @@ def _stat(path: str) -> tuple[tuple[int, int] | None, int]:
 
 def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     """Open a file that exists, for "rw" or "ro"."""
-    uri = f"file:{quote(os.path.abspath(path))}?mode={mode}"
+    uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"  # the bytes that open() takes in this locale
     # Transactions are begun by statements, never by the driver. The writer is shared under a lock.
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA synchronous = FULL")  # a write that was answered with 200 is on disk

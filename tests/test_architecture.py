@@ -230,6 +230,20 @@ def test_only_settings_and_main_read_the_environment() -> None:
     assert readers == {"settings", "main"}
 
 
+def test_every_text_file_is_read_and_written_in_a_named_encoding() -> None:
+    """The encoding of the locale is not always UTF-8."""
+    unnamed = [
+        f"{module}:{node.lineno}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and re.search(r"(^|(?<!\bos)\.)(open|fdopen|read_text|write_text|NamedTemporaryFile)$", ast.unparse(node.func))
+        and not any(word.arg == "encoding" for word in node.keywords)
+        and not any(re.fullmatch("'[rwxa+]*b[rwxa+]*'", ast.unparse(argument)) for argument in node.args)
+    ]
+    assert unnamed == []
+
+
 # SQL
 
 

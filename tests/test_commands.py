@@ -773,6 +773,64 @@ def test_a_reader_that_closes_the_pipe_causes_no_error(people: Auth, path: Path)
     assert done.stdout.split()[-1] == "bob@x.io"
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "unbuffered"),
+    [("user list", ""), ("user list", "1"), ("user show bob@x.io --json", ""), ("export", "")],
+)
+def test_output_to_a_full_disk_ends_in_one_line(people: Auth, path: Path, command: str, unbuffered: str) -> None:
+    name = command.split()[0]
+    assert output_lost(path, f"{command} >/dev/full", unbuffered) == [f"authsvc: {name}: No space left on device"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", ["user list", "user add carol@x.io", "--help"])
+def test_a_command_without_standard_output_changes_nothing(people: Auth, path: Path, command: str) -> None:
+    line = "authsvc: standard output is closed: redirect it to /dev/null"
+    assert output_lost(path, f"{command} >&-") == [line]
+    assert [user.email for user in people._db.each_user()] == ["bob@x.io", "eve@x.io"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("command", "redirection"),
+    [("user show nobody@x.io", "2>/dev/full"), ("invite bob@x.io", "2>&-"), ("import none.csv", ">/dev/full 2>&1")],
+)
+def test_a_refusal_that_cannot_be_printed_exits_with_1(
+    people: Auth, path: Path, command: str, redirection: str
+) -> None:
+    assert output_lost(path, f"{command} {redirection}") == []
+
+
+@pytest.mark.process
+def test_help_to_a_full_disk_ends_in_one_line(path: Path) -> None:
+    assert output_lost(path, "--help >/dev/full") == ["authsvc: standard output: No space left on device"]
+
+
+@pytest.mark.process
+def test_a_deletion_without_standard_input_needs_yes(people: Auth, path: Path) -> None:
+    line = "authsvc: cannot ask for confirmation without a terminal: add --yes"
+    assert output_lost(path, "user delete bob@x.io <&-") == [line]
+
+
+def output_lost(path: Path, command: str, unbuffered: str = "") -> list[str]:
+    """Run a command in a shell that redirects its output; check that it exits with 1, and return its lines of error."""
+    environ = clean_environ() | {"AUTHSVC_DATABASE": str(path), "PYTHONUNBUFFERED": unbuffered}
+    line = f'exec "{sys.executable}" "{HERE / "authsvc.py"}" {command}'
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=path.parent, env=environ, text=True, capture_output=True, timeout=20
+    )
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    return [line for line in done.stderr.splitlines() if not line.startswith("{")]
+
+
+@pytest.mark.parametrize("typed", ["d\udcc5@x.io", "\udcff"])
+def test_an_email_that_is_not_text_is_wrong_usage(run: Run, people: Auth, typed: str) -> None:
+    result = run("user", "show", typed)
+    assert (result.code, result.out) == (2, "")
+    assert "argument email: invalid" in result.err[-1]
+
+
 def test_a_backup_to_a_full_disk_is_refused_in_one_line(people: Auth, path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))

@@ -432,6 +432,68 @@ def test_a_read_only_folder_prevents_the_start() -> None:
         assert "Permission denied" in refused_start(Path(name), f"{imports}; {nobody}")
 
 
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("redirection", "unbuffered", "lines"),
+    [
+        (">/dev/full", "", ["authsvc: output: No space left on device"]),
+        ("<&- >/dev/full", "1", ["authsvc: output: No space left on device"]),
+        (">&-", "", ["authsvc: standard output is closed: redirect it to /dev/null"]),
+        (">/dev/full 2>&1", "", []),
+        (">&- 2>&-", "", []),
+    ],
+)
+def test_a_start_whose_output_cannot_be_written_ends_in_one_line(
+    tmp_path: Path, redirection: str, unbuffered: str, lines: list[str]
+) -> None:
+    environ = clean_environ() | {"AUTHSVC_LISTEN": "127.0.0.1:0", "PYTHONUNBUFFERED": unbuffered}
+    command = f'exec "{PYTHON}" "{HERE / "authsvc.py"}" {redirection}'
+    ended = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=20
+    )
+    logged = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert (ended.returncode, ended.stdout, logged) == (1, "", lines)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", "2>&- <&-"])
+def test_a_service_whose_log_cannot_be_written_serves(tmp_path: Path, redirection: str) -> None:
+    environ = clean_environ() | {"AUTHSVC_LISTEN": "127.0.0.1:0", "AUTHSVC_BCRYPT_COST": str(COST)}
+    command = ["bash", "-c", f'exec "{PYTHON}" "{HERE / "authsvc.py"}" {redirection}']
+    with subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        form = {"email": "log@full", "password": "b4l0u"}
+        statuses = [requests.post(f"{url}/{path}", data=form, timeout=5).status_code for path in ("users", "sessions")]
+        process.terminate()
+        assert (statuses, process.stdout.read()) == ([200, 200], "")
+    assert process.returncode in (0, 1)  # 1: Python could not write what was left of the log
+    assert (tmp_path / "authsvc.db.lock").read_bytes() == b""  # it did not get the number of a closed stream
+
+
+# Another locale
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}  # of text files, too
+
+
+def test_the_pages_do_not_depend_on_the_locale(start: Callable[..., Service], service: Service) -> None:
+    page = requests.get(f"{start(**ASCII).url}/login", timeout=5)
+    assert "One moment …" in page.content.decode()
+    assert page.content == requests.get(f"{service.url}/login", timeout=5).content
+
+
+def test_commands_take_and_store_utf_8_and_show_what_they_can(start: Callable[..., Service], tmp_path: Path) -> None:
+    service = start(**ASCII, AUTHSVC_DATABASE=str(tmp_path / "données.db"))
+    service.command("user", "add", "žofie@x.io")
+    assert service.command("user", "list").endswith("?ofie@x.io\n")
+    assert json.loads(service.command("user", "show", "žofie@x.io", "--json"))["email"] == "žofie@x.io"
+    assert "email         ?ofie@x.io" in service.command("user", "show", "ŽOFIE@x.io")
+    assert "\nžofie@x.io,!," in service.command("export")
+    assert service.command("--help").startswith("usage: ")
+    service.command("backup", "copié.db")
+    assert (tmp_path / "copié.db").read_bytes()[:6] == b"SQLite"
+
+
 # Expired sessions are deleted
 
 
