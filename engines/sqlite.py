@@ -25,6 +25,7 @@ BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
 CHECKPOINT_TIMEOUT = 100  # milliseconds that emptying the write-ahead log waits for readers, and writers for it
 LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
 MIN_FILE_BYTES = 512  # the smallest page of SQLite
+MIN_SQLITE = 3, 37  # has STRICT tables; RETURNING is older
 DATA_LOSS = "changes since the last backup are lost"
 
 # Closing any file descriptor of a file gives up all locks that this process holds on it (fcntl(2)), SQLite's own too.
@@ -51,6 +52,7 @@ class SQLiteEngine:
         self._thread = threading.local()
         self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
         with refused(f"cannot open the database {database}"), _opening, ExitStack() as opened:
+            _check_library()
             if database == ":memory:":
                 raise DatabaseRefused("threads cannot share it: give the path of a file")
             _create_private(self._path)
@@ -207,6 +209,7 @@ def _stat(path: str) -> tuple[tuple[int, int] | None, int]:
 
 def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     """Open a file that exists, for "rw" or "ro"."""
+    _check_library()
     uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"  # the bytes that open() takes in this locale
     # Transactions are begun by statements, never by the driver. The writer is shared under a lock.
     connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
@@ -215,6 +218,12 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
     connection.execute("PRAGMA secure_delete = ON")  # deleted rows are overwritten
     connection.execute("PRAGMA trusted_schema = OFF")  # a view or trigger that somebody planted cannot call functions
     return connection
+
+
+def _check_library() -> None:
+    if sqlite3.sqlite_version_info < MIN_SQLITE:
+        needed = ".".join(map(str, MIN_SQLITE))
+        raise DatabaseRefused(f"it needs SQLite {needed} or newer, this is {sqlite3.sqlite_version}")
 
 
 def schema_version(db: sqlite3.Connection) -> int:

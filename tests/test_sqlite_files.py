@@ -695,5 +695,29 @@ def test_each_foreign_key_violation_is_named(path: Path) -> None:
     assert sorted(problems(path)) == [f"foreign key violation in {table}" for table in tables]
 
 
+def test_every_operation_on_a_file_says_that_sqlite_is_too_old(
+    path: Path, folder: Path, backup: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(path, "bob@x.io")
+    before = files_in(path.parent)
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 36, 99))
+    reason = "it needs SQLite 3.37 or newer"
+    operations: list[Callable[[], object]] = [
+        lambda: DB(path),
+        lambda: back_up(path, folder / "copy"),
+        lambda: sqlite_files.open_readonly(str(path)).__enter__(),
+        lambda: sqlite_files.open_source(str(path)).__enter__(),
+        lambda: sqlite_files.open_target(str(folder / "new.db")).__enter__(),
+        lambda: restore(backup, path, folder / "kept"),
+    ]
+    for operation in operations:
+        with pytest.raises(DatabaseRefused, match=reason):
+            operation()
+    assert reason in problems(path)[0]
+    assert files_in(path.parent) == before
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 37, 0))
+    assert problems(path) == []
+
+
 def test_a_folder_is_not_a_database(tmp_path: Path) -> None:
     assert len(problems(tmp_path)) == 1
