@@ -238,6 +238,7 @@ def _invite(operator: Operator) -> None:
     """Print a link, valid for 7 days, to set a first password; adds the user if needed."""
     if operator.settings.registration == "closed":
         raise CommandFailed("AUTHSVC_REGISTRATION=closed allows no invitations: set it to invitation or open")
+    base = _link_base(operator.settings)
     with operator.open_database() as (auth, _):
         try:
             user = auth.find_user(operator.arguments.email)
@@ -246,22 +247,30 @@ def _invite(operator: Operator) -> None:
             operator.log("user_created", user_id=user.id)
         if user.hashed_password != NO_PASSWORD:
             raise CommandFailed(f"{user.email} already has a password: use reset-link")
-        _print_link(operator, auth, user)
+        _print_link(operator, auth, user, base)
         operator.log("user_invited", user_id=user.id)
 
 
 def _print_reset_link(operator: Operator) -> None:
     """Print a link to set a new password, for when mail does not arrive."""
+    base = _link_base(operator.settings)
     with operator.open_user() as (auth, _, user):
-        _print_link(operator, auth, user)
+        _print_link(operator, auth, user, base)
         operator.log("authn_reset_token_created", user_id=user.id)
 
 
-def _print_link(operator: Operator, auth: Auth, user: User) -> None:
+def _link_base(settings: Settings) -> str:
+    """Return the beginning of links: an address that a browser can open."""
+    host, port = settings.address
+    if not settings.production and (host.is_unspecified or not port):
+        raise CommandFailed(f"no browser can open AUTHSVC_LISTEN={settings.listen}: set AUTHSVC_PUBLIC_URL")
+    return settings.public_url or f"http://{settings.listen}"
+
+
+def _print_link(operator: Operator, auth: Auth, user: User, base: str) -> None:
     if user.disabled_at:
         raise CommandFailed(f"{user.email} is disabled: enable the user first")
     token, expires_at = auth.link_token(user)
-    base = operator.settings.public_url or f"http://{operator.settings.listen}"
     link = reset_link(base, user.email, token)
     operator.print_record(link, email=user.email, link=link, reset_token=token, expires=timestamp(expires_at))
 

@@ -35,6 +35,7 @@ from settings import Settings
 from storage import DB, User
 from tests.conftest import BOUND, COST, HERE, Service, clean_environ
 from tests.crowd import UNMEASURED, awaited
+from tests.ports import fixed_port
 
 HASH = "$2b$12$" + "a" * 21 + "e" + "b" * 31
 
@@ -340,6 +341,30 @@ def test_an_invitation_sets_the_first_password_once(run: Run, people: Auth) -> N
     assert run("invite", "carol@x.io").err == ["authsvc: carol@x.io already has a password: use reset-link"]
     with pytest.raises(ValueError, match="invalid reset token"):
         people.update_password(found[1], "again")
+
+
+@pytest.mark.parametrize("listen", ["[::]:5000", "0.0.0.0:80", "127.0.0.1:0", "[0:0::0]:0", "localhost:0"])
+@pytest.mark.parametrize("command", ["invite carol@x.io", "reset-link eve@x.io", "reset-link eve@x.io --json"])
+def test_no_link_is_made_that_no_browser_can_open(
+    run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch, listen: str, command: str
+) -> None:
+    monkeypatch.setenv("AUTHSVC_LISTEN", listen)
+    monkeypatch.setenv("AUTHSVC_UNSAFE_LISTEN", "1")
+    token = people.get_reset_password_token("eve@x.io")
+    result = run(*command.split())
+    refused = f"authsvc: no browser can open AUTHSVC_LISTEN={listen}: set AUTHSVC_PUBLIC_URL"
+    assert (result.code, result.out, result.err, result.log) == (1, "", [refused], [])
+    assert [user.email for user in people._db.each_user()] == ["bob@x.io", "eve@x.io"]
+    people.update_password(token, "t4rt1fl3tt3")  # no other link has replaced it
+
+
+def test_an_address_that_no_browser_can_open_does_not_matter_in_production(
+    run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AUTHSVC_LISTEN", "[::]:0")
+    monkeypatch.setenv("AUTHSVC_PUBLIC_URL", "https://auth.example.com:443")
+    monkeypatch.setenv("AUTHSVC_BCRYPT_COST", "10")
+    assert run("invite", "carol@x.io").out.startswith("https://auth.example.com/reset#token=")
 
 
 def test_closed_registration_allows_no_invitation(run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -689,7 +714,7 @@ def test_a_restore_while_the_service_runs_is_refused(start: Callable[..., Servic
 
 @pytest.mark.both_engines
 def test_commands_work_while_the_service_runs(start: Callable[..., Service]) -> None:
-    service, form = start(), {"email": "bob@x.io", "password": "b4l0u"}
+    service, form = start(AUTHSVC_LISTEN=f"127.0.0.1:{fixed_port()}"), {"email": "bob@x.io", "password": "b4l0u"}
     requests.post(f"{service.url}/users", data=form, timeout=5)
     bob = requests.Session()
     bob.post(f"{service.url}/sessions", data=form, timeout=5)

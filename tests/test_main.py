@@ -309,6 +309,28 @@ def test_a_setting_lets_the_service_listen_on_all_addresses(start: Callable[...,
     assert requests.get(f"http://127.0.0.1:{service.address[1]}", timeout=5).status_code == 200
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_service_on_all_ipv6_addresses_takes_ipv4_too(start: Callable[..., Service]) -> None:
+    url = start(AUTHSVC_LISTEN="[::]:0", AUTHSVC_UNSAFE_LISTEN="1").url
+    account = {"email": "both@stacks", "password": "b4l0u"}
+    for host in "127.0.0.1", "[::1]":
+        with requests.Session() as client:
+            client.post(f"{url}/users", data=account, timeout=5)
+            at_host = url.replace("[::]", host)
+            assert client.post(f"{at_host}/sessions", data=account, timeout=5).status_code == 200
+            (session,) = client.get(f"{at_host}/sessions", timeout=5).json()["sessions"]
+            assert session["address"] == host.strip("[]")
+            assert "reset_token" in client.post(f"{at_host}/reset_password", data=account, timeout=5).json()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_a_service_on_one_ipv6_address_does_not_take_ipv4(start: Callable[..., Service]) -> None:
+    url = start(AUTHSVC_LISTEN="[::1]:0").url
+    assert requests.get(url, timeout=5).status_code == 200
+    with pytest.raises(requests.ConnectionError):
+        requests.get(url.replace("[::1]", "127.0.0.1"), timeout=5)
+
+
 @pytest.mark.process
 def test_another_wsgi_server_can_serve_the_application(tmp_path: Path) -> None:
     environ = {**clean_environ(), "AUTHSVC_DATABASE": str(tmp_path / "authsvc.db"), "AUTHSVC_BCRYPT_COST": "4"}
@@ -418,6 +440,16 @@ def test_a_file_that_is_no_database_of_this_service_prevents_the_start(
 def test_a_port_in_use_prevents_the_start_before_a_file_is_made(service: Service, tmp_path: Path) -> None:
     listen = f"127.0.0.1:{service.address[1]}"
     assert f"AUTHSVC_LISTEN={listen}: address already in use" in refused_start(tmp_path, AUTHSVC_LISTEN=listen)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["3.34.0", "3.36.1"])
+def test_an_old_sqlite_prevents_the_start_before_a_file_is_made(tmp_path: Path, version: str) -> None:
+    numbers = tuple(map(int, version.split(".")))
+    before = f"import sqlite3; sqlite3.sqlite_version, sqlite3.sqlite_version_info = {version!r}, {numbers}"
+    line = refused_start(tmp_path, before)
+    assert line == f"authsvc: cannot open the database authsvc.db: it needs SQLite 3.37 or newer, this is {version}\n"
     assert not contents(tmp_path)
 
 

@@ -887,3 +887,9 @@ def test_a_locked_database_does_not_delay_shutdown(impatient: tuple[Service, dic
         assert service.end() == 0
         assert time.monotonic() - began < 10
     assert all(line.startswith("{") for line in service.log.splitlines())
+
+
+def test_a_closed_connection_is_logged_with_the_ipv4_address(capsys: pytest.CaptureFixture[str]) -> None:
+    """A socket that listens on [::] sees IPv4 clients as ::ffff:192.0.2.1."""
+    web.server._log_closing(SimpleNamespace(client=None, addr=("::ffff:192.0.2.1", 1)), "too slow")  # type: ignore[arg-type]
+    assert json.loads(capsys.readouterr().err)["address"] == "192.0.2.1"

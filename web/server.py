@@ -556,7 +556,8 @@ class _LogHandler(logging.Handler):
 
 
 def _log_closing(channel: Channel, reason: str) -> None:
-    log_event("sys_connection_closed", address=channel.client or channel.addr[0], reason=reason)
+    address = channel.client or client_address(channel.addr[0], None, "")
+    log_event("sys_connection_closed", address=address, reason=reason)
 
 
 def _refuse(channel: Any) -> None:
