@@ -25,11 +25,10 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
-from pathlib import Path
 from urllib.parse import unquote, urlencode
 
 from fair_queue import FairQueue
-from settings import MAILBOX, Settings, SettingsError
+from settings import MAILBOX, Settings, read_password
 
 WAITING = 1000  # of each kind, most tasks in the queue, and most mails waiting for a retry; further ones are dropped
 RESETS_PER_CLIENT = 10  # waiting: as many as the rate limit lets a stranger ask for at once, so it never drops these
@@ -72,7 +71,8 @@ class Mailer:
         self.enabled = settings.smtp_server is not None  # whether a mail server is configured
         self._settings = settings
         self._log = log
-        self._password = _read_password(settings.smtp_password_file)
+        path = settings.smtp_password_file
+        self._password = read_password("AUTHSVC_SMTP_PASSWORD_FILE", path) if path else ""
         self._notices: queue.Queue[Waiting] = queue.Queue(WAITING)
         self._resets = FairQueue[Waiting](WAITING // 2, RESETS_PER_CLIENT, RESETS_PER_NETWORK)
         self._notice_sender = _Sender(self._notices.get, self._send, log, float("inf"))
@@ -228,12 +228,3 @@ class _Sender:
             return False
         self._log("mail_sent", tries=tries + 1)
         return True
-
-
-def _read_password(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n") if path else ""
-    except (OSError, ValueError) as error:
-        # The path is not shown: it may be the password itself, in the wrong setting.
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise SettingsError(f"AUTHSVC_SMTP_PASSWORD_FILE cannot be read: {reason}") from None

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 from addresses import Address, is_loopback, is_private_peer, is_wide, parse_networks
 
@@ -89,6 +90,7 @@ class Settings:
 
     listen: str = "127.0.0.1:5000"  # address:port; port 0 picks a free one
     database: str = field(default="authsvc.db", repr=False)  # path of a SQLite file, or postgresql://user@host/name
+    database_password_file: str = ""  # path of a file with the password of the user in a PostgreSQL URL
     public_url: str = ""  # https://…, the address that people use; setting it makes this a production service
     bcrypt_cost: int = 12  # log2 of the rounds: 0.24 s of a core, doubled by each step; at least 10 in production
     throttle: bool = True  # the rate limits; always on in production
@@ -171,6 +173,11 @@ class Settings:
                 self._require(options is not None, "database", form)
                 safe = not self.production or _is_encrypted(options or {})
                 self._require(safe, "database", "would connect without TLS: add ?sslmode=verify-full")
+                if self.database_password_file and not (options or {}).get("password"):
+                    password = read_password("AUTHSVC_DATABASE_PASSWORD_FILE", self.database_password_file)
+                    url = self.database.rstrip("?&")
+                    url += f"{'&' if '?' in url else '?'}password={quote(password, safe='')}"
+                    object.__setattr__(self, "database", url)
 
     def _check_proxies(self) -> None:
         try:
@@ -224,6 +231,12 @@ class Settings:
         for network in filter(is_wide, parse_networks(self.trusted_proxy)):
             risk = "every client inside it can forge its address and so avoid the rate limits"
             found.append(f"AUTHSVC_TRUSTED_PROXY contains the wide network {network}: {risk}; list only your proxies")
+        with suppress(ImportError):
+            options = (_connection_options(self.database) if is_url(self.database) else None) or {}
+            if options.get("sslmode") == "require" and not _is_local(options):
+                risk = "does not verify the server, and whoever impersonates it gets the data"
+                remedy = "set sslmode=verify-full, and sslrootcert=system or the file of your certificate authority"
+                found.append(f"AUTHSVC_DATABASE: sslmode=require {risk}: {remedy}; the next release will refuse it")
         if self.production and not self.smtp_url:
             found.append("AUTHSVC_SMTP_URL is not set: password reset links cannot be mailed")
         return found
@@ -253,6 +266,23 @@ class Settings:
         except ValueError:
             form = "ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
             raise SettingsError(f"AUTHSVC_LISTEN={_without_password(self.listen)!r} must be {form}") from None
+
+
+def read_password(name: str, path: str) -> str:
+    """Return the password in the file that a setting names, without the line break at its end.
+
+    Raises:
+        SettingsError: the file cannot be read, or holds no password.
+    """
+    try:
+        password = Path(path).read_text(encoding="utf-8-sig").rstrip("\r\n")
+    except (OSError, ValueError) as error:
+        # The path is not shown: it may be the password itself, in the wrong setting.
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(f"{name} cannot be read: {reason}") from None
+    if not password or "\0" in password:
+        raise SettingsError(f"{name} names a file without a password")
+    return password
 
 
 def is_url(database: str) -> bool:
@@ -299,8 +329,10 @@ def _servers(options: dict[str, str]) -> list[tuple[str, str]]:
 
 def _is_encrypted(options: dict[str, str]) -> bool:
     """Return whether a connection is local or always uses TLS."""
-    if options.get("sslmode") in ENCRYPTED_MODES:
-        return True
+    return options.get("sslmode") in ENCRYPTED_MODES or _is_local(options)
+
+
+def _is_local(options: dict[str, str]) -> bool:
     # A service file can name any host, and libpq uses the host instead of an empty entry in hostaddr.
     if {"service", "hostaddr"} & options.keys():
         return False

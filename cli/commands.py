@@ -440,8 +440,9 @@ def _restore(operator: Operator) -> None:
 
 def _copy_to(operator: Operator) -> None:
     """Copy all rows to an empty database: PostgreSQL or a file. Stop the service first."""
-    source, target = operator.settings.database, operator.arguments.target
-    replace(operator.settings, database=target)  # raises SettingsError for a target that the service could not use
+    source = operator.settings.database
+    # Raises SettingsError for a target that the service could not use.
+    target = replace(operator.settings, database=operator.arguments.target).database
     operator.require_database()
     try:
         with operations(target).open_target(target) as copied, operations(source).open_source(source) as rows:

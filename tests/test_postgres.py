@@ -24,6 +24,7 @@ from engines import postgres as postgres_engine
 from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from engines.postgres import _converted
 from engines.schema import LOCK_USER, POSTGRES_MIGRATIONS, POSTGRES_VERSION, TABLES
+from settings import Settings
 from storage import DB, User
 from tables.rate_limits import CONSUME, EMPTY, Bucket
 from tests import postgres
@@ -686,6 +687,21 @@ def test_a_refused_login_to_the_server_says_why(postgresql: postgres.Server, loc
     with pytest.raises(DatabaseRefused, match=rf"\A[^\n]*{message}[^\n]*\Z") as refusal:
         DB(f"postgresql://{user}:canary@127.0.0.1:{postgresql.port}/{name}")
     assert "canary" not in str(refusal.value)
+
+
+def test_the_password_of_the_database_may_be_in_a_file(
+    postgresql: postgres.Server, locked: None, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("right\n")
+    url = f"postgresql://locked@127.0.0.1:{postgresql.port}/postgres"
+    postgresql.execute("CREATE SCHEMA AUTHORIZATION locked")
+    try:
+        with closing(DB(Settings(database=url, database_password_file=str(tmp_path / "password")).database)) as db:
+            assert db.add_user("bob@x.io", HASH).id == 1
+        with pytest.raises(DatabaseRefused, match="no password supplied"):
+            DB(url)
+    finally:
+        postgresql.execute("DROP SCHEMA locked CASCADE")
 
 
 @pytest.mark.slow

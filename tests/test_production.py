@@ -18,8 +18,7 @@ import web.server
 from auth import Auth
 from authsvc import create_app
 from credentials import totp
-from mail import Mailer
-from settings import Settings, SettingsError
+from settings import Settings
 from storage import DB
 from tests.conftest import COST, HERE, Client, Clock, Service, clean_environ
 from tests.crowd import written_log
@@ -292,21 +291,6 @@ def test_an_unreadable_mail_password_file_is_refused(tmp_path: Path) -> None:
     line = refused_start(tmp_path, **environ)
     assert line == "authsvc: AUTHSVC_SMTP_PASSWORD_FILE cannot be read: No such file or directory"
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"), [(b"caf\xe9", "it is not UTF-8"), ("naïve".encode("utf-16"), "it is not UTF-8")]
-)
-def test_a_mail_password_that_is_not_utf_8_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
-    (tmp_path / "password").write_bytes(content)
-    settings = Settings(smtp_password_file=str(tmp_path / "password"))
-    with pytest.raises(SettingsError, match=f"AUTHSVC_SMTP_PASSWORD_FILE cannot be read: {reason}"):
-        Mailer(settings, print)
-
-
-def test_a_byte_order_mark_is_no_part_of_the_mail_password(tmp_path: Path) -> None:
-    (tmp_path / "password").write_bytes(b"\xef\xbb\xbfp4ssw\xc3\xb6rd\r\n")
-    assert Mailer(Settings(smtp_password_file=str(tmp_path / "password")), print)._password == "p4sswörd"
 
 
 def test_a_start_without_a_trusted_proxy_logs_a_warning(start: Callable[..., Service]) -> None:

@@ -6,15 +6,19 @@ import re
 import sys
 import traceback
 from dataclasses import FrozenInstanceError, asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from settings import Settings, SettingsError, redacted
+from mail import Mailer
+from settings import Settings, SettingsError, read_password, redacted
 
 DEFAULTS = {
     "listen": "127.0.0.1:5000",
     "database": "authsvc.db",
+    "database_password_file": "",
     "public_url": "",
     "bcrypt_cost": 12,
     "throttle": True,
@@ -123,6 +127,7 @@ def test_the_environment_is_read_when_settings_are_created(monkeypatch: pytest.M
     [
         ("AUTHSVC_LISTEN", "127.0.0.1:0", "127.0.0.1:0"),
         ("AUTHSVC_DATABASE", "/var/lib/a b.db", "/var/lib/a b.db"),
+        ("AUTHSVC_DATABASE_PASSWORD_FILE", "/not/read/for/a/file", "/not/read/for/a/file"),
         ("AUTHSVC_BCRYPT_COST", "4", 4),
         ("AUTHSVC_THROTTLE", "off", False),
         ("AUTHSVC_SESSIONS_PER_USER", "3", 3),
@@ -331,9 +336,7 @@ def test_the_path_of_a_database_may_have_unusual_characters(path: str) -> None:
     assert redacted(Settings.from_environ({"AUTHSVC_DATABASE": path}).database) == path
 
 
-@pytest.mark.parametrize(
-    "name", sorted({f"AUTHSVC_{name.upper()}" for name in DEFAULTS} - {"AUTHSVC_SMTP_PASSWORD_FILE"})
-)
+@pytest.mark.parametrize("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS if "_file" not in name])
 def test_a_url_in_the_wrong_setting_is_refused_without_its_password(name: str) -> None:
     for value in "https://user:can/ary@host", "user:canary@host\n", "postgres:host/db?a=1&password=can/ary#":
         message = refusal({name: value})
@@ -383,6 +386,77 @@ def test_a_malformed_database_url_has_no_name_to_show(database: str) -> None:
 
 def test_the_path_of_a_database_is_shown_unchanged() -> None:
     assert redacted("/var/lib/a b@c.db") == "/var/lib/a b@c.db"
+
+
+@pytest.mark.parametrize("form", ["{}", "{}?sslmode=verify-full", "{}?", "{}?a=b&", "postgresql://u@h"])
+def test_a_password_in_a_file_becomes_part_of_the_url(tmp_path: Path, form: str) -> None:
+    secret = "?&c=%n@ry#/ …'\\"
+    (tmp_path / "password").write_bytes(f"{secret}\r\n".encode())
+    url = form.format("postgresql://u@db/x").replace("a=b", "application_name=b")
+    settings = Settings.from_environ(
+        {"AUTHSVC_DATABASE": url, "AUTHSVC_DATABASE_PASSWORD_FILE": str(tmp_path / "password")}
+    )
+    options = conninfo_to_dict(settings.database)
+    assert options.pop("password") == secret
+    assert options == conninfo_to_dict(url)
+    assert redacted(settings.database) == redacted(url)
+    assert "n@ry" not in repr(settings)
+    assert replace(settings).database == settings.database
+    assert replace(settings, database="new.db").database == "new.db"  # the target of a copy
+    own = replace(settings, database="postgresql://u:own@db/x").database
+    assert conninfo_to_dict(own)["password"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot be read: No such file or directory"),
+        (b"can\xffary", "cannot be read: it is not UTF-8"),
+        ("canary".encode("utf-16"), "cannot be read: it is not UTF-8"),
+        (b"", "names a file without a password"),
+        (b"\r\n", "names a file without a password"),
+        (b"can\0ary", "names a file without a password"),
+    ],
+)
+@pytest.mark.parametrize("name", ["AUTHSVC_DATABASE_PASSWORD_FILE", "AUTHSVC_SMTP_PASSWORD_FILE"])
+def test_a_password_file_that_cannot_be_used_is_refused(
+    tmp_path: Path, name: str, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "canary"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError) as refused:
+        Mailer(Settings.from_environ({name: str(path), "AUTHSVC_DATABASE": "postgresql://u@db/x"}), print)
+    assert str(refused.value) == f"{name} {reason}"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_password(tmp_path: Path) -> None:
+    (tmp_path / "password").write_bytes("\ufeffp4sswörd\r\n".encode())
+    assert read_password("AUTHSVC_SMTP_PASSWORD_FILE", str(tmp_path / "password")) == "p4sswörd"
+
+
+@pytest.mark.parametrize("public_url", ["", "https://auth.example.com"])
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("postgresql://u@db.example.com/x?sslmode=require", True),
+        ("postgresql://u@db.example.com/x?ssl=true", True),
+        ("postgresql://u@localhost,db.example.com/x?sslmode=require&sslrootcert=/ca.pem", True),
+        ("postgresql://u@/x?hostaddr=192.0.2.1&sslmode=require", True),
+        ("postgresql://u@db.example.com/x?sslmode=verify-ca", False),
+        ("postgresql://u@db.example.com/x?sslmode=verify-full", False),
+        ("postgresql://u@localhost/x?sslmode=require", False),
+        ("postgresql://u@127.0.0.1,[::1]/x?sslmode=require", False),
+        ("postgresql:///x?host=/run/postgresql&sslmode=require", False),
+    ],
+)
+def test_a_server_elsewhere_that_is_not_verified_gives_a_warning(public_url: str, url: str, warned: bool) -> None:
+    found = [line for line in Settings(database=url, public_url=public_url).warnings() if "AUTHSVC_DATABASE" in line]
+    assert len(found) == warned
+    for warning in found:
+        assert warning.startswith("AUTHSVC_DATABASE: sslmode=require does not verify the server")
+        assert "set sslmode=verify-full, and sslrootcert=system or" in warning
+        assert warning.endswith("the next release will refuse it")
 
 
 def test_without_psycopg_a_database_url_is_left_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
