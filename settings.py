@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from urllib.parse import SplitResult, quote, urlsplit
 from addresses import Address, is_loopback, is_private_peer, is_wide, parse_networks
 
 PREFIX = "AUTHSVC_"
+POSIX_MODULES = "fcntl", "pwd", "syslog"  # Python's modules that Windows lacks; we import them in functions or late
 
 # Variables with our prefix that other programs read.
 FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
@@ -113,8 +115,10 @@ class Settings:
         """Read the AUTHSVC_… variables.
 
         Raises:
-            SettingsError: a variable is unknown, or its value is invalid.
+            SettingsError: a variable is unknown, or its value is invalid; or the system is not supported.
         """
+        if not all(map(find_spec, POSIX_MODULES)):
+            raise SettingsError("this service runs on Linux and macOS; on Windows use WSL")
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):

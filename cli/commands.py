@@ -11,10 +11,8 @@ import argparse
 import io
 import json
 import os
-import pwd
 import re
 import sys
-import syslog
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -150,6 +148,8 @@ class Operator:
 
     def log(self, event: str, **details: Any) -> None:
         """Log a change and the name of the person who made it."""
+        import syslog  # here, as in _login_name(): Windows lacks it, which the settings report
+
         name = _login_name()
         log_event(event, operator=name, **details)
         syslog.openlog("authsvc", 0, syslog.LOG_AUTH)  # standard error of a terminal is not kept anywhere
@@ -516,6 +516,8 @@ def _utf_8(text: str) -> str:
 
 
 def _login_name() -> str:
+    import pwd
+
     # Environment variables such as LOGNAME are not used: anybody can set them.
     with suppress(OSError):  # there is no terminal, as under a timer or in a container
         return os.getlogin()  # the person who logged in, even under sudo

@@ -444,6 +444,19 @@ def test_a_port_in_use_prevents_the_start_before_a_file_is_made(service: Service
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("arguments", [[], ["user", "list"], ["backup", "copy.db"]])
+@pytest.mark.parametrize("missing", ["fcntl", "pwd", "syslog", "fcntl pwd syslog grp resource termios"])
+def test_a_system_without_posix_modules_prevents_the_start(tmp_path: Path, missing: str, arguments: list[str]) -> None:
+    without = f"import sys; sys.modules.update(dict.fromkeys({missing.split()}))"
+    command = [PYTHON, "-c", f"{without}; import authsvc; sys.exit(authsvc.main({arguments}))"]
+    environ = clean_environ() | {"PYTHONPATH": str(HERE)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=20)
+    line = "authsvc: this service runs on Linux and macOS; on Windows use WSL\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", line)
+    assert not contents(tmp_path)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("version", ["3.34.0", "3.36.1"])
 def test_an_old_sqlite_prevents_the_start_before_a_file_is_made(tmp_path: Path, version: str) -> None:
     numbers = tuple(map(int, version.split(".")))
