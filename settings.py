@@ -20,23 +20,18 @@ from urllib.parse import SplitResult, quote, urlsplit
 from addresses import Address, is_loopback, is_private_peer, is_wide, parse_networks
 
 PREFIX = "AUTHSVC_"
-POSIX_MODULES = "fcntl", "pwd", "syslog"  # Python's modules that Windows lacks; we import them in functions or late
 
 # Variables with our prefix that other programs read.
 FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
 
 # Kubernetes sets these variables for a Service named authsvc or authsvc-…, and Docker for a link of that name. Only
 # values of their form are ignored: any other value was meant as a setting.
+_LINKED_PORT = r"PORT_[0-9]+_(?:TCP|UDP|SCTP)"
 _LINK = re.compile(
-    r"""
-    AUTHSVC_(?:[A-Z0-9_]+_)?(?:
-        PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))? = (?:tcp|udp|sctp)://[^\s@]+
-      | (?:SERVICE_HOST | PORT_[0-9]+_(?:TCP|UDP|SCTP)_ADDR) = [0-9A-Fa-f.:]+
-      | (?:SERVICE_PORT(?:_[A-Z0-9_]+)? | PORT_[0-9]+_(?:TCP|UDP|SCTP)_PORT) = [0-9]+
-      | PORT_[0-9]+_(?:TCP|UDP|SCTP)_PROTO = (?:tcp|udp|sctp)
-    )
-    | AUTHSVC_NAME = /[\w.-]+/authsvc""",
-    re.VERBOSE,
+    rf"AUTHSVC_NAME=/[\w.-]+/authsvc|AUTHSVC_(?:[A-Z0-9_]+_)?(?:{_LINKED_PORT}_PROTO=(?:tcp|udp|sctp)"
+    rf"|(?:PORT|{_LINKED_PORT})=(?:tcp|udp|sctp)://[^\s@]+"
+    rf"|(?:SERVICE_HOST|{_LINKED_PORT}_ADDR)=[0-9A-Fa-f.:]+"
+    rf"|(?:SERVICE_PORT(?:_[A-Z0-9_]+)?|{_LINKED_PORT}_PORT)=[0-9]+)"
 )
 
 RANGES = {
@@ -58,7 +53,6 @@ MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!
 _URL = re.compile(r"postgres(?:ql)?://(?:[^\s/@?#]*@)?[^\s/@?#]*(?:/[^\s/@?#]*)?(?:\?[^\s@?#]*)?")
 _HOST = re.compile(r"[\w.-]*|[0-9A-Fa-f:.]+|/[\w./ -]+")  # a name, an IP address, or the folder of a Unix socket
 _PORT = re.compile(r"[0-9]{0,5}")
-_NAME = re.compile(r"[^=@]*")  # of a database; anything else may be a connection string with a password
 # What is not the path of a file, and may contain a password: URLs of another form, and libpq's connection strings.
 _NO_PATH = re.compile(r"://|^[A-Z][A-Z0-9+.-]*:|(?:^|//)[^/]*:[^/]*@|^[A-Z_]+ *=|\bpassword *=", re.IGNORECASE)
 ENCRYPTED_MODES = "require", "verify-ca", "verify-full"  # values of sslmode that never fall back to plain text
@@ -68,10 +62,10 @@ _STRAY = re.compile(r"[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff]|\
 
 # Common suffixes under which strangers have hosts. Browsers refuse a cookie for each suffix in publicsuffix.org's list.
 _SECOND_LEVEL = re.compile(r"(?:ac|co|com|edu|go|gob|gov|gv|ltd|mil|ne|net|nom|or|org|plc|sch)\.[a-z]{2}")
-_HOSTING = """
-    me.uk asso.fr github.io gitlab.io pages.dev workers.dev web.app firebaseapp.com vercel.app netlify.app fly.dev
-    onrender.com herokuapp.com azurewebsites.net cloudfront.net ngrok.io ngrok.app ngrok-free.app trycloudflare.com
-    duckdns.org dedyn.io ddns.net no-ip.org hopto.org dyndns.org synology.me myfritz.net nip.io sslip.io"""
+_HOSTING = (
+    "me.uk github.io gitlab.io pages.dev workers.dev web.app vercel.app netlify.app fly.dev onrender.com ngrok.io "
+)
+_HOSTING += "herokuapp.com duckdns.org dedyn.io ddns.net no-ip.org hopto.org dyndns.org synology.me myfritz.net nip.io"
 
 REGISTRATION = "open", "invitation", "closed"
 
@@ -117,7 +111,7 @@ class Settings:
         Raises:
             SettingsError: a variable is unknown, or its value is invalid; or the system is not supported.
         """
-        if not all(map(find_spec, POSIX_MODULES)):
+        if not all(map(find_spec, ("fcntl", "pwd", "syslog"))):  # as on Windows
             raise SettingsError("this service runs on Linux and macOS; on Windows use WSL")
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
@@ -133,12 +127,13 @@ class Settings:
         return cls(**values)
 
     def __post_init__(self) -> None:
-        self._normalize()
+        # As browsers write them in an Origin header: in lower case, and without the default port.
+        url = re.sub(r"\A(https://[^/:]+):0*443\Z", r"\1", self.public_url.lower())
+        object.__setattr__(self, "public_url", url)
+        object.__setattr__(self, "cookie_domain", self.cookie_domain.lower())
         for one in fields(self):
-            text = os.fsencode(str(getattr(self, one.name))).decode(
-                errors="replace"
-            )  # in another locale it was misread
-            stray = _STRAY.search(text)
+            # Most values are in UTF-8, which Python has misread in another locale.
+            stray = _STRAY.search(os.fsencode(str(getattr(self, one.name))).decode(errors="replace"))
             self._require(not stray, one.name, "must have no control characters, and no blanks or quotes around it")
         for name, (least, most) in RANGES.items():
             self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
@@ -159,14 +154,6 @@ class Settings:
             remedy = "set AUTHSVC_PUBLIC_URL for production, or AUTHSVC_UNSAFE_LISTEN=1 to accept the risk"
             self._require(listens_locally or self.unsafe_listen, "listen", f"{risk}: {remedy}")
 
-    def _normalize(self) -> None:
-        """Write host names as browsers write them in an Origin header: in lower case, without the default port."""
-        for name in "public_url", "cookie_domain":
-            text = getattr(self, name)
-            object.__setattr__(self, name, text.lower() if text.isascii() else text)
-        if found := re.fullmatch(r"(https://[^/:]+):0*([1-9][0-9]*)", self.public_url):
-            object.__setattr__(self, "public_url", found[1] if found[2] == "443" else f"{found[1]}:{found[2]}")
-
     def _check_database(self) -> None:
         self._require(self.database, "database", "must name a file")
         form = "must be a file or postgresql://user:password@host:port/name, percent-encoded where needed"
@@ -179,9 +166,9 @@ class Settings:
                 self._require(safe, "database", "would connect without TLS: add ?sslmode=verify-full")
                 if self.database_password_file and not (options or {}).get("password"):
                     password = read_password("AUTHSVC_DATABASE_PASSWORD_FILE", self.database_password_file)
-                    url = self.database.rstrip("?&")
-                    url += f"{'&' if '?' in url else '?'}password={quote(password, safe='')}"
-                    object.__setattr__(self, "database", url)
+                    url, _, query = self.database.partition("?")
+                    query = f"{query}&password={quote(password, safe='')}".lstrip("&").replace("&&", "&")
+                    object.__setattr__(self, "database", f"{url}?{query}")
 
     def _check_proxies(self) -> None:
         try:
@@ -191,8 +178,8 @@ class Settings:
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?", self.public_url, re.ASCII)
-        usable = host and int(host[2] or 443) <= 65535
-        self._require(usable, "public_url", "must be https://host or https://host:port, without a path")
+        possible = host and int(host[2] or 443) <= 65535
+        self._require(possible, "public_url", "must be https://host or https://host:port, without a path")
         self._require(self.bcrypt_cost >= 10, "bcrypt_cost", "must be at least 10 in production")
         self._require(self.throttle, "throttle", "cannot be off in production")
         self._require(not self.unsafe_listen, "unsafe_listen", "is for development only: unset it")
@@ -322,7 +309,8 @@ def _connection_options(url: str) -> dict[str, str] | None:
     except (Error, ValueError):  # ValueError: not valid UTF-8. Both messages may repeat the password and are dropped.
         return None
     plausible = all(_HOST.fullmatch(host) and _PORT.fullmatch(port) for host, port in _servers(options))
-    return options if plausible and _NAME.fullmatch(options.get("dbname", "")) and _URL.fullmatch(url) else None
+    plausible = plausible and not re.search("[=@]", options.get("dbname", ""))  # a connection string with a password
+    return options if plausible and _URL.fullmatch(url) else None
 
 
 def _servers(options: dict[str, str]) -> list[tuple[str, str]]:

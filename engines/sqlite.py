@@ -25,7 +25,6 @@ BUSY_TIMEOUT = 5.0  # seconds that a write waits for another process
 CHECKPOINT_TIMEOUT = 100  # milliseconds that emptying the write-ahead log waits for readers, and writers for it
 LOCK_INTERVAL = 0.005  # seconds between two tries for the file lock
 MIN_FILE_BYTES = 512  # the smallest page of SQLite
-MIN_SQLITE = 3, 37  # has STRICT tables; RETURNING is older
 DATA_LOSS = "changes since the last backup are lost"
 
 # Closing any file descriptor of a file gives up all locks that this process holds on it (fcntl(2)), SQLite's own too.
@@ -221,9 +220,8 @@ def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
 
 
 def _check_library() -> None:
-    if sqlite3.sqlite_version_info < MIN_SQLITE:
-        needed = ".".join(map(str, MIN_SQLITE))
-        raise DatabaseRefused(f"it needs SQLite {needed} or newer, this is {sqlite3.sqlite_version}")
+    if sqlite3.sqlite_version_info < (3, 37):  # the first with STRICT tables
+        raise DatabaseRefused(f"it needs SQLite 3.37 or newer, this is {sqlite3.sqlite_version}")
 
 
 def schema_version(db: sqlite3.Connection) -> int:

@@ -15,7 +15,6 @@ from engines.errors import DatabaseRefused
 from engines.rows import Rows
 from engines.sqlite import SQLiteEngine, connect
 
-NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # errors of a file system that does not flush folders
 IN_USE = "the database is in use: stop the service first"
 
 
@@ -199,11 +198,7 @@ def _temporary_file(path: str) -> Iterator[str]:
 
 
 def _publish(temporary: str, path: str) -> None:
-    try:
-        os.link(temporary, path)  # unlike rename() it never replaces a file
-    except FileExistsError:
-        raise
-    except OSError:  # the file system has no hard links, like exFAT and some network drives
+    if not _link(temporary, path):
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         os.replace(temporary, path)
     _sync(path)
@@ -211,16 +206,23 @@ def _publish(temporary: str, path: str) -> None:
 
 def _keep(database: str, kept: str) -> None:
     """Give a closed database a second name, or copy it where the file system has no hard links."""
-    try:
-        os.link(database, kept)
-    except FileExistsError:
-        raise
-    except OSError:
+    if not _link(database, kept):
         with _temporary_file(kept) as temporary:
             shutil.copyfile(database, temporary)
             _copy_owner(database, temporary)
             _sync(temporary)
             _publish(temporary, kept)
+
+
+def _link(path: str, name: str) -> bool:
+    """Give a file a second name, unless it is taken; return whether the file system has hard links. exFAT has none."""
+    try:
+        os.link(path, name)  # unlike rename() it never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _copy_owner(database: str, path: str) -> None:
@@ -244,10 +246,5 @@ def _sync(path: str) -> None:
     """Flush a file and its name to disk. It must not be open as a database: closing it here gives up SQLite's locks."""
     for name in (path, os.path.dirname(os.path.abspath(path))):
         file = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        except OSError as error:
-            if name == path or error.errno not in NO_FOLDER_SYNC:
-                raise
-        finally:
-            os.close(file)
+        os.fsync(file)
+        os.close(file)

@@ -206,6 +206,7 @@ REFUSED_STARTS = [
             "https://u:1/secret@auth.example.com",
             "https://auth.example.com:",
             "https://auth.example.com:0",
+            "https://auth.example.com:08443",
             "https://auth.example.com:65536",
             "https://auth.example.com:443/",
             "https://auth.example.com:443:443",

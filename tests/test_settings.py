@@ -622,7 +622,7 @@ def test_clients_are_told_apart_unless_all_have_the_address_of_a_proxy(
         ("https://auth.example.com:443", "https://auth.example.com"),
         ("https://auth.example.com:0443", "https://auth.example.com"),
         ("HTTPS://Auth.Example.COM", "https://auth.example.com"),
-        ("https://Auth.example.com:08443", "https://auth.example.com:8443"),
+        ("https://Auth.example.com:8443", "https://auth.example.com:8443"),
         ("https://auth.example.com:4430", "https://auth.example.com:4430"),
         ("https://192.0.2.1:443", "https://192.0.2.1"),
     ],

@@ -74,20 +74,13 @@ def first_release(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["links", "no links"])
 def links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The file system has hard links or, like exFAT and some network drives, neither links nor flushing of folders."""
+    """The file system has hard links or, like exFAT and some network drives, none."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
-    def flush(file: int) -> None:
-        if stat.S_ISDIR(os.fstat(file).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        fsync(file)
-
-    fsync = os.fsync
     if request.param == "no links":
         monkeypatch.setattr(os, "link", refuse)
-        monkeypatch.setattr(os, "fsync", flush)
     return str(request.param)
 
 

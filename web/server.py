@@ -556,8 +556,9 @@ class _LogHandler(logging.Handler):
 
 
 def _log_closing(channel: Channel, reason: str) -> None:
-    address = channel.client or client_address(channel.addr[0], None, "")
-    log_event("sys_connection_closed", address=address, reason=reason)
+    log_event(
+        "sys_connection_closed", address=channel.client or client_address(channel.addr[0], None, ""), reason=reason
+    )
 
 
 def _refuse(channel: Any) -> None:
