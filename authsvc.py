@@ -480,7 +480,7 @@ def serve(settings: Settings) -> int:
 def _bind(settings: Settings) -> socket.socket:
     host, port = settings.address
     family = socket.AF_INET if host.version == 4 else socket.AF_INET6
-    both = host.version == 6 and host.is_unspecified and socket.has_dualstack_ipv6()  # [::] takes IPv4 as well
+    both = host.version == 6 and socket.has_dualstack_ipv6()  # [::] takes IPv4 as well
     try:
         # It listens from now on, so that a second service on this port fails before it opens the database.
         return socket.create_server((str(host), port), family=family, dualstack_ipv6=both)

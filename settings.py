@@ -171,10 +171,12 @@ class Settings:
                     object.__setattr__(self, "database", f"{url}?{query}")
 
     def _check_proxies(self) -> None:
+        problem = ""
         try:
             parse_networks(self.trusted_proxy)
         except ValueError as error:
-            self._require(False, "trusted_proxy", _without_password(str(error)))
+            problem = _without_password(str(error))
+        self._require(not problem, "trusted_proxy", problem)  # here, so that no traceback shows the first error
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?", self.public_url, re.ASCII)

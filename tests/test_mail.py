@@ -28,6 +28,7 @@ import trustme
 import mail
 from auth import Auth, AuthError
 from authsvc import create_app
+from cli import commands
 from credentials import totp
 from mail import ANSWER_FIRST, Mailer
 from settings import Settings
@@ -206,6 +207,17 @@ def link_of(message: EmailMessage) -> dict[str, str]:
 def confirm(call: Client, token: str, password: str = NEW_PASSWORD) -> int:
     form = {"email": BOB, "reset_token": token, "new_password": password}
     return call("PUT", "/reset_password", form, REMOTE_ADDR=CLIENT).status
+
+
+def test_a_check_reports_a_password_that_smtp_cannot_send(
+    settings_for: Callable[..., Settings], server: MailServer, tmp_path: Path
+) -> None:
+    settings = settings_for(server.url)
+    assert commands._mail_problems(settings) == []
+    (tmp_path / "password").write_text("pässwörd", encoding="utf-8")
+    assert commands._mail_problems(settings) == [
+        "the name or the password of the user in AUTHSVC_SMTP_URL is not ASCII"
+    ]
 
 
 # Contents and recipients
