@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,12 @@ FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
 
 # Kubernetes sets these variables for a Service named authsvc or authsvc-…, and Docker for a link of that name. Only
 # values of their form are ignored: any other value was meant as a setting.
-_LINKED_PORT = r"PORT_[0-9]+_(?:TCP|UDP|SCTP)"
 _LINK = re.compile(
-    rf"AUTHSVC_NAME=/[\w.-]+/authsvc|AUTHSVC_(?:[A-Z0-9_]+_)?(?:{_LINKED_PORT}_PROTO=(?:tcp|udp|sctp)"
-    rf"|(?:PORT|{_LINKED_PORT})=(?:tcp|udp|sctp)://[^\s@]+"
-    rf"|(?:SERVICE_HOST|{_LINKED_PORT}_ADDR)=[0-9A-Fa-f.:]+"
-    rf"|(?:SERVICE_PORT(?:_[A-Z0-9_]+)?|{_LINKED_PORT}_PORT)=[0-9]+)"
+    r"AUTHSVC_NAME=/[\w.-]+/authsvc|AUTHSVC_(?:[A-Z0-9_]+_)?(?:"
+    r"PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://[^\s@]+"
+    r"|(?:SERVICE_HOST|PORT_[0-9]+_(?:TCP|UDP|SCTP)_ADDR)=[0-9A-Fa-f.:]+"
+    r"|(?:SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT_[0-9]+_(?:TCP|UDP|SCTP)_PORT)=[0-9]+"
+    r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)_PROTO=(?:tcp|udp|sctp))"
 )
 
 RANGES = {
@@ -111,8 +110,10 @@ class Settings:
         Raises:
             SettingsError: a variable is unknown, or its value is invalid; or the system is not supported.
         """
-        if not all(map(find_spec, ("fcntl", "pwd", "syslog"))):  # as on Windows
-            raise SettingsError("this service runs on Linux and macOS; on Windows use WSL")
+        try:
+            import fcntl, pwd, syslog  # engines and cli use them; Windows has none  # noqa: E401, F401, I001
+        except ImportError:
+            raise SettingsError("this service runs on Linux and macOS; on Windows use WSL") from None
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):

@@ -31,6 +31,10 @@ from settings import Settings, SettingsError, redacted
 from storage import DB, User, newest_session_time
 from tables.rate_limits import CLOCK_TOLERANCE
 
+with suppress(ImportError):  # the settings say that Windows, which lacks them, is not supported
+    import pwd
+    import syslog
+
 EMAIL_TAKEN = "email already registered, or repeated in this file"
 
 PROGRESS_STEP = 5000  # rows between two updates of the progress display
@@ -148,8 +152,6 @@ class Operator:
 
     def log(self, event: str, **details: Any) -> None:
         """Log a change and the name of the person who made it."""
-        import syslog  # here, as in _login_name(): Windows lacks it, which the settings report
-
         name = _login_name()
         log_event(event, operator=name, **details)
         syslog.openlog("authsvc", 0, syslog.LOG_AUTH)  # standard error of a terminal is not kept anywhere
@@ -518,8 +520,6 @@ def _utf_8(text: str) -> str:
 
 
 def _login_name() -> str:
-    import pwd
-
     # Environment variables such as LOGNAME are not used: anybody can set them.
     with suppress(OSError):  # there is no terminal, as under a timer or in a container
         return os.getlogin()  # the person who logged in, even under sudo
