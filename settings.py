@@ -172,12 +172,10 @@ class Settings:
                     object.__setattr__(self, "database", f"{url}?{query}")
 
     def _check_proxies(self) -> None:
-        problem = ""
         try:
             parse_networks(self.trusted_proxy)
         except ValueError as error:
-            problem = _without_password(str(error))
-        self._require(not problem, "trusted_proxy", problem)  # here, so that no traceback shows the first error
+            self._require(False, "trusted_proxy", _without_password(str(error)))
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?", self.public_url, re.ASCII)
@@ -199,7 +197,8 @@ class Settings:
             value = _without_password(str(getattr(self, name)))
             secret = name in ("smtp_url", "database")  # a URL may contain a password
             text = "" if secret else f"={value if value.isprintable() and value == value.strip() else repr(value)}"
-            raise SettingsError(f"{PREFIX}{name.upper()}{text} {requirement}")
+            # A traceback must not show a first error, whose text may repeat the value.
+            raise SettingsError(f"{PREFIX}{name.upper()}{text} {requirement}") from None
 
     @property
     def production(self) -> bool:
@@ -228,9 +227,9 @@ class Settings:
         with suppress(ImportError):
             options = (_connection_options(self.database) if is_url(self.database) else None) or {}
             if options.get("sslmode") == "require" and not _is_local(options):
-                risk = "does not verify the server, and whoever impersonates it gets the data"
                 remedy = "set sslmode=verify-full, and sslrootcert=system or the file of your certificate authority"
-                found.append(f"AUTHSVC_DATABASE: sslmode=require {risk}: {remedy}; the next release will refuse it")
+                refused = "the next release will refuse it"
+                found.append(f"AUTHSVC_DATABASE: sslmode=require does not verify the server: {remedy}; {refused}")
         if self.production and not self.smtp_url:
             found.append("AUTHSVC_SMTP_URL is not set: password reset links cannot be mailed")
         return found
