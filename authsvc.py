@@ -412,6 +412,8 @@ def _flush(code: int) -> int:
             stream.flush()
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # Python would flush it once more
+            if isinstance(error, BrokenPipeError):  # the reader has all that it wants, as "head" does
+                continue
             with contextlib.suppress(OSError):
                 print("" if code else f"authsvc: standard output: {error.strerror}\n", end="", file=sys.stderr)
             code = code or 1

@@ -833,6 +833,13 @@ def test_help_to_a_full_disk_ends_in_one_line(path: Path) -> None:
 
 
 @pytest.mark.process
+def test_help_to_a_reader_that_closes_the_pipe_causes_no_error() -> None:
+    command = f'"{sys.executable}" "{HERE / "authsvc.py"}" --help | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], env=clean_environ(), text=True, capture_output=True, timeout=20)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.process
 def test_a_deletion_without_standard_input_needs_yes(people: Auth, path: Path) -> None:
     line = "authsvc: cannot ask for confirmation without a terminal: add --yes"
     assert output_lost(path, "user delete bob@x.io <&-") == [line]
