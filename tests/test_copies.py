@@ -102,7 +102,7 @@ class Copies:
     def _write_configuration(self, port: int) -> None:
         servers = "\n".join("    server {}:{};".format(*service.address) for service in self.services)
         upstream = re.sub(r"( *(# )?server [0-9.:]+;\n)+", f"{servers}\n", block("upstream authsvc {"), count=1)
-        location = block("    location / {\n        proxy_pass http://authsvc;")
+        location = block("    location / {\n        proxy_request_buffering on;")
         paths = "".join(f"{kind}_temp_path temp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
         user = f"user {getpass.getuser()};" if os.geteuid() == 0 else ""
         (self.folder / "nginx.conf").write_text(
