@@ -14,7 +14,7 @@ from web.forms import MAX_BODY_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.proxies]
 
-WINDOW = 3.0  # seconds
+WINDOW = 1.5  # seconds
 VISITORS = 40  # connections to the service for complete requests; a Caddy keeps up to 32 idle ones
 LARGE = b"x" * 32_768  # more than the proxies buffer
 

@@ -16,4 +16,4 @@ from tests.production import PUBLIC_URL
 @pytest.mark.parametrize("attack", hostile.ATTACKS)
 def test_600_hostile_connections_keep_nobody_out(start: Callable[..., Service], attack: str) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY="127.0.0.1", AUTHSVC_BCRYPT_COST="10")
-    hostile.withstands(service, attack, seconds=6)
+    hostile.withstands(service, attack, seconds=4)
