@@ -103,7 +103,8 @@ class Handlers:
     def log_in(self) -> Response:
         email, password, otp = _read_form("email", "password", optional=("otp",))
         client, own, agent = _client(), self._cookie(), request.environ.get("HTTP_USER_AGENT", "")
-        arguments = {"address": client, "device": _device(), "replaced": own, "user_agent": agent}
+        device = _device()
+        arguments = {"address": client, "device": device, "replaced": own, "user_agent": agent}
         try:
             user, session_id, factors = self._auth.log_in(email, password, otp, **arguments)
         except rules.LoginFailed as failure:
@@ -112,7 +113,7 @@ class Handlers:
             raise
         _log("authn_login_success", user_id=user.id, factors=factors)
         answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
-        return self._with_device(answer, user)
+        return self._with_device(answer, user, device)
 
     @_route("DELETE", "/sessions")
     def log_out(self) -> Response:
@@ -190,7 +191,7 @@ class Handlers:
         user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
         _log("authn_password_change", user_id=user.id)
         answer = self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
-        return self._with_device(answer, user)
+        return self._with_device(answer, user, _device())
 
     @_route("POST", "/totp", hashes=True)
     def begin_totp(self) -> Response:
@@ -201,10 +202,11 @@ class Handlers:
     @_route("PUT", "/totp")
     def confirm_totp(self) -> Response:
         (otp,) = _read_form("otp")
-        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=_device())
+        device = _device()
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=device)
         _log("authn_factor_added", user_id=user.id)
         answer = self._with_cookie(json_response(200, message="second factor on", recovery_codes=codes), session_id)
-        return self._with_device(answer, user)
+        return self._with_device(answer, user, device)
 
     @_route("DELETE", "/totp", hashes=True)
     def remove_totp(self) -> Response:
@@ -231,7 +233,7 @@ class Handlers:
         email, reset_token, new_password = _read_form("email", "reset_token", "new_password")
         user = self._auth.reset_password(reset_token, new_password, email=email, address=_client())
         _log("authn_password_change", user_id=user.id)
-        return self._with_device(json_response(200, email=email, message="Password updated"), user, "reset")
+        return self._with_device(json_response(200, email=email, message="Password updated"), user, _device(), "reset")
 
     @_route("GET", "/login", "/register", "/forgot", "/reset")
     def page(self) -> Response:
@@ -281,8 +283,8 @@ class Handlers:
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
         return answer
 
-    def _with_device(self, answer: Response, user: User, kind: str = "full") -> Response:
-        if value := self._auth.device_cookie(user, _device(), kind):
+    def _with_device(self, answer: Response, user: User, held: str | None, kind: str = "full") -> Response:
+        if value := self._auth.device_cookie(user, held, kind):
             attributes = f"HttpOnly; Path=/; SameSite=Lax; Secure; Max-Age={self._auth.device_lifetime}"
             answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}={value}; {attributes}"))
         return answer
