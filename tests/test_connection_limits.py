@@ -347,6 +347,32 @@ def test_unfinished_heads_of_a_proxy_are_not_counted(server: LocalServer, begin:
     assert closed(begin(server, [b"GET / HTTP/1.1\r\nHost"] * 18)) == [False] * 18
 
 
+def test_a_silent_connection_is_closed(server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert web.server.IDLE_TIMEOUT == 30
+    monkeypatch.setattr(web.server, "IDLE_TIMEOUT", 0.0)
+    for connection in begin(server, [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"]):
+        connection.settimeout(5)
+        while connection.recv(65_536):
+            pass
+
+
+def test_a_client_that_lets_the_next_request_wait_by_reading_nothing_is_closed(
+    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    monkeypatch.setattr(LocalServer, "BODY", b"x" * 9000)
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(server.address)
+    reader.sendall(get * 100)
+    channels = server.server._server.active_channels
+    assert awaited(lambda: any(channel.unparsed for channel in channels.values()))
+    time.sleep(0.5)  # until the kernel takes no further answer
+    monkeypatch.setattr(web.server, "ANSWER_TIMEOUT", 0.1)
+    assert awaited(lambda: not channels)
+    reader.close()
+
+
 def test_clients_that_look_like_one_are_not_limited(start_server: Callable[..., LocalServer], begin: Begin) -> None:
     server = start_server(trusted_proxy="")
     assert closed(begin(server, [half("203.0.113.5")] * 18)) == [False] * 18
@@ -417,23 +443,46 @@ def test_an_answer_that_nobody_reads_is_given_up(
 # Room for others
 
 
-def test_room_is_made_first_by_unfinished_requests_then_by_unread_answers_then_by_silence(
-    server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_made_by_what_is_oldest(server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web.server, "MIN_AGE", 0.0)
-    silent, used = begin(server, [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+    (old,) = begin(server, [half("203.0.113.5")])
+    (used,) = begin(server, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
     assert status(used) == 200
     monkeypatch.setattr(LocalServer, "BODY", b"x" * 2**22)
-    unread = begin(server, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
+    (unread,) = begin(server, [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"])
     monkeypatch.setattr(LocalServer, "BODY", b"ok")
-    old, new = begin(server, [half("203.0.113.5"), half("203.0.113.6")])
+    new, silent = begin(server, [half("203.0.113.6"), b""])
     ranked = sorted(
-        (key, channel.addr[1])
+        (since, channel.addr[1])
         for channel in server.server._channels
-        if (key := channel.makes_room(time.monotonic())) is not None
+        if (since := channel.makes_room(time.monotonic())) is not None
     )
-    expected = [one.getsockname()[1] for one in (old, new, *unread, silent, used)]
+    expected = [one.getsockname()[1] for one in (silent, old, used, unread, new)]  # "silent" counts as 5 s older
     assert [port for _, port in ranked if port in expected] == expected
+
+
+def test_a_request_behind_a_refused_one_is_not_served(server: LocalServer, connections: list[socket.socket]) -> None:
+    server.dispatcher._hashing_queue.class_limit = 0
+    post = b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+    connections.append(socket.create_connection(server.address, timeout=5))
+    connections[0].sendall(post + post.replace(b"POST", b"GET"))
+    answers = b""
+    while chunk := connections[0].recv(65_536):
+        answers += chunk
+    assert answers.count(b"HTTP/1.1 ") == 1
+    assert answers.startswith(b"HTTP/1.1 503 ")
+    assert server.hashing.empty()  # "GET /slow" was not called
+    server.dispatcher._hashing_queue.class_limit = 1  # the end of the server needs a place
+
+
+def test_an_answer_that_was_waited_for_is_sent_whole(server: LocalServer, connections: list[socket.socket]) -> None:
+    connections.append(server.hash_first())
+    (channel,) = [one for one in server.server._channels if one.requests]
+    channel.last_activity -= 1000  # it has waited for the hash
+    with channel.outbuf_lock:
+        channel.total_outbufs_len = 1  # as between the head of an answer and its body
+        assert not channel.is_slow(time.monotonic(), web.server.BODY_TIMEOUT)
+        channel.total_outbufs_len = 0
 
 
 def test_what_is_younger_than_a_second_makes_no_room(server: LocalServer, begin: Begin) -> None:
@@ -455,6 +504,7 @@ def test_connections_are_closed_before_the_limit_is_reached(
     server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web.server, "MIN_AGE", 0.0)
+    monkeypatch.setattr(web.server, "UNUSED_AGE", 0.0)
     monkeypatch.setattr(web.server, "MAX_CONNECTIONS", 30)
     monkeypatch.setattr(web.server, "ROOM", 10)
     begun = begin(server, [half(f"203.0.113.{n}") for n in range(25)])
@@ -536,12 +586,8 @@ def test_60_slow_connections_are_closed_at_the_timeouts(
 def test_a_refused_client_that_keeps_sending_is_disconnected(
     connections: list[socket.socket], start_server: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert web.server.IDLE_TIMEOUT == 30
-    monkeypatch.setattr(web.server, "IDLE_TIMEOUT", 1)
+    monkeypatch.setattr(web.server, "ANSWER_TIMEOUT", 1.0)
     server = start_server()
-    waitress_server = server.server._server
-    waitress_server.adj.cleanup_interval = 0.2  # seconds between two searches for idle connections
-    waitress_server.next_channel_cleanup = 0  # the first search was planned with the interval of the service
     connections.append(socket.create_connection(server.address, timeout=5))
     connections[0].sendall(f"POST /users HTTP/1.1\r\n{HOST}Content-Length: 1000000000\r\n\r\n".encode())
     assert status(connections[0]) == 413

@@ -126,9 +126,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         self.path = unquote(path, "latin-1") if "%" in path else path
         self.url_scheme, headers, repeated = self.adj.url_scheme, self.headers, False
         lines = fields.split("\r\n")[:-1]
-        if len(lines) > MAX_HEADERS:
-            raise Refused(RequestHeaderFieldsTooLarge("too many headers"))
-        for line in lines:
+        for line in lines[:MAX_HEADERS]:
             name, _, value = line.partition(":")
             if "_" in name:  # dropped, as nginx does: applications would take X_Forwarded_For for X-Forwarded-For
                 continue
@@ -137,7 +135,10 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
                 repeated = repeated or name in SINGLE_HEADERS
                 value = f"{headers[name]}, {value}"
             headers[name] = value
-        if repeated:  # not before all headers are read: the log needs the address that the proxy added
+        # Not before the headers are read: the log needs the address that the proxy added.
+        if len(lines) > MAX_HEADERS:
+            raise Refused(RequestHeaderFieldsTooLarge("too many headers"))
+        if repeated:
             raise Refused(BadRequest("repeated header"))
         host = headers.get("HOST", "" if self.version == "1.1" else "unnamed")
         if not (_is_host(host) and (self.request_uri.startswith("/") or _is_host(authority))):

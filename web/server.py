@@ -67,6 +67,7 @@ BUSY_BODY_TIMEOUT = 5.0  # the same while more than half of the connections are 
 ANSWER_TIMEOUT = 10.0  # seconds in which a client must accept some of an answer, or close after a refusal
 IDLE_TIMEOUT = 30  # seconds that a connection may be silent
 MIN_AGE = 1.0  # seconds: what is younger is not closed to make room
+UNUSED_AGE = 5.0  # seconds by which a connection that never sent anything counts as older
 ROOM = 16  # connections that are kept free, so that a new one need not wait for another to be closed
 SEND_BUFFER = 32_768  # bytes of answers that the kernel keeps for a client that does not read; Linux doubles it
 
@@ -269,7 +270,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def handle_write(self) -> None:
         if self.discard and self.close_when_flushed and not self.total_outbufs_len and not self.will_close:
             self.close_when_flushed = False
-            self.lingering = True
+            self.lingering, self.answered_at, self.unparsed = True, time.monotonic(), b""
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
         else:
@@ -295,24 +296,36 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def is_slow(self, now: float, body_timeout: float) -> bool:
         """Return whether the client has had enough time for what it is doing. ``now`` is in monotonic seconds."""
-        if self.total_outbufs_len or self.lingering:
-            return time.time() - self.last_activity > ANSWER_TIMEOUT
+        if self.requests:  # a thread serves it
+            return False
         if self.head_at is not None:
             return now - self.head_at > body_timeout
-        return self.unfinished_since is not None and now - self.unfinished_since > HEAD_TIMEOUT
-
-    def makes_room(self, now: float) -> tuple[int, float] | None:
-        """Return when this connection is closed to make room for others, as a sort key; None if it is not."""
         if self.unfinished_since is not None:
-            key = 0, self.unfinished_since
-        elif self.total_outbufs_len or self.lingering:
-            key = 1, self.answered_at
-        elif self.requests:
+            return now - self.unfinished_since > HEAD_TIMEOUT
+        if self.lingering:
+            return now - self.answered_at > ANSWER_TIMEOUT
+        reads = self.total_outbufs_len or self.unparsed  # which waits until the kernel takes another answer
+        return now - max(self.answered_at, self._silent_since) > (ANSWER_TIMEOUT if reads else IDLE_TIMEOUT)
+
+    def makes_room(self, now: float) -> float | None:
+        """Return since when this connection holds its place, in monotonic seconds; None if it must not be closed.
+
+        All kinds are compared by their age. Otherwise many of one kind would cost an honest client of another kind its
+        place. Only those that never sent anything count as older.
+        """
+        if self.requests:
             return None
-        else:  # first those that never sent a request, then those that have been silent for longest
-            silent_since = time.monotonic() - (time.time() - self.last_activity)
-            key = 2 if self.last_activity == self.creation_time else 3, silent_since
-        return key if now - key[1] >= MIN_AGE else None
+        if self.unfinished_since is not None:
+            since, unused = self.unfinished_since, False
+        elif self.total_outbufs_len or self.lingering:
+            since, unused = self.answered_at, False
+        else:
+            since, unused = self._silent_since, self.last_activity == self.creation_time
+        return None if now - since < MIN_AGE else since - UNUSED_AGE * unused
+
+    @property
+    def _silent_since(self) -> float:
+        return time.monotonic() - (time.time() - self.last_activity)
 
 
 class Dispatcher:
@@ -435,8 +448,7 @@ class Server:
             sockets=[listener],
             _dispatcher=dispatcher,
             asyncore_use_poll=True,  # select() cannot see past descriptor 1023
-            channel_timeout=IDLE_TIMEOUT,
-            cleanup_interval=5,
+            channel_timeout=10**9,  # _close_slow() does that, also for a client that never reads
             clear_untrusted_proxy_headers=False,  # is_direct() must see them; nothing else believes them
             connection_limit=MAX_CONNECTIONS,
             ident=None,
@@ -445,6 +457,10 @@ class Server:
         )
         # waitress wakes the I/O thread after each answer. On that thread itself there is nothing to wake.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
+        with contextlib.suppress(
+            AttributeError, OSError
+        ):  # Linux only: also for answers of connections that are closed
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(ANSWER_TIMEOUT * 1000))
         # waitress accepts one connection in each iteration of the loop, and others would wait for all iterations before
         # theirs. So only note here that there are some; they are accepted together when no event is left to handle.
         self._accept = self._server.handle_accept
@@ -504,16 +520,12 @@ class Server:
                 channel.handle_close()
 
     def _make_room(self) -> None:
-        """Close some connections before the limit is reached, at which waitress accepts no further ones.
-
-        First go those whose request has been incomplete for longest, then those with the oldest answer that nobody
-        reads, then silent ones.
-        """
+        """Close the oldest connections before the limit is reached, at which waitress accepts no further ones."""
         excess = len(self._server._map) - (MAX_CONNECTIONS - ROOM)  # waitress counts them in the same way
         if excess <= 0:
             return
         now = time.monotonic()
-        ranked = [(key, channel) for channel in self._channels if (key := channel.makes_room(now))]
+        ranked = [(since, channel) for channel in self._channels if (since := channel.makes_room(now)) is not None]
         for _, channel in sorted(ranked, key=lambda one: one[0])[:excess]:
             _log_closing(channel, "needed for others")
             channel.handle_close()
