@@ -294,4 +294,5 @@ class Site:
     def _caddy(self, text: str) -> str:
         for host in (AUTH, APP):
             text = text.replace(f"\n{host} {{", f"\nhttps://{host}:{self.port} {{\n\ttls certificate.pem key.pem\n")
-        return "{\n\tadmin off\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n}\n" + text
+        options = "\tadmin off\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n"
+        return text.replace("\n{\n", f"\n{{\n{options}", 1)
