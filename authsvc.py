@@ -45,7 +45,8 @@ PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting expired rows
 PRUNE_RETRY = 60.0  # the same after a round that failed, or could not empty the write-ahead log
 PRUNE_REST = 10  # the pause after a step lasts this many times as long as the step, so that no request notices
 
-PAGES = Path(__file__).with_name("web") / "pages"
+PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
+PAGES = PROJECT / "web" / "pages"
 PAGE_NAMES = "login", "register", "forgot", "reset", "account"
 PAGE_FILES = {"style.css": "text/css", "script.js": "text/javascript"}
 # A page may load files from its own host and send requests to it. Only its one script runs.
@@ -443,7 +444,7 @@ def _run(arguments: list[str] | None) -> int:
 def _version() -> str:
     import tomllib  # no request needs it
 
-    project = Path(__file__).with_name("pyproject.toml").read_text(encoding="utf-8")
+    project = (PROJECT / "pyproject.toml").read_text(encoding="utf-8")
     return str(tomllib.loads(project)["project"]["version"])
 
 

@@ -56,8 +56,12 @@ _PORT = re.compile(r"[0-9]{0,5}")
 _NO_PATH = re.compile(r"://|^[A-Z][A-Z0-9+.-]*:|(?:^|//)[^/]*:[^/]*@|^[A-Z_]+ *=|\bpassword *=", re.IGNORECASE)
 ENCRYPTED_MODES = "require", "verify-ca", "verify-full"  # values of sslmode that never fall back to plain text
 
-# What an environment file leaves in a value by mistake: control and invisible characters, blanks or quotes around it.
-_STRAY = re.compile(r"[\0-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff]|\A\s|\s\Z|\A(['\"]).*\1\Z")
+# What an environment file leaves in a value by mistake: control and invisible characters, blanks or quotes at its ends,
+# and comments.
+_STRAY = re.compile(
+    r"[\0-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+    r"|\A[\s'\"]|\s\Z|\A[^'\"]*['\"]\Z|\s#"
+)
 
 # Common suffixes under which strangers have hosts. Browsers refuse a cookie for each suffix in publicsuffix.org's list.
 _SECOND_LEVEL = re.compile(r"(?:ac|co|com|edu|go|gob|gov|gv|ltd|mil|ne|net|nom|or|org|plc|sch)\.[a-z]{2}")
@@ -135,7 +139,9 @@ class Settings:
         for one in fields(self):
             # Most values are in UTF-8, which Python has misread in another locale.
             stray = _STRAY.search(os.fsencode(str(getattr(self, one.name))).decode(errors="replace"))
-            self._require(not stray, one.name, "must have no control characters, and no blanks or quotes around it")
+            self._require(
+                not stray, one.name, "must have no control characters, and no blanks, quotes or comment around it"
+            )
         for name, (least, most) in RANGES.items():
             self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
         self._check_database()

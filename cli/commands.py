@@ -67,7 +67,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             target = command.add_mutually_exclusive_group(required=True)
             target.add_argument("--all", action="store_true", help="end the sessions of all users")
         if argument:
-            kind = _utf_8 if "email" in argument else _file_name if names in ("backup", "restore", "copy-to") else str
+            kind = _utf_8 if "email" in argument else _KINDS.get(names, str)
             target.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None, type=kind)
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
@@ -75,10 +75,23 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--format", choices=user_files.FORMATS.values(), help="default: by the file's name")
 
 
-def _file_name(text: str) -> str:
+def _database(text: str) -> str:
     if text == "-":
         raise argparse.ArgumentTypeError("name a file: a database is no stream")
     return text
+
+
+def _file(text: str) -> str:
+    if "://" in text:  # not shown: it may contain a password
+        raise argparse.ArgumentTypeError("name a file: this is a URL")
+    return text
+
+
+def _database_file(text: str) -> str:
+    return _file(_database(text))
+
+
+_KINDS = {"backup": _database_file, "restore": _database_file, "copy-to": _database, "import": _file, "export": _file}
 
 
 def run(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -219,7 +232,10 @@ def _delete_user(operator: Operator) -> None:
 def _confirm(question: str) -> None:
     if not sys.stdin.isatty():
         raise CommandFailed("cannot ask for confirmation without a terminal: add --yes")
-    if input(question).strip().lower() not in ("y", "yes"):
+    answer = ""
+    with suppress(EOFError):  # Ctrl-D
+        answer = input(_printable(question))
+    if answer.strip().lower() not in ("y", "yes"):
         raise CommandFailed("not confirmed; nothing was deleted")
 
 

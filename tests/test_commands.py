@@ -963,3 +963,39 @@ def test_a_command_that_deletes_empties_the_log_of_a_service(run: Run, people: A
     assert run(*command.split()).code == 0
     assert log.read_bytes() == b""
     assert people.find_user("bob@x.io")
+
+
+@pytest.mark.parametrize("command", ["backup", "restore", "import", "export"])
+def test_a_url_in_the_place_of_a_file_is_refused_and_not_shown(command: str, run: Run, people: Auth) -> None:
+    done = run(command, "postgresql://auth:hunter2@db/auth")
+    assert done.code == 2
+    assert done.err[-1].endswith("name a file: this is a URL")
+    assert "hunter2" not in done.out + "".join(done.err)
+
+
+@pytest.mark.parametrize("answer", ["", "n", "\x04"], ids=["nothing", "no", "the end of the input"])
+def test_without_a_yes_nothing_is_deleted(answer: str, run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def read(question: str) -> str:
+        asked.append(question)
+        if answer == "\x04":
+            raise EOFError
+        return answer
+
+    email = "\u202ebob@x.io"
+    people.add_account(email)
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    done = run("user", "delete", email)
+    assert (done.code, done.err) == (1, ["authsvc: not confirmed; nothing was deleted"])
+    assert asked == ["Delete ?bob@x.io and all their data? [y/N] "]
+    assert people.find_user(email)
+
+
+@pytest.mark.process
+def test_the_program_may_be_started_through_a_symbolic_link(tmp_path: Path) -> None:
+    link = tmp_path / "authsvc"
+    link.symlink_to(HERE / "authsvc.py")
+    done = subprocess.run([sys.executable, link, "--version"], text=True, capture_output=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
