@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
     except REFUSALS as error:
         print(_printable(f"authsvc: {error}{_remedy(error.__cause__, arguments, settings)}"), file=sys.stderr)
     except OSError as error:
-        text = f"{error.filename or arguments.command}: {error.strerror}{_remedy(error, arguments, settings)}"
+        place = error.filename or "cannot write the output"  # the command itself may be done
+        text = f"{place}: {error.strerror}{_remedy(error, arguments, settings)}"
         print(_printable(f"authsvc: {text}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("authsvc: interrupted", file=sys.stderr)

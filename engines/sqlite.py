@@ -242,7 +242,11 @@ def schema_version(db: sqlite3.Connection) -> int:
 
 def open_lock_file(path: str) -> int:
     """Open the lock file of a database, which stays when the database is deleted. All links to it share one."""
-    return os.open(os.path.realpath(path) + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    name = os.path.realpath(path) + ".lock"
+    try:
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DatabaseRefused(f"the lock file {name}: {reason(error)}") from error
 
 
 def lock(lock_file: int) -> None:

@@ -608,3 +608,10 @@ def test_a_link_that_leads_nowhere_is_refused_with_the_reason(tmp_path: Path, ta
     with pytest.raises(DatabaseRefused, match=rf"\Acannot open the database {re.escape(str(link))}: {reason}\Z"):
         DB(link)
     assert [file.name for file in tmp_path.iterdir()] == ["link.db"]
+
+
+def test_a_lock_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    lock_file = tmp_path / "authsvc.db.lock"
+    lock_file.mkdir()
+    with pytest.raises(DatabaseRefused, match=f"the lock file {lock_file}: Is a directory"):
+        DB(str(tmp_path / "authsvc.db"))
