@@ -250,7 +250,7 @@ def test_a_directory_without_write_permission_is_refused(exists: bool) -> None:
             path.touch()
             path.chmod(0o666)
         folder.chmod(0o555)
-        with as_nobody(), pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db: Permission denied\Z"):
+        with as_nobody(), pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db(\.lock)?: Permission denied\Z"):
             DB(path)
         assert tree(folder) == ({"authsvc.db": b""} if exists else {})
         folder.chmod(0o755)
@@ -264,7 +264,7 @@ def test_a_file_without_write_permission_is_refused() -> None:
         path.chmod(0o444)
         folder.chmod(0o777)
         before = tree(folder)
-        with as_nobody(), pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db: Permission denied\Z"):
+        with as_nobody(), pytest.raises(DatabaseRefused, match=r"\A[^\n]*authsvc\.db(\.lock)?: Permission denied\Z"):
             DB(path)
         assert tree(folder) == before
 
