@@ -1,4 +1,4 @@
-"""Malformed requests over real sockets: the answer, the end of the connection, and what is left of the service."""
+"""Malformed requests over real sockets: they are refused, the connection is closed, and the service goes on."""
 
 from __future__ import annotations
 

@@ -240,9 +240,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if not self.total_outbufs_len:
                 self.answered_at = time.monotonic()
             written: int = super().write_soon(data)
-            self._flush_exception(
-                self._flush_some, do_close=False
-            )  # not by the I/O thread, which has to be woken first
+            # Not left to the I/O thread, which has to be woken first.
+            self._flush_exception(self._flush_some, do_close=False)
         return written
 
     def send_now(self, data: bytes) -> None:
@@ -457,9 +456,8 @@ class Server:
         )
         # waitress wakes the I/O thread after each answer. On that thread itself there is nothing to wake.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
-        with contextlib.suppress(
-            AttributeError, OSError
-        ):  # Linux only: also for answers of connections that are closed
+        # Only Linux has this. It also ends the waiting for clients of closed connections that acknowledge no answer.
+        with contextlib.suppress(AttributeError, OSError):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(ANSWER_TIMEOUT * 1000))
         # waitress accepts one connection in each iteration of the loop, and others would wait for all iterations before
         # theirs. So only note here that there are some; they are accepted together when no event is left to handle.
