@@ -349,8 +349,8 @@ class Auth:
 
     def rank_login(self, email: str, device: str | None) -> tuple[bool, str]:
         """Return whether a request with this device cookie goes before those of strangers, but not past a limit."""
-        user = self._find_user(email) if devices.parse(device) else None  # without a cookie, nothing is looked up
-        if user and (known := self._known_device(user, device)):
+        if found := self._known_browser(email, device):
+            user, known = found
             return self._limiter.has_attempts(self._limiter.login_of_device(user.email, known.nonce)), str(user.id)
         return False, _account_name(email)
 
@@ -490,7 +490,7 @@ class Auth:
         The mails to one account are counted later, on the mail thread, without an answer. A browser that the account
         knows is not counted by its address, so that no neighbour can keep the mail from it.
         """
-        known = self._is_known(email, device)
+        known = self._known_browser(email, device) is not None
         if not known:
             self._count(address, self._limiter.reset_address)
         if self._mailer:
@@ -717,9 +717,10 @@ class Auth:
             return self._db.find_user_by(id=user.id)
         return user
 
-    def _is_known(self, email: str, cookie: str | None) -> bool:
-        # Without a cookie, nothing is looked up.
-        return bool(devices.parse(cookie)) and self._known_device(self._find_user(email), cookie) is not None
+    def _known_browser(self, email: str, cookie: str | None) -> tuple[User, devices.Device] | None:
+        user = self._find_user(email) if devices.parse(cookie) else None  # without a cookie, nothing is looked up
+        known = self._known_device(user, cookie)
+        return (user, known) if user and known else None
 
     def _known_device(self, user: User | None, cookie: str | None) -> devices.Device | None:
         if not user or not self._settings.production:
