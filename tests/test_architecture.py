@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import importlib
 import re
@@ -102,8 +103,9 @@ class Import:
     for_types: bool
 
 
-def imports_of(module: str) -> Iterator[Import]:
-    """Yield the imports of a module. ``from package import module`` counts as an import of ``package.module``."""
+@functools.cache
+def imports_of(module: str) -> list[Import]:
+    """Return the imports of a module. ``from package import module`` counts as an import of ``package.module``."""
 
     def walk(node: ast.AST, in_function: bool, for_types: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -123,7 +125,7 @@ def imports_of(module: str) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child, in_function, for_types)
 
-    return walk(TREES[module], False, False)
+    return list(walk(TREES[module], False, False))
 
 
 def importers_of(*packages: str, in_function: bool | None = None) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import json
 import os
 import re
@@ -39,6 +40,7 @@ def production(settings: Settings) -> Settings:
     return replace(settings, public_url="https://auth.example.com", bcrypt_cost=10)
 
 
+@functools.cache
 def calls_in(module: str) -> dict[str, list[ast.Call]]:
     """Return the calls in a module, by the name of the function."""
     found: dict[str, list[ast.Call]] = {}

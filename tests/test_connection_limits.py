@@ -94,6 +94,7 @@ class LocalServer:
 def start_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalServer]]:
     """Start servers with these changes to their settings; they are stopped after the test."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # only the main thread may set a handler
+    monkeypatch.setattr(web.server, "CHECK_INTERVAL", 0.05)
     started: list[LocalServer] = []
 
     def start_one(**changes: Any) -> LocalServer:
@@ -425,12 +426,12 @@ def test_a_body_has_less_time_while_half_of_the_connections_are_taken(
 def test_an_answer_that_nobody_reads_is_given_up(
     server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(web.server, "ANSWER_TIMEOUT", 0.0)
     monkeypatch.setattr(LocalServer, "BODY", b"x" * 2**22)
     reader = socket.create_connection(server.address, timeout=5)
     reader.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     channels = server.server._server.active_channels
     assert awaited(lambda: any(channel.total_outbufs_len for channel in channels.values()))
+    monkeypatch.setattr(web.server, "ANSWER_TIMEOUT", 0.0)
     assert awaited(lambda: not channels)
     received = 0
     with contextlib.suppress(ConnectionResetError):

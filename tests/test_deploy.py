@@ -257,13 +257,18 @@ FILES: dict[str, tuple[str, dict[str, str]]] = {
 }
 
 
+@functools.cache
+def systemd_library() -> str | None:
+    return next((str(path) for path in Path("/usr/lib").glob("**/systemd/libsystemd-shared-*.so")), None)
+
+
 def read_as_systemd(file: Path) -> dict[str, str]:
     """Read a file by the function that systemd itself calls for EnvironmentFile=."""
-    libraries = list(Path("/usr/lib").glob("**/systemd/libsystemd-shared-*.so"))
-    if not libraries:
+    library = systemd_library()
+    if library is None:
         pytest.skip("systemd's library is missing: apt-get install systemd")
     found: Any = ctypes.POINTER(ctypes.c_char_p)()
-    assert ctypes.CDLL(str(libraries[0])).load_env_file(None, bytes(file), ctypes.byref(found)) == 0
+    assert ctypes.CDLL(library).load_env_file(None, bytes(file), ctypes.byref(found)) == 0
     lines = [line.decode() for line in itertools.takewhile(bool, found or ())]
     pairs = [line.partition("=")[::2] for line in lines]
     return {name: value for name, value in pairs if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name)}  # as systemd does

@@ -66,6 +66,7 @@ BODY_TIMEOUT = 15.0  # seconds from there to the end of its body
 BUSY_BODY_TIMEOUT = 5.0  # the same while more than half of the connections are taken
 ANSWER_TIMEOUT = 10.0  # seconds in which a client must accept some of an answer, or close after a refusal
 IDLE_TIMEOUT = 30  # seconds that a connection may be silent
+CHECK_INTERVAL = 1.0  # seconds between two looks at what takes too long
 MIN_AGE = 1.0  # seconds: what is younger is not closed to make room
 UNUSED_AGE = 5.0  # seconds by which a connection that never sent anything counts as older
 ROOM = 16  # connections that are kept free, so that a new one need not wait for another to be closed
@@ -491,9 +492,9 @@ class Server:
         """Serve until stopped, then finish open requests within 8 s; return whether all were finished."""
         checked = time.monotonic()
         while not self._stopping:
-            self._run_loop_once(1.0)
+            self._run_loop_once(CHECK_INTERVAL)
             self._make_room()
-            if time.monotonic() - checked > 1.0:
+            if time.monotonic() - checked > CHECK_INTERVAL:
                 checked = time.monotonic()
                 self._close_slow(checked)
                 self.dispatcher.refuse_late()
