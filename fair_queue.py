@@ -25,7 +25,7 @@ from typing import Generic, TypeVar
 
 MAX_IN_A_ROW = 3  # turns of one class while the next class waits, which so gets at least every fourth
 RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rate limits allow an address two more
-MAX_RECENT = 10_000  # clients that are remembered, some megabytes; the oldest go first
+MAX_RECENT = 2000  # clients that are remembered, with their networks 2 MB; the oldest go first
 
 Item = TypeVar("Item")
 Path = tuple[str, ...]

@@ -28,7 +28,7 @@ LOGIN_ACCOUNT_AND_ADDRESS = 10, 60
 LOGIN_ACCOUNT_AND_SITE = 40, 60  # an IPv6 /48, as large as a provider gives to one customer
 LOGIN_STRANGERS = 20, 900  # one account, from all browsers without a device cookie
 LOGIN_ADDRESS = 30, 30
-LOGIN_PRIORITY = 30, 60  # hashes of one account that other requests wait for; never refunded, never refuses
+LOGIN_PRIORITY = 30, 60  # hashes of one account that other requests wait for; never refunded
 # At any moment three of a million one-time codes are good. An attacker who has the password and guesses codes for a
 # year has a chance of 3 %, or of 10 % with a copied device cookie.
 CODE_DEVICES = 5, 900
@@ -66,9 +66,7 @@ class RateLimiter:
     def login(self, email: str, address: str, device: str | None = None) -> Iterator[Buckets]:
         """Yield the buckets of a login. ``device`` is the nonce of a valid device cookie of the account."""
         account, networks = email.casefold(), client_networks(address)
-        priority = []
         if device is not None:
-            priority = [self._priority(account)]
             yield self.login_of_device(email, device)
         pairs = [self._bucket(LOGIN_ACCOUNT_AND_ADDRESS, "login", account, networks[0])]
         if len(networks) > 1:
@@ -77,14 +75,17 @@ class RateLimiter:
             *(pair._replace(emptied=True) for pair in pairs),
             self._bucket(LOGIN_STRANGERS, "strangers", account),
             *self._by_network(LOGIN_ADDRESS, "login", networks),
-            *priority,
         ]
 
     def login_of_device(self, email: str, device: str) -> Buckets:
         """Return the buckets of a login with a valid device cookie, given by its nonce."""
         account = email.casefold()
         own = self._bucket(LOGIN_DEVICE, "login of device", account, device)
-        return [own, self._bucket(LOGIN_DEVICES, "login of devices", account), self._priority(account)]
+        return [own, self._bucket(LOGIN_DEVICES, "login of devices", account)]
+
+    def priority(self, email: str) -> Buckets:
+        """Return the bucket of the hashes of an account that go before others. Empty, it refuses none of them."""
+        return [self._bucket(LOGIN_PRIORITY, "priority", email.casefold())]
 
     def code(self, email: str, device: str | None) -> list[Buckets]:
         """Return the buckets of a one-time code. ``device`` is the kind of a valid device cookie of the account."""
@@ -95,9 +96,9 @@ class RateLimiter:
             return [[self._bucket(CODE_RESETS, "code after resets", account)]]
         return [[self._bucket(CODE_STRANGERS, "code", account)]]
 
-    def session_password(self, session: int, email: str) -> list[Buckets]:
+    def session_password(self, session: int) -> list[Buckets]:
         """Return the buckets of the current password in a session, given by the id of its row."""
-        return [[self._bucket(SESSION_PASSWORD, "session", str(session)), self._priority(email.casefold())]]
+        return [[self._bucket(SESSION_PASSWORD, "session", str(session))]]
 
     def registration(self, address: str) -> list[Buckets]:
         """Return the buckets of a registration."""
@@ -139,9 +140,6 @@ class RateLimiter:
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""
         return self._key("tag", email.casefold())[:16]
-
-    def _priority(self, account: str) -> Bucket:
-        return self._bucket(LOGIN_PRIORITY, "priority", account)._replace(refuses=False)
 
     def _by_network(self, limit: tuple[int, int], kind: str, networks: Sequence[str]) -> list[Bucket]:
         buckets = [self._scaled(limit, kind, network) for network in networks]

@@ -18,7 +18,6 @@ class Bucket(NamedTuple):
     key: str
     size: int  # attempts at once
     interval: int  # seconds until one attempt is refilled
-    refuses: bool = True  # an attempt is refused if this bucket is empty; otherwise the bucket only records attempts
     emptied: bool = False  # a refused attempt empties it, so that polling for each refill never succeeds
 
 
@@ -29,21 +28,21 @@ class Bucket(NamedTuple):
 # NULL, which the column refuses. All statements lock the rows in the order in which they are given.
 ASKED = """
     WITH asked AS MATERIALIZED (
-        SELECT key, pause, most, refuses, emptied, place
-          FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :refuses::boolean[], :emptied::boolean[])
-               WITH ORDINALITY AS asked (key, pause, most, refuses, emptied, place)
+        SELECT key, pause, most, emptied, place
+          FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :emptied::boolean[])
+               WITH ORDINALITY AS asked (key, pause, most, emptied, place)
     )"""
 CONSUME = f"""
     {ASKED}, taken AS (
         INSERT INTO throttle (key, full_at)
         SELECT key, :now + pause FROM asked
          WHERE NOT EXISTS (SELECT 1 FROM throttle JOIN asked USING (key)
-                            WHERE refuses AND full_at + pause > most AND full_at <= most + :tolerance)
+                            WHERE full_at + pause > most AND full_at <= most + :tolerance)
          ORDER BY place
         ON CONFLICT (key) DO UPDATE SET full_at = (
             SELECT least(greatest(throttle.full_at, :now) + pause, most) FROM asked
              WHERE asked.key = excluded.key
-               AND (NOT refuses OR throttle.full_at + pause <= most OR throttle.full_at > most + :tolerance))
+               AND (throttle.full_at + pause <= most OR throttle.full_at > most + :tolerance))
         RETURNING key
     ), swept AS (
         DELETE FROM throttle
@@ -55,7 +54,7 @@ CONSUME = f"""
 """
 WAIT = f"""
     {ASKED}
-    SELECT max(CASE WHEN refuses AND full_at <= most + :tolerance THEN full_at + pause - most END),
+    SELECT max(CASE WHEN full_at <= most + :tolerance THEN full_at + pause - most END),
            max(CASE WHEN emptied AND full_at < most THEN pause END)
       FROM asked JOIN throttle USING (key)
 """
@@ -91,8 +90,8 @@ class RateLimits:
     def consume(self, buckets: Sequence[Bucket], now: int) -> int:
         """Consume one attempt from each bucket and return 0.
 
-        Where one that refuses is empty, consume nothing, empty those that a refused attempt empties if they have been
-        used at all, and return the seconds to wait.
+        Where one is empty, consume nothing, empty those that a refused attempt empties if they have been used at all,
+        and return the seconds to wait.
         """
         consume = self._consume_together if self._engine.name == "PostgreSQL" else self._consume_in_turn
         return consume(buckets, now)
@@ -108,7 +107,7 @@ class RateLimits:
             statement = "SELECT key, full_at FROM throttle WHERE key IN (SELECT value FROM json_each(:keys))"
             used = dict(db.execute(statement, {"keys": keys}).fetchall())
             consumed = [(bucket, *_consumed(bucket, used.get(bucket.key, now), now)) for bucket in buckets]
-            wait = max(wait if bucket.refuses else 0 for bucket, wait, _ in consumed)
+            wait = max(wait for _, wait, _ in consumed)
             if not wait:
                 statement = """
                     INSERT INTO throttle (key, full_at) VALUES (:key, :full_at)
@@ -131,7 +130,6 @@ class RateLimits:
             "keys": [bucket.key for bucket in buckets],
             "intervals": [bucket.interval for bucket in buckets],
             "fulls": [now + bucket.size * bucket.interval for bucket in buckets],
-            "refuses": [bucket.refuses for bucket in buckets],
             "emptied": [bucket.emptied for bucket in buckets],
             "now": now,
             "tolerance": CLOCK_TOLERANCE,
@@ -145,9 +143,9 @@ class RateLimits:
         return max(1, wait or 0, emptied or 0)
 
     def refund(self, buckets: Sequence[Bucket]) -> None:
-        """Put one attempt back into each bucket, but for those that only record attempts."""
+        """Put one attempt back into each bucket."""
         statement = "UPDATE throttle SET full_at = full_at - :interval WHERE key = :key"
-        refunded = [{"key": bucket.key, "interval": bucket.interval} for bucket in buckets if bucket.refuses]
+        refunded = [{"key": bucket.key, "interval": bucket.interval} for bucket in buckets]
         with self._engine.transaction() as db:
             db.executemany(statement, refunded)
 

@@ -264,7 +264,6 @@ def test_buckets_are_locked_in_the_order_given(db: DB, statement: str) -> None:
         "keys": ["b", "a"],
         "intervals": [60, 60],
         "fulls": [NOW + 300, NOW + 300],
-        "refuses": [True, True],
         "emptied": [True, True],
         "now": NOW,
         "tolerance": 300,
@@ -382,8 +381,7 @@ def test_a_lookup_of_a_session_is_one_round_trip(db: DB, round_trips: list[int])
 
 
 def test_consuming_from_all_buckets_is_one_round_trip(db: DB, round_trips: list[int]) -> None:
-    priority = Bucket("priority", 1, 60, refuses=False)
-    buckets = [Bucket("pair", 2, 60, emptied=True), Bucket("address", 30, 30), Bucket("strangers", 20, 900), priority]
+    buckets = [Bucket("pair", 2, 60, emptied=True), Bucket("address", 30, 30), Bucket("strangers", 20, 900)]
     for _ in range(2):
         round_trips.clear()
         assert db.rate_limits.consume(buckets, NOW) == 0

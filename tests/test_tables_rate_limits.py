@@ -18,7 +18,7 @@ eve = stored_users.eve
 populated = stored_users.populated
 
 PAIR = Bucket("pair", 1, 60)
-RECORD = Bucket("record", 3, 60, refuses=False)
+TRIPLE = Bucket("triple", 3, 60)
 EMPTIED = Bucket("emptied", 5, 100, emptied=True)
 EMPTY = NOW + 500  # the full_at of EMPTIED when it has no attempt left at NOW
 
@@ -91,15 +91,15 @@ def test_an_attempt_that_adds_a_row_deletes_up_to_ten_full_buckets(db: DB, other
 
 @pytest.mark.both_engines
 def test_an_attempt_consumes_from_all_buckets_or_from_none(db: DB, other: Any) -> None:
-    buckets = [Bucket("wide", 5, 60), PAIR, RECORD]
+    buckets = [Bucket("wide", 5, 60), PAIR]
     assert db.rate_limits.consume(buckets, NOW) == 0
     before = full_at(other)
-    assert before == dict.fromkeys(["wide", "pair", "record"], NOW + 60)
+    assert before == dict.fromkeys(["wide", "pair"], NOW + 60)
     for passed, wait in (0, 60), (59, 1):
         assert db.rate_limits.consume(buckets, NOW + passed) == wait
         assert full_at(other) == before
     assert db.rate_limits.consume(buckets, NOW + 60) == 0
-    assert full_at(other) == dict.fromkeys(["wide", "pair", "record"], NOW + 120)
+    assert full_at(other) == dict.fromkeys(["wide", "pair"], NOW + 120)
 
 
 @pytest.mark.both_engines
@@ -111,7 +111,7 @@ def test_the_wait_is_that_of_the_emptiest_bucket(db: DB) -> None:
 
 @pytest.mark.both_engines
 def test_many_threads_consume_exactly_the_size_of_the_smallest_bucket(db: DB, other: Any) -> None:
-    buckets = [Bucket("wide", 100, 60), RECORD, Bucket("pair", 10, 60), Bucket("other", 12, 60)]
+    buckets = [Bucket("wide", 100, 60), Bucket("pair", 10, 60), Bucket("other", 12, 60)]
 
     def consume(_: int) -> list[int]:
         return [db.rate_limits.consume(buckets, NOW) for _ in range(6)]
@@ -119,13 +119,13 @@ def test_many_threads_consume_exactly_the_size_of_the_smallest_bucket(db: DB, ot
     waits = [wait for waited in run_together(8, consume) for wait in waited]
     assert waits.count(0) == 10
     assert {wait for wait in waits if wait} <= {60, 1}  # 1: refused by a bucket that a simultaneous attempt emptied
-    counted = {"wide": 10, "record": 3, "pair": 10, "other": 10}
+    counted = {"wide": 10, "pair": 10, "other": 10}
     assert full_at(other) == {key: NOW + 60 * attempts for key, attempts in counted.items()}
 
 
 @pytest.mark.both_engines
 def test_many_threads_never_consume_more_than_the_size_of_a_bucket_that_is_emptied(db: DB, other: Any) -> None:
-    buckets = [EMPTIED, RECORD, Bucket("site", 7, 60, emptied=True), Bucket("pair", 4, 60)]
+    buckets = [EMPTIED, Bucket("site", 7, 60, emptied=True), Bucket("pair", 4, 60)]
 
     def consume(_: int) -> list[int]:
         return [db.rate_limits.consume(buckets, NOW) for _ in range(6)]
@@ -160,43 +160,12 @@ def test_a_refund_puts_one_attempt_back_into_each_bucket(db: DB, other: Any) -> 
     assert full_at(other) == {"a": NOW + 60, "b": NOW + 30}
 
 
-@pytest.mark.both_engines
-def test_a_refund_leaves_a_record_of_attempts_alone(db: DB, other: Any) -> None:
-    buckets = [RECORD, EMPTIED]
-    assert db.rate_limits.consume(buckets, NOW) == 0
-    db.rate_limits.refund(buckets)
-    assert full_at(other) == {"record": NOW + 60, "emptied": NOW}
-
-
-# Buckets that only record attempts
-
-
-@pytest.mark.both_engines
-def test_a_bucket_that_only_records_attempts_never_refuses_and_stays_empty(db: DB, other: Any) -> None:
-    recorded = []
-    for _ in range(5):
-        assert db.rate_limits.consume([RECORD], NOW) == 0
-        recorded.append(full_at(other)["record"] - NOW)
-    assert recorded == [60, 120, 180, 180, 180]
-    assert db.rate_limits.consume([RECORD], NOW + 30) == 0
-    assert full_at(other)["record"] == NOW + 30 + 180
-    assert not db.rate_limits.is_empty(RECORD, NOW + 90)
-
-
-@pytest.mark.both_engines
-def test_an_empty_record_adds_nothing_to_the_wait(db: DB) -> None:
-    record = RECORD._replace(interval=1000)
-    for _ in range(4):
-        assert db.rate_limits.consume([record], NOW) == 0
-    assert [db.rate_limits.consume([record, PAIR], NOW) for _ in range(2)] == [0, 60]
-
-
 # Buckets that a refused attempt empties
 
 
 @pytest.mark.both_engines
 def test_a_refused_attempt_empties_a_used_bucket_and_charges_no_other(db: DB, other: Any) -> None:
-    buckets = [EMPTIED, Bucket("wide", 5, 60), RECORD, PAIR]
+    buckets = [EMPTIED, Bucket("wide", 5, 60), PAIR]
     assert db.rate_limits.consume(buckets, NOW) == 0
     charged = full_at(other)
     assert db.rate_limits.consume(buckets, NOW) == 100  # the interval of the emptied bucket is longer than that of PAIR
@@ -264,24 +233,16 @@ def test_after_the_clock_was_set_back_a_bucket_has_one_attempt(
 
 
 @pytest.mark.both_engines
-@pytest.mark.parametrize("ahead", [1, 300, 301])
-def test_after_the_clock_was_set_back_an_attempt_is_recorded_as_usual(db: DB, other: Any, ahead: int) -> None:
-    other.execute("INSERT INTO throttle VALUES ('record', ?)", [NOW + 180 + ahead])
-    assert db.rate_limits.consume([RECORD], NOW) == 0
-    assert full_at(other) == {"record": NOW + 180}
-
-
-@pytest.mark.both_engines
 def test_a_bucket_is_empty_while_it_has_no_attempt(db: DB, other: Any) -> None:
-    found = [db.rate_limits.is_empty(RECORD, NOW)]
+    found = [db.rate_limits.is_empty(TRIPLE, NOW)]
     for _ in range(3):
-        assert db.rate_limits.consume([RECORD], NOW) == 0
-        found.append(db.rate_limits.is_empty(RECORD, NOW))
+        assert db.rate_limits.consume([TRIPLE], NOW) == 0
+        found.append(db.rate_limits.is_empty(TRIPLE, NOW))
     assert found == [False, False, False, True]
-    assert [db.rate_limits.is_empty(RECORD, NOW + passed) for passed in (59, 60, 10_000)] == [True, False, False]
+    assert [db.rate_limits.is_empty(TRIPLE, NOW + passed) for passed in (59, 60, 10_000)] == [True, False, False]
     # After the clock was set back the bucket has one attempt; within the tolerance it counts as empty.
-    assert [db.rate_limits.is_empty(RECORD, NOW - passed) for passed in (1, 300, 301)] == [True, True, False]
-    assert full_at(other) == {"record": NOW + 180}
+    assert [db.rate_limits.is_empty(TRIPLE, NOW - passed) for passed in (1, 300, 301)] == [True, True, False]
+    assert full_at(other) == {"triple": NOW + 180}
 
 
 # The secret
