@@ -137,7 +137,6 @@ def allowed(consume: Callable[[int], int], limit: int = 10_000) -> int:
 # The buckets
 
 
-@pytest.mark.both_engines
 @ALL_LIMITS
 def test_a_bucket_allows_its_size_of_attempts_at_once(
     limiter: RateLimiter, attempt: Attempt, size: int, interval: int
@@ -145,7 +144,6 @@ def test_a_bucket_allows_its_size_of_attempts_at_once(
     assert allowed(lambda n: wait(limiter, attempt(limiter, n))) == size
 
 
-@pytest.mark.both_engines
 @ALL_LIMITS
 def test_an_empty_bucket_allows_one_attempt_per_interval(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
@@ -158,7 +156,6 @@ def test_an_empty_bucket_allows_one_attempt_per_interval(
         assert wait(limiter, attempt(limiter, n)) == 0
 
 
-@pytest.mark.both_engines
 @ALL_LIMITS
 def test_an_empty_bucket_allows_no_attempt_before_the_interval(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
