@@ -237,7 +237,7 @@ class Auth:
         nonce = known.nonce if known else None
         buckets = self._count(address, lambda client: self._limiter.login(email, client, nonce))
         if known:
-            self._count_priority(email)
+            self._count_priority(email, address)
         checked_since = None  # of the second factor whose code was checked
         factors = "password"
         for _ in range(LOGIN_TRIES):
@@ -635,7 +635,7 @@ class Auth:
 
     def _reauthenticate(self, user: User, password: str, session: int, address: str | None) -> None:
         buckets = self._count(address, lambda _: self._limiter.session_password(session))
-        self._count_priority(user.email)
+        self._count_priority(user.email, address)
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
@@ -710,9 +710,9 @@ class Auth:
             raise TooManyAttempts(wait)
         return buckets
 
-    def _count_priority(self, email: str) -> None:
-        # In the background, as it decides about later requests only.
-        self._run_in_background(self._limiter.consume, [self._limiter.priority(email)])
+    def _count_priority(self, email: str, address: str | None) -> None:
+        if address is not None:  # in the background, as it decides about later requests only
+            self._run_in_background(self._limiter.consume, [self._limiter.priority(email)])
 
     def _goes_first(self, user: User, buckets: Buckets) -> bool:
         return self._limiter.has_attempts([*buckets, *self._limiter.priority(user.email)])
