@@ -20,6 +20,7 @@ import requests
 import authsvc
 from settings import FOREIGN, Settings
 from tests.conftest import HERE, Service, clean_environ
+from tests.crowd import UNMEASURED
 from tests.product import MODULES, TREES, counts
 
 README = (HERE / "README.md").read_text()
@@ -416,7 +417,7 @@ def test_the_quick_start_prints_what_the_readme_shows(service: Service, tmp_path
 def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Service], tmp_path: Path) -> None:
     service = start(AUTHSVC_DATABASE="authsvc.db")
     host = service.url.removeprefix("http://")
-    environ = service.environ | {"AUTHSVC_LISTEN": host}
+    environ = service.environ | {"AUTHSVC_LISTEN": host} | UNMEASURED
     requests.post(f"{service.url}/users", data={"email": "bob@example.com", "password": "b4l0u"}, timeout=5)
     (tmp_path / "authsvc.py").symlink_to(HERE / "authsvc.py")
     (tmp_path / ".venv/bin").mkdir(parents=True)

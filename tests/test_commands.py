@@ -609,21 +609,21 @@ sys.exit(code)
 """
 
 
-@pytest.mark.slow  # two imports of 100,000 lines
+@pytest.mark.slow  # two imports of 25,000 lines
 @pytest.mark.process
-def test_an_import_of_100_000_users_takes_little_memory_or_changes_nothing(
+def test_an_import_of_25_000_users_takes_little_memory_or_changes_nothing(
     people: Auth, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(path.parent)
-    lines = ["email,hash", *(f"user{number}@example.com,{HASH}" for number in range(100_000))]
+    lines = ["email,hash", *(f"user{number}@example.com,{HASH}" for number in range(25_000))]
     for name, chosen in ("few.csv", lines[:2]), ("faulty.csv", [*lines[2:], "last"]), ("many.csv", lines[2:]):
         (path.parent / name).write_text("\n".join([*([] if name == "few.csv" else lines[:1]), *chosen]))
     most, before = {}, 2
-    for name, added in ("few.csv", 1), ("faulty.csv", 0), ("many.csv", 99_999):
+    for name, added in ("few.csv", 1), ("faulty.csv", 0), ("many.csv", 24_999):
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, sys.executable, HERE / "authsvc.py", "import", name],
-            env=clean_environ() | {"AUTHSVC_DATABASE": str(path)},
+            env=clean_environ() | UNMEASURED | {"AUTHSVC_DATABASE": str(path)},
             capture_output=True,
             text=True,
         )
@@ -633,7 +633,7 @@ def test_an_import_of_100_000_users_takes_little_memory_or_changes_nothing(
         before += added
         with closing(sqlite3.connect(path)) as db:
             assert db.execute("SELECT count(*) FROM users").fetchone() == (before,)
-    assert most["many.csv"] - most["few.csv"] < 50 * 1024
+    assert most["many.csv"] - most["few.csv"] < 16 * 1024
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -732,7 +732,7 @@ def test_commands_work_while_the_service_runs(start: Callable[..., Service]) -> 
 def test_a_backup_under_load_contains_every_confirmed_user(
     start: Callable[..., Service], path: Path, tmp_path: Path
 ) -> None:
-    service = start(AUTHSVC_THROTTLE="off")
+    service = start(**UNMEASURED, AUTHSVC_THROTTLE="off")
     confirmed: list[str] = []
     stopping = threading.Event()
 
@@ -750,7 +750,7 @@ def test_a_backup_under_load_contains_every_confirmed_user(
         workers = [pool.submit(load, worker) for worker in range(6)]
         try:
             for number in range(2):
-                assert awaited(lambda number=number: len(confirmed) >= 30 * (number + 1), 30)  # type: ignore[misc]
+                assert awaited(lambda number=number: len(confirmed) >= 15 * (number + 1), 30)  # type: ignore[misc]
                 before = list(confirmed)
                 assert run_process("backup", f"copy{number}.db", database=path).returncode == 0
                 copies.append((tmp_path / f"copy{number}.db", before))
@@ -772,7 +772,7 @@ def test_a_backup_under_load_contains_every_confirmed_user(
 
 @pytest.mark.slow  # starts 10 processes
 def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service]) -> None:
-    service = start(AUTHSVC_THROTTLE="off")
+    service = start(**UNMEASURED, AUTHSVC_THROTTLE="off")
 
     def add(worker: int) -> None:
         for number in range(2):

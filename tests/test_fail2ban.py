@@ -15,7 +15,7 @@ import requests
 
 from log import log_event
 from tests.conftest import HERE, Service
-from tests.crowd import written_log
+from tests.crowd import UNMEASURED, written_log
 from web import responses
 
 pytestmark = [
@@ -49,6 +49,7 @@ def addresses(log: Path) -> Counter[str]:
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     shared = Service(
         tmp_path_factory.mktemp("service"),
+        **UNMEASURED,
         AUTHSVC_PUBLIC_URL="https://auth.example.com",
         AUTHSVC_TRUSTED_PROXY="127.0.0.1",
         AUTHSVC_BCRYPT_COST="10",  # the lowest in production
@@ -143,18 +144,14 @@ def test_a_line_that_quotes_a_forged_line_does_not_match(tmp_path: Path, capsys:
     assert not addresses(log)
 
 
-def test_the_lines_of_the_journal_match(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_matches_at_its_time_in_a_file_and_in_the_journal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log_event("authn_login_fail", request_id=responses.new_request_id(), address="198.18.0.7", user_id=1)
     log = tmp_path / "log"
-    log.write_text(f"host python[12]: {capsys.readouterr().err}")
-    assert addresses(log) == {"198.18.0.7": 1}
-
-
-def test_the_time_of_a_line_is_understood(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text(FORGED + "\n")
-    [time] = matches(log, "<time>")
-    assert int(float(time)) == 1_795_230_513
+    log.write_text(f"{FORGED}\nhost python[12]: {capsys.readouterr().err}")
+    [(address, seconds), (other, _)] = [found.split() for found in matches(log, "<ip> <time>")]
+    assert (address, int(float(seconds)), other) == ("203.0.113.66", 1_795_230_513, "198.18.0.7")
 
 
 def test_fail2ban_accepts_the_jail(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests import evidence, results
 from tests.conftest import HERE, clean_environ
+from tests.crowd import UNMEASURED
 
 NAMED = "tests/test_x.py::test_named"
 
@@ -92,8 +93,9 @@ def test_each_outcome_is_recorded_once_over_all_workers(tmp_path: Path, workers:
         "def pytest_configure(config):\n"
         "    config.pluginmanager.register(Recorder(config, 'record'))\n"
     )
-    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-k", "not left_out", "-p", "no:cacheprovider"]
-    environ = clean_environ() | {"PYTHONPATH": str(HERE)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-n", workers, "-k", "not left_out"]
+    # The other plugins take a second to import, in each worker.
+    environ = clean_environ() | {"PYTHONPATH": str(HERE), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **UNMEASURED}
     subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, timeout=60)
     assert (tmp_path / "record").read_text().splitlines() == [
         "passed test_x.py::test_passes[1]",
