@@ -5,7 +5,6 @@ No other module of the service reads the environment.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, urlsplit
 
-from addresses import Address, is_loopback, is_private_peer, is_wide, parse_networks
+from addresses import Address, is_loopback, is_private_peer, is_wide, parse_address, parse_networks
 
 PREFIX = "AUTHSVC_"
 
@@ -27,9 +26,9 @@ FOREIGN = frozenset({"AUTHSVC_URL"})  # main.py
 # values of their form are ignored: any other value was meant as a setting.
 _LINK = re.compile(
     r"AUTHSVC_NAME=/[\w.-]+/authsvc|AUTHSVC_(?:[A-Z0-9_]+_)?(?:"
-    r"PORT(?:_[0-9]+_(?:TCP|UDP|SCTP))?=(?:tcp|udp|sctp)://[^\s@]+"
+    r"PORT(?:_[0-9]+_(?:TCP|UDP|SCTP)(?:_START|_END)?)?=(?:tcp|udp|sctp)://[^\s@]+"
     r"|(?:SERVICE_HOST|PORT_[0-9]+_(?:TCP|UDP|SCTP)_ADDR)=[0-9A-Fa-f.:]+"
-    r"|(?:SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT_[0-9]+_(?:TCP|UDP|SCTP)_PORT)=[0-9]+"
+    r"|(?:SERVICE_PORT(?:_[A-Z0-9_]+)?|PORT_[0-9]+_(?:TCP|UDP|SCTP)_PORT(?:_START|_END)?)=[0-9]+"
     r"|PORT_[0-9]+_(?:TCP|UDP|SCTP)_PROTO=(?:tcp|udp|sctp))"
 )
 
@@ -120,8 +119,11 @@ class Settings:
             raise SettingsError("this service runs on Linux and macOS; on Windows use WSL") from None
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
         values: dict[str, Any] = {}
+        linked = _LINK.fullmatch(f"AUTHSVC_NAME={environ.get('AUTHSVC_NAME')}")
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):
             if name not in readers and _LINK.fullmatch(f"{name}={environ[name]}"):
+                continue
+            if name.startswith("AUTHSVC_ENV_") and linked:  # the environment of the other container
                 continue
             if name not in readers:
                 listen = "set AUTHSVC_LISTEN=ADDRESS:PORT, for example 127.0.0.1:5000"
@@ -201,7 +203,7 @@ class Settings:
     def _require(self, fulfilled: object, name: str, requirement: str) -> None:
         if not fulfilled:
             value = _without_password(str(getattr(self, name)))
-            secret = name in ("smtp_url", "database")  # a URL may contain a password
+            secret = name.startswith(("smtp", "database", "mail"))  # the value may contain a password, or be one
             text = "" if secret else f"={value if value.isprintable() and value == value.strip() else repr(value)}"
             # A traceback must not show a first error, whose text may repeat the value.
             raise SettingsError(f"{PREFIX}{name.upper()}{text} {requirement}") from None
@@ -257,14 +259,12 @@ class Settings:
         """The IP address and port to listen on."""
         # Host names are refused: one that later resolves to another address could expose the service to a network.
         found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):([0-9]{1,5})", self.listen, re.ASCII)
-        try:
-            if not found or int(found[3]) > 65535:
-                raise ValueError
-            host = found[1] or found[2]
-            return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host), int(found[3])
-        except ValueError:
+        host = (found[1] or found[2]) if found else ""
+        address = parse_address("127.0.0.1" if host == "localhost" else host)
+        if not found or not address or int(found[3]) > 65535:
             form = "ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
-            raise SettingsError(f"AUTHSVC_LISTEN={_without_password(self.listen)!r} must be {form}") from None
+            raise SettingsError(f"AUTHSVC_LISTEN={_without_password(self.listen)!r} must be {form}")
+        return address, int(found[3])
 
 
 def read_password(name: str, path: str) -> str:

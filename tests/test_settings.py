@@ -67,6 +67,7 @@ NO_NUMBERS = [
 ]
 
 REACHABLE = ["0.0.0.0:5000", "[::]:5000", "192.168.0.1:80", "10.0.0.1:0", "[fe80::1]:80", "[2001:db8::1]:80"]
+REACHABLE += ["[::ffff:0.0.0.0]:80", "[::ffff:10.0.0.1]:80"]
 
 NO_ADDRESSES = [
     ":",
@@ -212,6 +213,10 @@ SERVICE_LINKS = {
     "AUTHSVC_PORT_5000_TCP_ADDR": "10.96.0.12",
     "AUTHSVC_PORT_5000_TCP_PORT": "5000",
     "AUTHSVC_PORT_5000_TCP_PROTO": "tcp",
+    "AUTHSVC_PORT_6000_TCP_START": "tcp://172.17.0.2:6000",
+    "AUTHSVC_PORT_6000_TCP_PORT_START": "6000",
+    "AUTHSVC_PORT_6009_TCP_END": "tcp://172.17.0.2:6009",
+    "AUTHSVC_PORT_6009_TCP_PORT_END": "6009",
     "AUTHSVC_PORT_53_UDP": "udp://[fd00::c]:53",
     "AUTHSVC_PORT_53_UDP_ADDR": "fd00::c",
     "AUTHSVC_PORT_53_UDP_PROTO": "udp",
@@ -227,6 +232,14 @@ def test_the_variables_of_a_service_of_our_name_are_ignored(name: str) -> None:
     assert Settings.from_environ({name: SERVICE_LINKS[name]}) == Settings()
 
 
+@pytest.mark.parametrize("value", ["on", "", "postgresql://u:canary@db/x"])
+def test_the_environment_of_a_linked_container_is_ignored_where_there_is_a_link(value: str) -> None:
+    environ = {"AUTHSVC_ENV_AUTHSVC_DATABASE": value}
+    assert Settings.from_environ(environ | {"AUTHSVC_NAME": "/web/authsvc"}) == Settings()
+    for name in {}, {"AUTHSVC_NAME": "on"}, {"AUTHSVC_NAME": "/web/authsvc", "AUTHSVC_ENVIRONMENT": "on"}:
+        assert re.match(r"AUTHSVC_(ENV_AUTHSVC_DATABASE|NAME|ENVIRONMENT) is not a setting", refusal(environ | name))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -234,6 +247,8 @@ def test_the_variables_of_a_service_of_our_name_are_ignored(name: str) -> None:
         ("AUTHSVC_PORT", "tcp://user:canary@host"),
         ("AUTHSVC_PORT_5000", "tcp://10.96.0.12:5000"),
         ("AUTHSVC_PORT_5000_TCP_PROTO", "5000"),
+        ("AUTHSVC_PORT_START", "tcp://172.17.0.2:6000"),
+        ("AUTHSVC_PORT_6000_TCP_START", "6000"),
         ("AUTHSVC_SERVICE_PORT", "10.96.0.12"),
         ("AUTHSVC_SERVICES_HOST", "10.96.0.12"),
         ("AUTHSVC_LISTEN", "tcp://10.96.0.12:5000"),
@@ -334,6 +349,14 @@ def test_what_is_neither_a_path_nor_our_url_is_refused_without_showing_it(databa
 )
 def test_the_path_of_a_database_may_have_unusual_characters(path: str) -> None:
     assert redacted(Settings.from_environ({"AUTHSVC_DATABASE": path}).database) == path
+
+
+@pytest.mark.parametrize("name", ["SMTP_URL", "MAIL_FROM", "SMTP_PASSWORD_FILE", "DATABASE_PASSWORD_FILE"])
+def test_a_password_in_the_wrong_setting_is_not_shown(name: str) -> None:
+    for value in "canary", "canary ", "u:canary", "postgresql://u:x@db/x?password=can@canary":
+        environ = {"AUTHSVC_SMTP_URL": "smtps://mail.example.com", "AUTHSVC_MAIL_FROM": "a@x"}
+        if "FILE" not in name or value == "canary ":
+            assert "canary" not in refusal(environ | {f"AUTHSVC_{name}": value})
 
 
 @pytest.mark.parametrize("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS if "_file" not in name])
