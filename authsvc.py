@@ -6,7 +6,6 @@ module opens nothing and starts nothing.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
@@ -397,19 +396,22 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stderr = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not be able to show every email
-    code = 1
     try:
-        code = _run(arguments)
+        code, message = _run(arguments), ""
+    except (SettingsError, DatabaseRefused) as error:
+        code, message = 2, str(error)
     except OSError as error:  # of a full disk under standard output or the log
-        with contextlib.suppress(OSError):
-            print(f"authsvc: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        code, message = 1, f"{error.filename or 'output'}: {error.strerror}"
     except SystemExit as ended:  # argparse has printed a help text or an error
         raise SystemExit(_flush(int(ended.code or 0))) from None
+    if message:
+        with contextlib.suppress(OSError):
+            print(f"authsvc: {message}", file=sys.stderr)
     return _flush(code)
 
 
 def _flush(code: int) -> int:
-    """Flush standard output and error. Return the exit code, which becomes 1 if something is lost."""
+    """Flush standard output and error. Return the exit code, which becomes 1 if standard output is lost."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -419,26 +421,25 @@ def _flush(code: int) -> int:
                 continue
             with contextlib.suppress(OSError):
                 print("" if code else f"authsvc: standard output: {error.strerror}\n", end="", file=sys.stderr)
-            code = code or 1
+            code = code or int(stream is sys.stdout)  # a log that is lost fails no command
     return code
 
 
 def _run(arguments: list[str] | None) -> int:
     from cli import commands
 
-    parser = argparse.ArgumentParser(prog="authsvc.py", description=DESCRIPTION, epilog=EPILOG)
+    parser = commands.Parser(prog="authsvc.py", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands.add_commands(parser)
-    parsed = parser.parse_args(arguments)
+    parsed, extra = parser.parse_known_args(arguments)
+    if extra:  # words are not shown: one may be a password
+        options = [one if re.fullmatch("--?[a-z-]+", one) else "…" for one in extra]
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     if parsed.version:
         print(f"authsvc {_version()}")
         return 0
-    try:
-        settings = Settings.from_environ()
-        return commands.run(parsed, settings) if parsed.command else serve(settings)
-    except (SettingsError, DatabaseRefused) as error:
-        print(f"authsvc: {error}", file=sys.stderr)
-        return 2
+    settings = Settings.from_environ()
+    return commands.run(parsed, settings) if parsed.command else serve(settings)
 
 
 def _version() -> str:

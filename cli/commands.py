@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import log
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
@@ -51,6 +51,13 @@ REFUSALS = CommandFailed, user_files.UnknownFormat, AuthError, AlreadyExists, Da
 # The command line
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose messages show no URL or connection string, which may contain a password."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"\S*(?:[@=/]|:\S).*", "…", message, flags=re.DOTALL))
+
+
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add all commands to the program's parser."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -76,14 +83,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _database(text: str) -> str:
-    if text == "-":
-        raise argparse.ArgumentTypeError("name a file: a database is no stream")
+    if text in ("", "-"):
+        raise argparse.ArgumentTypeError("name a file: a database is no stream" if text else "name a file")
     return text
 
 
 def _file(text: str) -> str:
-    if "://" in text:  # not shown: it may contain a password
-        raise argparse.ArgumentTypeError("name a file: this is a URL")
+    if not text or re.search("://|:.*@|password *=", text):  # not shown: it may contain a password
+        raise argparse.ArgumentTypeError("name a file: this is a URL or a connection string" if text else "name a file")
     return text
 
 
@@ -162,7 +169,9 @@ class Operator:
 
     def print_record(self, text: str, **record: Any) -> None:
         """Print the text, or the record as JSON with ``--json``."""
-        print(json.dumps(record) if self.arguments.json else _printable(text))
+        # JSON has no place for the bytes in a file's name that are no text: each becomes a question mark.
+        line = json.loads(json.dumps(record, ensure_ascii=False).encode(errors="replace"))
+        print(json.dumps(line) if self.arguments.json else _printable(text))
 
     def log(self, event: str, **details: Any) -> None:
         """Log a change and the name of the person who made it."""
@@ -266,16 +275,18 @@ def _invite(operator: Operator) -> None:
             operator.log("user_created", user_id=user.id)
         if user.hashed_password != NO_PASSWORD:
             raise CommandFailed(f"{user.email} already has a password: use reset-link")
-        _print_link(operator, auth, user, base)
-        operator.log("user_invited", user_id=user.id)
+        record = _make_link(auth, user, base)
+        operator.log("user_invited", user_id=user.id)  # first: the output may fail
+        operator.print_record(record["link"], **record)
 
 
 def _print_reset_link(operator: Operator) -> None:
     """Print a link to set a new password, for when mail does not arrive."""
     base = _link_base(operator.settings)
     with operator.open_user() as (auth, _, user):
-        _print_link(operator, auth, user, base)
-        operator.log("authn_reset_token_created", user_id=user.id)
+        record = _make_link(auth, user, base)
+        operator.log("authn_reset_token_created", user_id=user.id)  # first: the output may fail
+        operator.print_record(record["link"], **record)
 
 
 def _link_base(settings: Settings) -> str:
@@ -286,12 +297,12 @@ def _link_base(settings: Settings) -> str:
     return settings.public_url or f"http://{settings.listen}"
 
 
-def _print_link(operator: Operator, auth: Auth, user: User, base: str) -> None:
+def _make_link(auth: Auth, user: User, base: str) -> dict[str, str]:
     if user.disabled_at:
         raise CommandFailed(f"{user.email} is disabled: enable the user first")
     token, expires_at = auth.link_token(user)
     link = reset_link(base, user.email, token)
-    operator.print_record(link, email=user.email, link=link, reset_token=token, expires=timestamp(expires_at))
+    return {"email": user.email, "link": link, "reset_token": token, "expires": timestamp(expires_at)}
 
 
 def _disable_totp(operator: Operator) -> None:
@@ -363,10 +374,18 @@ def _import_users(operator: Operator) -> None:
 
 def _export_users(operator: Operator) -> None:
     """Write all users, with password hashes and TOTP seeds, to a new file or standard output ("-")."""
-    path = None if operator.arguments.file == "-" else operator.arguments.file
+    path = None if operator.arguments.file in ("-", "/dev/stdout") else operator.arguments.file
     form = user_files.detect_format(path or ".csv", operator.arguments.format)
-    with operator.open_database() as (_, db), _open_output(path) as file:
-        exported, left_out = user_files.write_users(db.each_user(), file, form)
+    counts = {True: 0, False: 0}
+    try:
+        with operator.open_database() as (_, db), _open_output(path) as file:
+            for written in user_files.write_users(db.each_user(), file, form):
+                counts[written] += 1
+    except BaseException:
+        if counts[True] and not path:  # the reader closed the pipe, for example, and has some of the users
+            operator.log("users_exported", users=counts[True], complete=False)
+        raise
+    exported, left_out = counts[True], counts[False]
     operator.log("users_exported", users=exported)
     if path:
         operator.print_record(f"{_count(exported, 'user')} exported", exported=exported, left_out=left_out)

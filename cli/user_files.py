@@ -94,19 +94,15 @@ def parse_user(record: Record, check_email: Callable[[str], None], now: int) -> 
     )
 
 
-def write_users(users: Iterable[User], file: IO[str], form: str) -> tuple[int, int]:
-    """Write the users to a file.
-
-    Return how many were written, and how many were left out because the format cannot represent them.
-    """
+def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[bool]:
+    """Write the users to a file. Yield for each whether it was written: the format may be unable to represent it."""
     table = csv.writer(file, lineterminator="\n")
-    written = left_out = 0
     if form == "csv":
         table.writerow(FIELDS)
     for user in users:
         record = _to_record(user)
         if form == "htpasswd" and not _fits_htpasswd(record):
-            left_out += 1
+            yield False
             continue
         if form == "csv":
             table.writerow(record.values())
@@ -114,8 +110,7 @@ def write_users(users: Iterable[User], file: IO[str], form: str) -> tuple[int, i
             file.write(json.dumps(record) + "\n")
         else:
             file.write(f"{user.email}:{record['hashed_password']}\n")
-        written += 1
-    return written, left_out
+        yield True
 
 
 def _decode_lines(file: Iterable[bytes]) -> Iterator[str]:

@@ -128,7 +128,7 @@ def open_target(database: str) -> Iterator[Rows]:
 def problems(path: str) -> list[str]:
     """Return what is wrong with a file as a database of this service. It is not changed."""
     try:
-        if os.path.getsize(path) < sqlite.MIN_FILE_BYTES:
+        if os.path.getsize(path) < sqlite.MIN_FILE_BYTES or os.path.isdir(path):
             return ["it is not a database"]
         with closing(connect(path, "ro")) as db:
             return _problems(db)
@@ -191,6 +191,8 @@ def _temporary_file(path: str) -> Iterator[str]:
     os.close(file)
     try:
         yield temporary
+    except DatabaseRefused as error:  # the operator knows only the other name
+        raise DatabaseRefused(str(error).replace(temporary, path)) from error.__cause__
     finally:
         for suffix in ("", "-wal", "-shm", ".lock"):
             with suppress(FileNotFoundError):

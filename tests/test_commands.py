@@ -241,8 +241,25 @@ def test_an_unknown_email_is_refused(run: Run, people: Auth, command: list[str])
 )
 def test_wrong_usage_exits_with_2(run: Run, command: list[str]) -> None:
     result = run(*command)
-    assert (result.code, result.out) == (2, "")
+    assert (result.code, result.out, len(result.err)) == (2, "", 2)
     assert result.err[0].startswith("usage: ")
+
+
+@pytest.mark.parametrize("secret", ["postgresql://u:canary@db/x", "u:x canary@db", "host=db password=canary"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "user", "user list", "user show a@x", "export x.csv", "export --format", "backup --json", "--version"],
+)
+def test_wrong_usage_shows_no_password(run: Run, command: str, secret: str) -> None:
+    for arguments in [*command.split(), secret], [*command.split(), f"--password={secret}"]:
+        result = run(*arguments)
+        assert (result.code, result.out) == (2, "")
+        assert "canary" not in "".join(result.err)
+
+
+def test_wrong_usage_names_the_options_but_no_words(run: Run) -> None:
+    result = run("user", "add", "--password", "bob@x.io", "canary")
+    assert result.err[-1] == "authsvc.py: error: unrecognized arguments: --password …"
 
 
 @pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
@@ -343,7 +360,7 @@ def test_an_invitation_sets_the_first_password_once(run: Run, people: Auth) -> N
         people.update_password(found[1], "again")
 
 
-@pytest.mark.parametrize("listen", ["[::]:5000", "0.0.0.0:80", "127.0.0.1:0", "[0:0::0]:0", "localhost:0"])
+@pytest.mark.parametrize("listen", ["[::]:5000", "[::ffff:0.0.0.0]:5000", "0.0.0.0:80", "[0:0::0]:0", "localhost:0"])
 @pytest.mark.parametrize("command", ["invite carol@x.io", "reset-link eve@x.io", "reset-link eve@x.io --json"])
 def test_no_link_is_made_that_no_browser_can_open(
     run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch, listen: str, command: str
@@ -356,6 +373,18 @@ def test_no_link_is_made_that_no_browser_can_open(
     assert (result.code, result.out, result.err, result.log) == (1, "", [refused], [])
     assert [user.email for user in people._db.each_user()] == ["bob@x.io", "eve@x.io"]
     people.update_password(token, "t4rt1fl3tt3")  # no other link has replaced it
+
+
+@pytest.mark.parametrize(
+    ("command", "event"), [("invite eve2@x.io", "user_invited"), ("reset-link bob@x.io", "authn_r")]
+)
+def test_a_link_that_cannot_be_printed_is_logged(
+    run: Run, people: Auth, logged: list[str], monkeypatch: pytest.MonkeyPatch, command: str, event: str
+) -> None:
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert run(*command.split()).code == 1
+    assert json.loads(logged[-1])["event"].startswith(event)
 
 
 def test_an_address_that_no_browser_can_open_does_not_matter_in_production(
@@ -785,17 +814,31 @@ def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service
     assert len(service.command("user", "list").splitlines()) == 16
 
 
-def test_a_reader_that_closes_the_pipe_causes_no_error(people: Auth, path: Path) -> None:
+def first_lines(people: Auth, path: Path, command: str) -> tuple[str, str]:
+    """Run a command on 5,000 users, close its output after two lines; return these lines and standard error."""
     with people._db._engine.transaction() as db:
         db.executemany(
             "INSERT INTO users (email, email_key, hashed_password) VALUES (:email, :email, '!')",
             [{"email": f"{number}@x.io"} for number in range(5000)],
         )
-    command = f'"{sys.executable}" "{HERE / "authsvc.py"}" user list | head -1; exit ${{PIPESTATUS[0]}}'
+    command = f'"{sys.executable}" "{HERE / "authsvc.py"}" {command} | head -2; exit ${{PIPESTATUS[0]}}'
     environ = clean_environ() | {"AUTHSVC_DATABASE": str(path)}
     done = subprocess.run(["bash", "-c", command], env=environ, text=True, capture_output=True, timeout=20)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split()[-1] == "bob@x.io"
+    assert done.returncode == 0
+    return done.stdout, done.stderr
+
+
+def test_a_reader_that_closes_the_pipe_causes_no_error(people: Auth, path: Path) -> None:
+    lines, errors = first_lines(people, path, "user list")
+    assert (lines.split()[-1], errors) == ("eve@x.io", "")
+
+
+def test_an_export_whose_reader_closes_the_pipe_is_logged(people: Auth, path: Path) -> None:
+    lines, errors = first_lines(people, path, "export -")
+    logged = json.loads(errors)
+    assert "\nbob@x.io,$2" in lines
+    assert (logged["event"], logged["complete"]) == ("users_exported", False)
+    assert 0 < logged["users"] < 5002
 
 
 @pytest.mark.process
@@ -828,6 +871,19 @@ def test_a_refusal_that_cannot_be_printed_exits_with_1(
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "2>&-", ">/dev/full 2>&1"])
+@pytest.mark.parametrize("command", ["nonsense", "copy-to smtp://x"])
+def test_wrong_usage_that_cannot_be_printed_exits_with_2(path: Path, command: str, redirection: str) -> None:
+    assert output_lost(path, f"{command} {redirection}", code=2) == []
+
+
+@pytest.mark.process
+def test_a_change_whose_log_cannot_be_written_exits_with_0(people: Auth, path: Path) -> None:
+    assert output_lost(path, "user add carol@x.io >/dev/null 2>/dev/full", code=0) == []
+    assert people.find_user("carol@x.io")
+
+
+@pytest.mark.process
 def test_help_to_a_full_disk_ends_in_one_line(path: Path) -> None:
     assert output_lost(path, "--help >/dev/full") == ["authsvc: standard output: No space left on device"]
 
@@ -845,14 +901,14 @@ def test_a_deletion_without_standard_input_needs_yes(people: Auth, path: Path) -
     assert output_lost(path, "user delete bob@x.io <&-") == [line]
 
 
-def output_lost(path: Path, command: str, unbuffered: str = "") -> list[str]:
-    """Run a command in a shell that redirects its output; check that it exits with 1, and return its lines of error."""
+def output_lost(path: Path, command: str, unbuffered: str = "", code: int = 1) -> list[str]:
+    """Run a command in a shell that redirects its output; check its exit code, and return its lines of error."""
     environ = clean_environ() | {"AUTHSVC_DATABASE": str(path), "PYTHONUNBUFFERED": unbuffered}
     line = f'exec "{sys.executable}" "{HERE / "authsvc.py"}" {command}'
     done = subprocess.run(
         ["bash", "-c", line], cwd=path.parent, env=environ, text=True, capture_output=True, timeout=20
     )
-    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
     return [line for line in done.stderr.splitlines() if not line.startswith("{")]
 
 
@@ -969,8 +1025,41 @@ def test_a_command_that_deletes_empties_the_log_of_a_service(run: Run, people: A
 def test_a_url_in_the_place_of_a_file_is_refused_and_not_shown(command: str, run: Run, people: Auth) -> None:
     done = run(command, "postgresql://auth:hunter2@db/auth")
     assert done.code == 2
-    assert done.err[-1].endswith("name a file: this is a URL")
+    assert done.err[-1].endswith("name a file: this is a URL or a connection string")
     assert "hunter2" not in done.out + "".join(done.err)
+
+
+@pytest.mark.parametrize("command", ["backup", "restore", "import", "export", "copy-to"])
+def test_an_empty_name_of_a_file_is_wrong_usage(command: str, run: Run, people: Auth) -> None:
+    done = run(command, "")
+    assert (done.code, done.err[-1].partition(": name a file")[1:]) == (2, (": name a file", ""))
+
+
+def test_a_folder_is_no_backup(run: Run, people: Auth, tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}").touch()  # so that the folder has the size of a small database
+    assert run("restore", str(tmp_path)).err == [f"authsvc: cannot restore {tmp_path}: it is not a database"]
+
+
+def test_an_export_to_dev_stdout_is_one_to_standard_output(run: Run, people: Auth) -> None:
+    assert run("export", "/dev/stdout").out == run("export", "-").out != ""
+
+
+def test_a_file_name_that_is_not_text_is_valid_json(run: Run, people: Auth) -> None:
+    (record,) = run("backup", "b\udcff.db", "--json").records
+    assert record["file"] == "b?.db"
+
+
+def test_a_copy_that_fails_names_the_target_and_no_temporary_file(people: Auth, path: Path) -> None:
+    people.close()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+
+    done = run_process("copy-to", "copy.db", database=path, preexec_fn=limit, env=UNMEASURED)
+    assert done.returncode == 1
+    assert re.fullmatch("authsvc: cannot open the database copy.db: .*(disk|full).*\n", done.stderr)
+    people._db = DB(path)  # the fixture closes it
 
 
 @pytest.mark.parametrize("answer", ["", "n", "\x04"], ids=["nothing", "no", "the end of the input"])
