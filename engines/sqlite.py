@@ -49,7 +49,7 @@ class SQLiteEngine:
         self._paths = {"": self._path, "-wal": os.path.realpath(self._path) + "-wal"}
         self._write_lock = threading.Lock()
         self._thread = threading.local()
-        self._readers: weakref.WeakSet[_Reader] = weakref.WeakSet()
+        self._readers: weakref.WeakSet[sqlite3.Connection] = weakref.WeakSet()
         with refused(f"cannot open the database {database}"), _opening, ExitStack() as opened:
             _check_library()
             if database == ":memory:":
@@ -149,7 +149,7 @@ class SQLiteEngine:
     def close(self) -> None:
         with self._exclusive():
             for reader in list(self._readers):
-                reader.connection.close()
+                reader.close()
             self._writer.close()  # the last connection to close moves the write-ahead log into the file
         os.close(self._lock_file)
 
@@ -159,13 +159,15 @@ class SQLiteEngine:
 
     def _reader(self) -> sqlite3.Connection:
         try:
-            reader: _Reader = self._thread.reader
+            reader: sqlite3.Connection = self._thread.reader
         except AttributeError:
             # A new connection would read a replaced file. Of a deleted one SQLite says only that it cannot open it.
             self.check()
-            reader = self._thread.reader = _Reader(connect(self._path))
+            reader = connect(self._path, factory=_Reader)
+            reader.execute("PRAGMA query_only = ON")
+            self._thread.reader = reader
             self._readers.add(reader)
-        return reader.connection
+        return reader
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -187,15 +189,11 @@ class SQLiteEngine:
             self._writer.executescript(statement)
 
 
-class _Reader:
+class _Reader(sqlite3.Connection):
     """A thread's connection for reading. It is closed when the thread ends."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-        self.connection.execute("PRAGMA query_only = ON")
-
     def __del__(self) -> None:
-        self.connection.close()
+        self.close()  # from Python 3.13 on, sqlite3 warns of a connection that is deleted while it is open
 
 
 def _stat(path: str) -> tuple[tuple[int, int] | None, int]:
@@ -206,12 +204,13 @@ def _stat(path: str) -> tuple[tuple[int, int] | None, int]:
     return (found.st_dev, found.st_ino), found.st_size
 
 
-def connect(path: str, mode: str = "rw") -> sqlite3.Connection:
+def connect(path: str, mode: str = "rw", factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
     """Open a file that exists, for "rw" or "ro"."""
     _check_library()
     uri = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"  # the bytes that open() takes in this locale
     # Transactions are begun by statements, never by the driver. The writer is shared under a lock.
-    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    options: dict[str, Any] = {"timeout": BUSY_TIMEOUT, "isolation_level": None, "check_same_thread": False}
+    connection = sqlite3.connect(uri, uri=True, factory=factory, **options)
     connection.execute("PRAGMA synchronous = FULL")  # a write that was answered with 200 is on disk
     connection.execute("PRAGMA foreign_keys = ON")
     connection.execute("PRAGMA secure_delete = ON")  # deleted rows are overwritten

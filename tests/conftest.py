@@ -308,7 +308,9 @@ def raw_connection(database: str, timeout: float = 0) -> Iterator[Any]:
         with closing(postgres.RawConnection(database)) as connection:
             yield connection
     else:
-        with closing(sqlite3.connect(database, timeout, isolation_level=None, check_same_thread=False)) as connection:
+        with closing(
+            sqlite3.connect(database, timeout=timeout, isolation_level=None, check_same_thread=False)
+        ) as connection:
             yield connection
 
 

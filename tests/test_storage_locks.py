@@ -54,7 +54,7 @@ def test_a_reader_cannot_write(db: DB, bob: User) -> None:
     assert sqlite_engine(db)._readers
     for reader in sqlite_engine(db)._readers:
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            reader.connection.execute("DELETE FROM users")
+            reader.execute("DELETE FROM users")
 
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files in /proc")
@@ -98,7 +98,7 @@ def test_closing_closes_the_readers_of_living_threads(path: Path) -> None:
         assert open_files(path) == []
         for reader in readers:
             with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-                reader.connection.execute("SELECT 1")
+                reader.execute("SELECT 1")
         done.set()
         assert all(one.result(10) for one in reading)
     assert {file.name for file in path.parent.iterdir()} == {"authsvc.db", "authsvc.db.lock"}
