@@ -60,7 +60,7 @@ class SQLiteEngine:
             # Before it is opened: a restore may replace it in between. Not the log: another process that closes the
             # database deletes it.
             self._files = self._stat_files() | {"-wal": (None, 0)}
-            self._writer = opened.enter_context(closing(connect(self._path)))
+            self._writer = opened.enter_context(closing(connect_first(self._path)))
             schema_version(self._writer)  # before anything is written
             self._lock_file = open_lock_file(self._path)
             opened.callback(os.close, self._lock_file)
@@ -204,6 +204,12 @@ def _stat(path: str) -> tuple[tuple[int, int] | None, int]:
     return (found.st_dev, found.st_ino), found.st_size
 
 
+def connect_first(path: str) -> sqlite3.Connection:
+    """Open a file that no other connection of this process has open."""
+    connect(path, "ro").close()  # of a damaged file, a connection that may write deletes the log when it is closed
+    return connect(path)
+
+
 def connect(path: str, mode: str = "rw", factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
     """Open a file that exists, for "rw" or "ro"."""
     _check_library()
@@ -211,10 +217,14 @@ def connect(path: str, mode: str = "rw", factory: type[sqlite3.Connection] = sql
     # Transactions are begun by statements, never by the driver. The writer is shared under a lock.
     options: dict[str, Any] = {"timeout": BUSY_TIMEOUT, "isolation_level": None, "check_same_thread": False}
     connection = sqlite3.connect(uri, uri=True, factory=factory, **options)
-    connection.execute("PRAGMA synchronous = FULL")  # a write that was answered with 200 is on disk
-    connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA secure_delete = ON")  # deleted rows are overwritten
-    connection.execute("PRAGMA trusted_schema = OFF")  # a view or trigger that somebody planted cannot call functions
+    try:
+        connection.execute("PRAGMA synchronous = FULL")  # a write that was answered with 200 is on disk
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA secure_delete = ON")  # deleted rows are overwritten
+        connection.execute("PRAGMA trusted_schema = OFF")  # a view or trigger that was planted cannot call functions
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -156,7 +156,7 @@ def _locked(database: str) -> Iterator[None]:
 @contextmanager
 def _open_exclusively(database: str) -> Iterator[sqlite3.Connection]:
     """Open a database that nobody else has open, and keep everybody else from opening it."""
-    with closing(connect(database)) as connection:
+    with closing(sqlite.connect_first(database)) as connection:
         try:
             # Every process that has a database in WAL mode open holds a shared lock on it, so this fails while a
             # service runs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import shutil
 import sqlite3
@@ -419,6 +420,19 @@ def test_the_log_of_a_damaged_database_is_kept_with_it(
     assert restore(backup, path, kept) is True
     assert (kept.read_bytes(), Path(f"{kept}-wal").read_bytes()) == before
     assert content(path) == content(backup)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_service_leaves_a_damaged_database_and_its_log_as_they_are(path: Path, kind: str) -> None:
+    fill(path, "bob@x.io")
+    DAMAGED[kind](path)
+    log = Path(f"{path}-wal")
+    log.write_bytes(b"perhaps something can be recovered" * 100)
+    before = path.read_bytes(), log.read_bytes()
+    with pytest.raises(DatabaseRefused):
+        DB(path)
+    gc.collect()  # SQLite deletes the log of a damaged file where it closes a connection that may write
+    assert (path.read_bytes(), log.read_bytes()) == before
 
 
 def test_a_database_with_a_damaged_page_is_kept(path: Path, backup: Path, kept: Path) -> None:
