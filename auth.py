@@ -247,6 +247,7 @@ class Auth:
             if user.totp_since != checked_since:
                 factors = self._check_code(user, otp, address, known, buckets)
                 checked_since = user.totp_since
+            user = self._with_current_hash(user, password)
             if session_id := self._start_session(user, replaced, address, user_agent):
                 self._run_in_background(self._limiter.refund, buckets)
                 return user, session_id, factors
@@ -570,7 +571,8 @@ class Auth:
 
     def valid_login(self, email: str, password: str) -> bool:
         """Return whether this is the password of this email, in the same time whether or not the email is known."""
-        return self._verified(self._find_user(email), password) is not None
+        user = self._verified(self._find_user(email), password)
+        return user is not None and bool(self._with_current_hash(user, password))
 
     def create_session(self, email: str) -> str | None:
         """Start a session without a password and return its id; None if the email is unknown or the user disabled."""
@@ -628,15 +630,14 @@ class Auth:
         return None
 
     def _verified(self, user: User | None, password: str) -> User | None:
-        cost = self._settings.bcrypt_cost
-        if not passwords.verify(password, user.hashed_password if user else None, cost) or not user:
-            return None
-        return None if user.disabled_at else self._with_current_cost(user, password)
+        hashed, cut_salt = (user.hashed_password, user.cut_salt) if user else (None, None)
+        right = passwords.verify(password, hashed, self._settings.bcrypt_cost, cut_salt)
+        return user if right and user and not user.disabled_at else None
 
     def _reauthenticate(self, user: User, password: str, session: int, address: str | None) -> None:
         buckets = self._count(address, lambda _: self._limiter.session_password(session))
         self._count_priority(user.email, address)
-        if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost):
+        if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost, user.cut_salt):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
 
@@ -663,9 +664,10 @@ class Auth:
         self._run_in_background(self._limiter.refund, buckets)
         return True
 
-    def _with_current_cost(self, user: User, password: str) -> User:
-        # A login is the only time at which the password can be hashed again after the operator changed the cost.
-        if passwords.cost_of(user.hashed_password) == self._settings.bcrypt_cost:
+    def _with_current_hash(self, user: User, password: str) -> User:
+        # A login is the only time at which the password can be hashed again, after the operator changed the cost or
+        # imported an older form. It is complete by now: of a cut password, nobody else may choose what follows.
+        if passwords.is_current(user.hashed_password, self._settings.bcrypt_cost) and user.cut_salt is None:
             return user
         hashed = _hash_password(password, self._settings.bcrypt_cost)
         self._db.replace_hash(user.id, user.hashed_password, hashed)

@@ -19,7 +19,9 @@ CREATE TABLE users (
     totp_step        INTEGER NOT NULL DEFAULT 0,         -- step of the last code used, so that none is accepted twice
     device_key       TEXT,                               -- random; part of the MAC of the user's device cookies, so that
                                                          -- a new key voids them all; NULL until it is first replaced
-    last_login_at    INTEGER                             -- NULL: never, or before this column
+    last_login_at    INTEGER,                            -- NULL: never, or before this column
+    cut_salt         TEXT                                -- the salt of an imported hash for which only the first 72
+                                                         -- bytes of a password count; void once the hash is another
 ) STRICT;
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;
@@ -45,7 +47,7 @@ CREATE TABLE recovery_codes (                        -- each replaces a one-time
     PRIMARY KEY (user_id, code_hash)
 ) STRICT, WITHOUT ROWID;
 
-CREATE TABLE known_addresses (                       -- no longer used, and dropped by the next version of the schema;
+CREATE TABLE known_addresses (                       -- no longer used, and dropped by the next release;
     user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,  -- copies of the last release still use it
     address_hash TEXT NOT NULL,
     seen_at      INTEGER NOT NULL,

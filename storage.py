@@ -30,7 +30,7 @@ LOOKUP_COLUMNS = {name: name for name in UPDATABLE_COLUMNS} | {"id": "id", "emai
 # In the order of the fields of User.
 USER_COLUMNS = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
                users.created_at, users.disabled_at, users.totp_secret, users.totp_since, users.device_key,
-               users.last_login_at"""
+               users.last_login_at, users.cut_salt"""
 
 # Conditions that several statements share.
 IS_LIVE_SESSION = """sessions.expires_at > :now AND sessions.last_seen_at > :idle_since
@@ -42,7 +42,7 @@ HAS_LIVE_RESET = """reset_token = :token_hash AND reset_expires_at > :now AND re
 IS_VERIFIED = """id = :user_id AND hashed_password = :verified
                AND EXISTS (SELECT 1 FROM sessions WHERE session_hash = :session_hash AND user_id = users.id)"""
 
-REPLACE_HASH = "UPDATE users SET hashed_password = :new WHERE id = :user_id AND hashed_password = :old"
+REPLACE_HASH = "UPDATE users SET hashed_password = :new, cut_salt = NULL WHERE id = :user_id AND hashed_password = :old"
 
 CLEAR_RESET = "UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL"
 REVOKE_PENDING = f"""
@@ -50,8 +50,8 @@ REVOKE_PENDING = f"""
            totp_secret = CASE WHEN totp_since IS NULL THEN NULL ELSE totp_secret END"""  # an unconfirmed seed
 
 INSERT_USER = """
-    INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since)
-    VALUES (:email, :email_key, :hashed_password, :created_at, :disabled_at, :totp_secret, :totp_since)
+    INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since, cut_salt)
+    VALUES (:email, :email_key, :hashed_password, :created_at, :disabled_at, :totp_secret, :totp_since, :cut_salt)
 """
 
 
@@ -78,6 +78,7 @@ class User:
     totp_since: int | None = None
     device_key: str | None = field(default=None, repr=False)
     last_login_at: int | None = None
+    cut_salt: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +359,9 @@ class DB:
         """
         values = {"token_hash": token_hash, "hashed_password": hashed_password, "now": now, "latest": latest}
         with self._engine.transaction() as db:  # the first statement finds the user, and locks the row
-            statement = f"UPDATE users SET hashed_password = :hashed_password WHERE {HAS_LIVE_RESET} RETURNING id"
+            statement = f"""
+                UPDATE users SET hashed_password = :hashed_password, cut_salt = NULL
+                 WHERE {HAS_LIVE_RESET} RETURNING id"""
             row = db.execute(statement, values).fetchone()
             if row:
                 _revoke_credentials(db, row[0], devices=True)

@@ -29,9 +29,14 @@ MAX_PLAIN_BYTES = 72  # bcrypt ignores all further bytes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # A salt is 16 bytes in bcrypt's own base64. Its last character encodes only two bits, so it can only be one of four.
-_COST, _SALT, _DIGEST = rb"(0[4-9]|[12]\d|3[01])", rb"[./A-Za-z0-9]{21}[.Oeu]", rb"[./A-Za-z0-9]{31}"
-PLAIN = re.compile(rb"\$2[aby]\$" + _COST + rb"\$" + _SALT + _DIGEST)
-SHA256 = re.compile(rb"\$bcrypt-sha256\$v=2,t=2b,r=([4-9]|[12]\d|3[01])\$(" + _SALT + rb")\$(" + _DIGEST + rb")")
+# Some libraries fill the bits that are left over, here and in the digest, with others than zeros. They mean nothing.
+_ALPHABET = b"./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
+_SALT, _DIGEST = rb"(?P<salt>[./A-Za-z0-9]{21}[.Oeu])", rb"(?P<digest>[./A-Za-z0-9]{31})"
+PLAIN = re.compile(rb"\$2[aby]\$(?P<cost>0[4-9]|[12]\d|3[01])\$(?P<salt>[./A-Za-z0-9]{22})" + _DIGEST)
+# passlib's version 2, and its version 1 ("$2a,12$"), in which the key of bcrypt is the plain SHA-256 of the password.
+SHA256 = re.compile(
+    rb"\$bcrypt-sha256\$(?:v=2,t=2b,r=|(?P<first>2[ab],))(?P<cost>[4-9]|[12]\d|3[01])\$" + _SALT + rb"\$" + _DIGEST
+)
 
 # A new password may not be a part of one of these: keyboard rows and columns and the alphabet, in both directions.
 _ROWS = "1234567890", "qwertyuiopasdfghjklzxcvbnm", "abcdefghijklmnopqrstuvwxyz", "1qaz2wsx3edc4rfv5tgb6yhn7ujm8ik9ol0p"
@@ -96,14 +101,17 @@ def hash_password(password: str, cost: int) -> bytes:
     return b"$bcrypt-sha256$v=2,t=2b,r=%d$%b$%b" % (cost, salt[7:], digest)
 
 
-def verify(password: str, hashed: str | bytes | None, cost: int) -> bool:
+def verify(password: str, hashed: str | bytes | None, cost: int, cut_salt: str | None = None) -> bool:
     """Return whether a password matches a stored hash, without revealing through timing why it does not.
 
     Every refusal takes as long as one hash of ``cost``. This includes ``hashed=None`` (no such user), an unreadable
     hash, and a wrong password for a hash of a lower cost. A hash of a higher cost takes longer, until its user signs in
     and it is replaced.
+
+    ``cut_salt`` is the salt of a hash made by a system that ignores all bytes after 72. Only for the hash with this
+    salt, only the first 72 bytes of a longer password are compared.
     """
-    secret, target = _comparable(password, hashed) or (b"", _dummy_hash(cost))
+    secret, target = _comparable(password, hashed, cut_salt) or (b"", _dummy_hash(cost))
     with _hash_slots:
         if bcrypt.checkpw(secret, target):
             return True
@@ -117,7 +125,19 @@ def cost_of(hashed: str | bytes) -> int | None:
     """Return the cost of a stored hash, or None if its format is unknown."""
     stored = _bytes(hashed)
     found = PLAIN.fullmatch(stored) or SHA256.fullmatch(stored)
-    return int(found[1]) if found else None
+    return int(found["cost"]) if found else None
+
+
+def is_current(hashed: str | bytes, cost: int) -> bool:
+    """Return whether a stored hash has this cost and a form that is made today."""
+    found = SHA256.fullmatch(_bytes(hashed))
+    return cost_of(hashed) == cost and not (found and found["first"])
+
+
+def salt_of(hashed: str | bytes) -> str | None:
+    """Return the salt of a plain bcrypt hash, or None for any other form."""
+    found = PLAIN.fullmatch(_bytes(hashed))
+    return found["salt"].decode() if found else None
 
 
 @functools.cache
@@ -127,16 +147,27 @@ def _common_passwords() -> frozenset[str]:
     return frozenset(line for line in text.splitlines() if not line.startswith("#"))
 
 
-def _comparable(password: str, hashed: str | bytes | None) -> tuple[bytes, bytes] | None:
+def _comparable(password: str, hashed: str | bytes | None, cut_salt: str | None) -> tuple[bytes, bytes] | None:
     if hashed is None or not isinstance(password, str) or length_error(password):
         return None
     raw, stored = password.encode(), _bytes(hashed)
-    if PLAIN.fullmatch(stored):
-        return (raw, stored) if _fits_plain(raw) else None
-    if found := SHA256.fullmatch(stored):
-        cost, salt, digest = found.groups()
-        return _prehash(raw, salt), b"$2b$%02d$%b%b" % (int(cost), salt, digest)
-    return None
+    if found := PLAIN.fullmatch(stored):
+        raw = raw[:MAX_PLAIN_BYTES] if found["salt"].decode() == cut_salt else raw
+        if not _fits_plain(raw):
+            return None
+    elif found := SHA256.fullmatch(stored):
+        first = base64.b64encode(hashlib.sha256(raw).digest())
+        raw = first if found["first"] else _prehash(raw, found["salt"])
+    else:
+        return None
+    salt, digest = _without_unused_bits(found["salt"], 4), _without_unused_bits(found["digest"], 2)
+    return raw, b"$2b$%02d$%b%b" % (int(found["cost"]), salt, digest)
+
+
+def _without_unused_bits(encoded: bytes, unused: int) -> bytes:
+    # The bcrypt package refuses a salt and never matches a digest in which these bits are set.
+    last = _ALPHABET.index(encoded[-1]) >> unused << unused
+    return encoded[:-1] + _ALPHABET[last : last + 1]
 
 
 def _dummy_hash(cost: int) -> bytes:

@@ -16,7 +16,7 @@ TABLES = {
     "users": (
         *("id", "email", "email_key", "hashed_password", "session_id", "reset_token", "reset_expires_at"),
         *("reset_created_at", "created_at", "disabled_at", "totp_secret", "totp_since", "totp_step"),
-        *("device_key", "last_login_at"),
+        *("device_key", "last_login_at", "cut_salt"),
     ),
     "sessions": ("id", "session_hash", "user_id", "created_at", "last_seen_at", "expires_at", "address", "user_agent"),
     "recovery_codes": ("user_id", "code_hash"),
@@ -49,6 +49,7 @@ SQLITE_MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE users ADD COLUMN last_login_at INTEGER;
     DELETE FROM known_addresses;
     """,
+    "ALTER TABLE users ADD COLUMN cut_salt TEXT;",
 )
 SQLITE_VERSION = len(SQLITE_MIGRATIONS) + 1
 POSTGRES_MIGRATIONS: tuple[str, ...] = (
@@ -57,6 +58,7 @@ POSTGRES_MIGRATIONS: tuple[str, ...] = (
     ALTER TABLE users ADD COLUMN last_login_at bigint;
     DELETE FROM known_addresses;
     """,
+    'ALTER TABLE users ADD COLUMN cut_salt text COLLATE "C";',
 )
 POSTGRES_VERSION = len(POSTGRES_MIGRATIONS) + 1
 

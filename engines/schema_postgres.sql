@@ -22,7 +22,8 @@ CREATE TABLE users (
     totp_since       bigint,
     totp_step        bigint NOT NULL DEFAULT 0,
     device_key       text COLLATE "C",
-    last_login_at    bigint
+    last_login_at    bigint,
+    cut_salt         text COLLATE "C"
 );
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;

@@ -100,9 +100,9 @@ def after_password_check(monkeypatch: pytest.MonkeyPatch, change: Callable[[], o
     """Make a change once, between the comparison of a password and the use of its result."""
     original = passwords.verify
 
-    def verify(password: str, hashed: str | bytes | None, cost: int) -> bool:
+    def verify(*arguments: Any) -> bool:
         monkeypatch.setattr(passwords, "verify", original)
-        matches = original(password, hashed, cost)
+        matches = original(*arguments)
         change()
         return matches
 

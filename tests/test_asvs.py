@@ -151,7 +151,7 @@ def test_the_tables_have_no_columns_beyond_the_documented_ones(db: DB, settings:
             *("id", "email", "email_key", "hashed_password"),
             *("session_id", "reset_token", "reset_expires_at", "reset_created_at"),
             *("created_at", "disabled_at", "totp_secret", "totp_since", "totp_step"),
-            *("device_key", "last_login_at"),
+            *("device_key", "last_login_at", "cut_salt"),
         },
         "recovery_codes": {"user_id", "code_hash"},
         "sessions": {"id", "session_hash", "user_id", "address", "user_agent"} | times,

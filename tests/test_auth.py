@@ -15,7 +15,7 @@ import pytest
 
 import auth as rules
 from auth import LOGIN_TRIES, Auth, AuthError, LoginFailed, _generate_uuid, _hash_password
-from credentials import passwords
+from credentials import passwords, totp
 from engines.sqlite import SQLiteEngine
 from settings import Settings
 from storage import DB, User
@@ -308,6 +308,118 @@ def test_a_password_reset_while_it_is_hashed_again_starts_no_session(
     assert query("SELECT * FROM sessions") == []
 
 
+# Hashes that other systems made of the first 72 bytes of a password
+
+FIRST_72 = "correct horse battery staple ".ljust(72, "x")
+WHOLE, ANOTHER = FIRST_72 + "the end", FIRST_72 + "another end"
+
+
+@pytest.fixture
+def marked(db: DB) -> User:
+    """The user with a marked hash, as an import with --cut-at-72 stores it."""
+    hashed = bcrypt.hashpw(FIRST_72.encode(), bcrypt.gensalt(COST)).decode()
+    db.import_users([User(0, EMAIL, hashed, cut_salt=hashed[7:29])])
+    return db.find_user_by(email=EMAIL)
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("log_in", [sign_in, lambda auth, password: auth.valid_login(EMAIL, password)])
+def test_a_marked_hash_is_replaced_by_one_of_the_first_whole_password(
+    auth: Auth, db: DB, marked: User, log_in: Callable[[Auth, str], object]
+) -> None:
+    assert not auth.valid_login(EMAIL, "y" + WHOLE[1:])
+    assert db.find_user_by(id=marked.id) == marked
+    assert log_in(auth, WHOLE)
+    user = db.find_user_by(id=marked.id)
+    assert (user.cut_salt, passwords.verify(WHOLE, user.hashed_password, COST)) == (None, True)
+    for password in ANOTHER, FIRST_72, WHOLE + "x":
+        with pytest.raises(LoginFailed):
+            sign_in(auth, password)
+    assert sign_in(auth, WHOLE)
+
+
+def test_a_short_login_with_a_marked_hash_ends_the_mark(auth: Auth, db: DB, marked: User) -> None:
+    assert sign_in(auth, FIRST_72)
+    assert db.find_user_by(id=marked.id).cut_salt is None
+    assert not auth.valid_login(EMAIL, WHOLE)
+
+
+@pytest.mark.both_engines
+def test_of_two_logins_at_once_with_different_ends_one_starts_a_session(auth: Auth, marked: User, query: Query) -> None:
+    ends = iter([WHOLE, ANOTHER])
+    done = at_once(2, lambda: sign_in(auth, next(ends)))
+    assert sorted(isinstance(result, LoginFailed) for result in done) == [False, True]
+    assert len(query("SELECT * FROM sessions")) == 1
+    assert auth.valid_login(EMAIL, WHOLE) is not auth.valid_login(EMAIL, ANOTHER)
+
+
+def test_a_login_without_its_second_factor_keeps_the_mark(auth: Auth, db: DB, marked: User, clock: Clock) -> None:
+    seed = totp.new_seed()
+    db._engine.write("UPDATE users SET totp_secret = :seed, totp_since = 1", {"seed": seed})
+    with pytest.raises(rules.CodeRequired):
+        sign_in(auth, ANOTHER)
+    with pytest.raises(LoginFailed, match="wrong one-time code"):
+        sign_in(auth, ANOTHER, "000000")
+    assert db.find_user_by(id=marked.id).cut_salt == marked.cut_salt
+    assert sign_in(auth, WHOLE, totp.code(seed, int(clock()) // totp.STEP))
+    assert db.find_user_by(id=marked.id).cut_salt is None
+    assert not auth.valid_login(EMAIL, ANOTHER)
+
+
+def test_a_disabled_user_keeps_the_mark(auth: Auth, db: DB, marked: User) -> None:
+    db.disable_user(marked.id, 1)
+    assert not auth.valid_login(EMAIL, WHOLE)
+    db.enable_user(marked.id)
+    assert auth.valid_login(EMAIL, WHOLE)
+
+
+NEW_72 = NEW_PASSWORD.ljust(72, "y")
+CREDENTIAL_CHANGES: dict[str, Callable[[Auth, DB, User], object]] = {
+    "reset": lambda auth, _, user: auth.update_password(auth.get_reset_password_token(EMAIL), NEW_72),
+    "change": lambda auth, _, user: auth.change_password(auth.create_session(EMAIL), WHOLE, NEW_72, address=None),
+    # Nothing but the hash is changed: so do copies of the last release, which know no mark.
+    "new hash": lambda _, db, user: db.update_user(user.id, hashed_password=_hash_password(NEW_72, COST)),
+}
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("change", CREDENTIAL_CHANGES.values(), ids=CREDENTIAL_CHANGES)
+def test_the_mark_ends_with_any_change_of_the_password(
+    auth: Auth, db: DB, marked: User, change: Callable[[Auth, DB, User], object]
+) -> None:
+    change(auth, db, marked)
+    for password in WHOLE, NEW_72 + "y", NEW_72 + "\0":
+        assert not auth.valid_login(EMAIL, password)
+    assert auth.valid_login(EMAIL, NEW_72)
+    assert db.find_user_by(id=marked.id).cut_salt is None
+    assert not auth.valid_login(EMAIL, NEW_72 + "y")
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("change", ["reset", "change"])
+def test_a_new_password_clears_the_mark(auth: Auth, db: DB, marked: User, change: str) -> None:
+    CREDENTIAL_CHANGES[change](auth, db, marked)
+    assert db.find_user_by(id=marked.id).cut_salt is None
+
+
+def test_a_longer_password_does_not_match_our_own_hash_of_its_first_72_bytes(auth: Auth) -> None:
+    auth.register_user(EMAIL, FIRST_72)
+    for password in WHOLE, FIRST_72 + "x", FIRST_72 + "\0":
+        with pytest.raises(LoginFailed):
+            sign_in(auth, password)
+    assert sign_in(auth, FIRST_72)
+
+
+def test_a_login_replaces_a_hash_of_passlibs_first_version(auth: Auth, db: DB) -> None:
+    stored = "$bcrypt-sha256$2a,8$UE3dIZ.0I6XZtA/LdMrrle$Ag04/5zYu./12.OSqInXZnJ.WZoh1ua"
+    user = db.add_user(EMAIL, stored)
+    same_cost = Auth(db, Settings(bcrypt_cost=8))
+    assert not same_cost.valid_login(EMAIL, "wrong")
+    assert db.find_user_by(id=user.id).hashed_password == stored
+    assert sign_in(same_cost, "password")
+    assert bytes(db.find_user_by(id=user.id).hashed_password).startswith(b"$2b$08$")  # type: ignore[arg-type]
+
+
 # Changes during a login
 
 
@@ -352,9 +464,9 @@ def test_a_login_gives_up_when_the_password_changes_on_each_try(
     original = passwords.verify
     comparisons: list[bool] = []
 
-    def verify(password: str, hashed: str | bytes | None, cost: int) -> bool:
+    def verify(*arguments: Any) -> bool:
         assert len(comparisons) < 10, "the login goes on for too long"
-        comparisons.append(original(password, hashed, cost))
+        comparisons.append(original(*arguments))
         db.update_user(user.id, hashed_password=_hash_password(PASSWORD, COST))
         return comparisons[-1]
 

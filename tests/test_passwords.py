@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import threading
 from collections.abc import Callable
@@ -21,6 +23,7 @@ CYRILLIC = "пароль" * 43  # 258 letters, 516 bytes
 # Hashes from other programs: passlib's documentation, and the test vectors of crypt_blowfish. Its three prefixes mean
 # the same bcrypt for ASCII passwords.
 PASSLIB = "$bcrypt-sha256$v=2,t=2b,r=12$n79VH.0Q2TMWmt3Oqt9uku$Kq4Noyk3094Y2QlB8NdRT8SvGiI4ft2"
+PASSLIB_FIRST = "$bcrypt-sha256$2a,8$UE3dIZ.0I6XZtA/LdMrrle$Ag04/5zYu./12.OSqInXZnJ.WZoh1ua"  # its version 1
 CRYPT_BLOWFISH = "$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"
 
 UNREADABLE = [
@@ -34,12 +37,16 @@ UNREADABLE = [
     b"$2b$04$" + b"." * 54,
     b"$2b$04$" + b"." * 53 + b"\n",
     b"$2b$04$" + b"." * 52 + b"\xff",
-    b"$2b$04$" + b"." * 21 + b"/" + b"." * 31,  # the last character of the salt sets bits that a salt does not have
     b"$2b$03$" + b"." * 53,
     b"$2b$32$" + b"." * 53,
     b"$2b$99$" + b"." * 53,
     b"$2z$04$" + b"." * 53,
+    b"$2b$04$" + b"." * 21 + b"+" + b"." * 31,
     b"$bcrypt-sha256$v=1,t=2b,r=4$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$2y,4$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$2a,04$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$2a,3$" + b"." * 22 + b"$" + b"." * 31,
+    b"$bcrypt-sha256$2a,4$" + b"." * 22 + b"." * 31,
     b"$bcrypt-sha256$v=2,t=2b,r=3$" + b"." * 22 + b"$" + b"." * 31,
     b"$bcrypt-sha256$v=2,t=2b,r=99$" + b"." * 22 + b"$" + b"." * 31,
     b"$bcrypt-sha256$v=2,t=2b,r=4$" + b"." * 21 + b"/$" + b"." * 31,
@@ -117,8 +124,87 @@ def test_a_hash_verifies_as_text_and_as_bytes(password: str) -> None:
     assert verifies(password, stored.decode())
 
 
-def test_a_hash_made_by_passlib_verifies() -> None:
-    assert passwords.verify("password", PASSLIB, COST)
+@pytest.mark.parametrize("stored", [PASSLIB, PASSLIB_FIRST])
+def test_a_hash_made_by_passlib_verifies(stored: str) -> None:
+    assert passwords.verify("password", stored, COST)
+    assert not passwords.verify("password\0", stored, COST)
+    assert not passwords.verify("Password", stored, COST)
+
+
+def in_first_version(password: str, version: str = "2b") -> str:
+    """Return a hash in version 1 of passlib's format."""
+    key = base64.b64encode(hashlib.sha256(password.encode()).digest())
+    plain = bcrypt.hashpw(key, bcrypt.gensalt(COST)).decode()
+    return f"$bcrypt-sha256${version},{COST}${plain[7:29]}${plain[29:]}"
+
+
+@pytest.mark.parametrize("version", ["2a", "2b"])
+@pytest.mark.parametrize("length", [1, 72, 73, 1024])
+def test_every_byte_counts_in_the_first_version_of_a_passlib_hash(version: str, length: int) -> None:
+    stored = in_first_version("a" * length, version)
+    assert verifies("a" * length, stored)
+    assert not verifies("a" * (length - 1) + "b", stored)
+
+
+# Hashes of passlib 1.5.2, of a password and with unused bits in the salt, from its issue 25; and one of BCrypt.Net.
+@pytest.mark.parametrize(
+    ("password", "stored"),
+    [
+        ("loppux", "$2a$12$oaQbBqq8JnSM1NHRPQGXORm4GCUMqp7meTnkft4zgSnrbhoKdDV0C"),
+        ("vlaflip", "$2a$12$GqDY2k0khMlI69U5LN9m11tN2XCF1NH5d53SKdjfa/jmgnIN8rVb6"),
+        ("abc", "$2b$06$DCq7YPn5Rq63x1Lad4cll/c0VtM7rnZyLHqSZkwNoYUuYeikWFfzq"),
+    ],
+)
+def test_a_published_hash_with_unused_bits_in_its_salt_verifies(password: str, stored: str) -> None:
+    assert verifies(password, stored)
+    assert not verifies(password + "x", stored)
+
+
+ALPHABET = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"  # of bcrypt's base64
+
+
+@pytest.mark.parametrize(("position", "unused"), [(28, 16), (59, 4)], ids=["salt", "digest"])
+def test_unused_bits_of_salt_and_digest_mean_nothing_and_all_others_count(position: int, unused: int) -> None:
+    stored = bcrypt.hashpw(b"password", b"$2b$04$" + b"C" * 21 + b"O").decode()
+    first = ALPHABET.index(stored[position])
+    assert first % unused == 0
+    same = range(first, first + unused)
+    for index, letter in enumerate(ALPHABET):
+        changed = stored[:position] + letter + stored[position + 1 :]
+        assert verifies("password", changed) is (index in same), changed
+
+
+CUT = bcrypt.hashpw(b"a" * 72, b"$2a$04$" + b"C" * 21 + b"O").decode()  # of "aaa…" of any length, cut at 72 bytes
+
+
+def test_a_marked_hash_matches_a_longer_password_by_its_first_72_bytes() -> None:
+    salt = passwords.salt_of(CUT)
+    for password in "a" * 72, "a" * 73, "a" * 72 + "b" * 900, "a" * 72 + "\0":
+        assert passwords.verify(password, CUT, COST, salt), password
+    for password in "a" * 71, "a" * 71 + "bb", "a" * 71 + "\0a", "b" + "a" * 100, "a" * 1025:
+        assert not passwords.verify(password, CUT, COST, salt), password
+    stored = bcrypt.hashpw(b"a" + b"\xc3\xa9" * 35 + b"\xc3", bcrypt.gensalt(COST))  # cut in the middle of a letter
+    assert passwords.verify("a" + "é" * 40, stored, COST, passwords.salt_of(stored))
+
+
+@pytest.mark.parametrize("salt", [None, "", "." * 22, CUT[7:28] + "P", CUT[7:28]])
+def test_a_hash_that_is_not_marked_matches_no_longer_password(salt: str | None) -> None:
+    for password in "a" * 73, "a" * 72 + "\0":
+        assert not passwords.verify(password, CUT, COST, salt)
+    assert passwords.verify("a" * 72, CUT, COST, salt)
+
+
+def test_every_byte_counts_where_a_marked_hash_is_of_another_form() -> None:
+    for stored in passwords.hash_password("a" * 80, COST).decode(), in_first_version("a" * 80):
+        salt = re.findall(r"\$([./A-Za-z0-9]{22})\$", stored)[0]
+        assert not passwords.verify("a" * 79 + "b", stored, COST, salt)
+        assert passwords.salt_of(stored) is None
+
+
+def test_a_hash_is_current_in_the_forms_that_are_made_today_at_their_cost() -> None:
+    forms = hashed("a"), hashed("a" * 73), CUT, in_first_version("a"), b"!"
+    assert [passwords.is_current(stored, COST) for stored in forms] == [True, True, True, False, False]
+    assert not any(passwords.is_current(stored, COST + 1) for stored in forms)
 
 
 @pytest.mark.parametrize("prefix", ["$2a", "$2b", "$2y"])
@@ -175,6 +261,9 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 SHORT_STORED = bcrypt.hashpw(b"password", bcrypt.gensalt(5))
 LONG_STORED = passwords.hash_password("a" * 73, 5)
+MARKED = bcrypt.hashpw(b"a" * 72, bcrypt.gensalt(5))
+UNUSED_BITS = SHORT_STORED[:28] + b"z" + SHORT_STORED[29:]
+FIRST_STORED = LONG_STORED.replace(b"v=2,t=2b,r=", b"2a,")
 
 
 @pytest.mark.parametrize(
@@ -192,13 +281,21 @@ LONG_STORED = passwords.hash_password("a" * 73, 5)
         pytest.param("\ud800", SHORT_STORED, id="surrogate"),
         pytest.param("password", None, id="unknown"),
         pytest.param("", None, id="empty, unknown"),
+        pytest.param("a" * 72, MARKED, id="right, marked"),
+        pytest.param("a" * 99, MARKED, id="right, marked, long"),
+        pytest.param("b" * 99, MARKED, id="wrong, marked, long"),
+        pytest.param("b" * 1025, MARKED, id="too long, marked"),
+        pytest.param("a\0a" * 50, MARKED, id="nul, marked, long"),
+        pytest.param("a" * 99, UNUSED_BITS, id="unused bits, long"),
+        pytest.param("password", UNUSED_BITS, id="unused bits"),
+        pytest.param("a" * 99, FIRST_STORED, id="wrong, first version"),
         *(pytest.param("password", stored, id=f"unreadable {n}") for n, stored in enumerate(UNREADABLE)),
     ],
 )
 def test_every_check_runs_one_bcrypt_of_the_configured_cost(
     costs: list[int], password: str, stored: bytes | None
 ) -> None:
-    passwords.verify(password, stored, 5)
+    passwords.verify(password, stored, 5, passwords.salt_of(MARKED))
     assert costs == [5]
 
 
@@ -237,6 +334,8 @@ def test_at_most_one_hash_per_core_runs_at_once(monkeypatch: pytest.MonkeyPatch)
     ("stored", "cost"),
     [
         (PASSLIB, 12),
+        (PASSLIB_FIRST, 8),
+        pytest.param(UNUSED_BITS, 5, id="unused bits"),
         pytest.param(SHORT_STORED, 5, id="short"),  # a random salt: its text would be another id in each process
         pytest.param(LONG_STORED, 5, id="long"),
         pytest.param(LONG_STORED.decode(), 5, id="long text"),

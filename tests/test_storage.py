@@ -21,7 +21,7 @@ eve = stored_users.eve
 # Names by which no user is found or changed. SQLite knows some of them as columns, and takes '"nosuch"' for a string.
 NOT_ATTRIBUTES = [
     *("rowid", "_rowid_", "oid", "EMAIL", "Email", "email_key", "reset_expires_at", "users.email", "__class__"),
-    *("device_key", "last_login_at"),  # only certain changes set these
+    *("device_key", "last_login_at", "cut_salt"),  # only certain changes set these
     *("", "nosuch", "self", '"nosuch"', "1=1 OR email", "email = :email --", "email=email,id"),
 ]
 
