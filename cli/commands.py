@@ -35,8 +35,6 @@ with suppress(ImportError):  # the settings say that Windows, which lacks them, 
     import pwd
     import syslog
 
-EMAIL_TAKEN = "email already registered, or repeated in this file"
-
 PROGRESS_STEP = 5000  # rows between two updates of the progress display
 PRUNE_PAUSE = 0.02  # seconds between two steps of deleting, in which other writers get the lock
 
@@ -80,6 +78,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         if names in ("import", "export"):
             command.add_argument("--format", choices=user_files.FORMATS.values(), help="default: by the file's name")
+        if names == "import":
+            command.add_argument("--cut-at-72", action="store_true", help="passwords were cut at 72 bytes to hash them")
 
 
 def _database(text: str) -> str:
@@ -348,20 +348,20 @@ def _import_users(operator: Operator) -> None:
     form = user_files.detect_format(".csv" if path == "-" else path, operator.arguments.format)
     problems: dict[int, str] = {}
     users: list[User] = []
-    lines: dict[str, int] = {}  # by email in folded letter case
+    lines: dict[str, tuple[int, str]] = {}  # number and email, by email in folded letter case
     now = int(time.time())
     with _open_input(path) as file, operator.open_database() as (auth, db):
         for line, record in _with_progress(f"reading {path}", user_files.read_records(file, form)):
             try:
-                user = user_files.parse_user(record, auth.check_email, now)
+                user = user_files.parse_user(record, auth.check_email, now, cut_at_72=operator.arguments.cut_at_72)
             except ValueError as error:
                 problems[line] = str(error)
                 continue
-            if lines.setdefault(user.email.casefold(), line) == line:
+            if lines.setdefault(user.email.casefold(), (line, user.email))[0] == line:
                 users.append(user)
             else:
-                problems[line] = EMAIL_TAKEN
-        problems |= {lines[email]: EMAIL_TAKEN for email in db.taken_emails(list(lines))}
+                problems[line] = _taken(user.email)
+        problems |= {line: _taken(email) for line, email in map(lines.__getitem__, db.taken_emails(list(lines)))}
         if not problems:
             db.import_users(users)
     for line in sorted(problems):
@@ -370,6 +370,12 @@ def _import_users(operator: Operator) -> None:
         raise CommandFailed(f"{_count(len(problems), 'problem')}: nothing was imported")
     operator.log("users_imported", users=len(users))
     operator.print_record(f"{_count(len(users), 'user')} imported", imported=len(users))
+    if waiting := sum(user.hashed_password == NO_PASSWORD for user in users):
+        print(f"authsvc: {_count(waiting, 'user')} without a password; next: invite each", file=sys.stderr)
+
+
+def _taken(email: str) -> str:
+    return f"{user_files.named('email', email)}: already registered, or repeated in this file"
 
 
 def _export_users(operator: Operator) -> None:
@@ -407,7 +413,7 @@ def _clear_progress() -> None:
         print("\r" + " " * 64, end="\r", file=sys.stderr, flush=True)
 
 
-def _open_input(path: str) -> IO[bytes]:
+def _open_input(path: str) -> io.BufferedReader:
     # A pipe belongs to the person who typed the command. Under a name such as /dev/fd/63, which a shell gives to <(…),
     # the service's user could not open it; the descriptor is open already.
     stream = re.fullmatch("-|/dev/stdin|/dev/fd/([0-9]{1,9})", path)

@@ -1,17 +1,21 @@
 """Users in files: CSV with a header, JSON lines, and htpasswd.
 
-Parses lines into checked users and writes users as lines. It opens no file and uses no database.
+Parses lines into checked users and writes users as lines. It opens no file and uses no database. What a line says is
+read in the forms that other systems write, but a value that could mean two things is refused.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import codecs
 import csv
+import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +27,19 @@ from storage import User
 from tables.rate_limits import CLOCK_TOLERANCE
 
 FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".htpasswd": "htpasswd"}  # file name suffix: format
-FIELDS = "email", "hashed_password", "created", "disabled", "totp_secret"
-ALIASES = {"password_hash": "hashed_password", "hash": "hashed_password"}  # other names of fields
-DISABLED_VALUES = {"": False, "false": False, "0": False, "no": False, "true": True, "1": True, "yes": True}
+FIELDS = "email", "hashed_password", "created", "disabled", "totp_secret", "cut_at_72"
+NAMES = {field.replace("_", ""): field for field in FIELDS}  # without case, blanks and punctuation: field
+NAMES |= dict.fromkeys(("hash", "password", "passwordhash", "encryptedpassword", "passworddigest"), "hashed_password")
+BOOLEANS = dict.fromkeys(("", "false", "f", "no", "n", "off", "0"), False)
+BOOLEANS |= dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True)
+NULLS = "null", "none", "nil", "\\n"  # what databases write for no value
+SCHEME = re.compile(r"\{(blf-|b)?crypt\}(?=\$)", re.IGNORECASE)  # what Dovecot and Spring write before a hash
+# What may be a hash, a seed or a part of one in the wrong column. Long words in an email are not.
+SECRET = re.compile(r"\$|[\w+/=]{24}|(\w{4}[ -]){4}|\A[^@]*[\w+/=]{16}[^@]*\Z")
+# A spreadsheet takes a value that begins so for a formula, or its full-width form.
+FORMULA = re.compile(r"'*\s*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 MAX_SEED_BYTES = 64  # of an imported TOTP seed: the block size of SHA-1; a longer key adds no security (RFC 2104)
-MIN_SEED_BYTES = 10  # of an imported TOTP seed: authenticator apps have never used less
+MIN_SEED_BYTES = 16  # of an imported TOTP seed: 128 bits (RFC 4226 4, R6)
 
 Record = dict[str, Any] | ValueError  # the fields of a line, or the reason why it has none
 
@@ -42,19 +54,19 @@ def detect_format(path: str, chosen: str | None) -> str:
     Raises:
         UnknownFormat: no format was chosen, and the name indicates none.
     """
-    form = chosen or FORMATS.get(Path(path).suffix or Path(path).name)
+    form = chosen or FORMATS.get((Path(path).suffix or Path(path).name).lower())
     if not form:
         raise UnknownFormat(f"cannot tell the format of {path} from its name: add --format csv, jsonl or htpasswd")
     return form
 
 
-def read_records(file: Iterable[bytes], form: str) -> Iterator[tuple[int, Record]]:
+def read_records(file: io.BufferedReader | io.BytesIO, form: str) -> Iterator[tuple[int, Record]]:
     """Yield the number of each line with its fields, or with the error that makes it unreadable.
 
     Raises:
-        UnknownFormat: the header of a CSV file lacks a required column.
+        UnknownFormat: the header of a CSV file lacks a required column, or UTF-16 is not valid.
     """
-    lines = _decode_lines(file)
+    lines = _decode_lines(io.BufferedReader(file))
     if form == "csv":
         yield from _read_csv(lines)
         return
@@ -63,49 +75,56 @@ def read_records(file: Iterable[bytes], form: str) -> Iterator[tuple[int, Record
             yield number, _parse_htpasswd(line) if form == "htpasswd" else _parse_json(line)
 
 
-def parse_user(record: Record, check_email: Callable[[str], None], now: int) -> User:
+def parse_user(record: Record, check_email: Callable[[str], None], now: int, *, cut_at_72: bool = False) -> User:
     """Return the user that a record describes; the id is 0 until the user is stored.
 
     ``check_email`` raises ValueError for an email that an account cannot have. ``now`` is in unix seconds.
+    ``cut_at_72`` says that the system which made the hash ignores all bytes of a password after 72.
 
     Raises:
         ValueError: the record describes no user; the message gives the reason.
     """
     if isinstance(record, ValueError):
         raise record
-    text = {name: value for name, value in record.items() if name in FIELDS and value not in (None, "")}
-    text["disabled"] = str(text.get("disabled", "")).lower()
-    for name, value in text.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{name} must be text")
-    hashed = text.get("hashed_password", "")
-    check_email(text.get("email", ""))
+    text = {name: _text(name, record.get(name)) for name in FIELDS}
+    try:
+        check_email(text["email"])
+    except ValueError as error:
+        raise ValueError(f"{named('email', text['email'])}: {error}") from None
+    hashed = SCHEME.sub("", text["hashed_password"]) or NO_PASSWORD
     _check_hash(hashed)
-    if text["disabled"] not in DISABLED_VALUES:
-        raise ValueError("disabled must be true or false")
     return User(
         id=0,
         email=text["email"],
         hashed_password=hashed,
-        created_at=_parse_created(text["created"], now) if "created" in text else now,
-        disabled_at=now if DISABLED_VALUES[text["disabled"]] else None,
-        totp_secret=_parse_seed(text["totp_secret"]) if "totp_secret" in text else None,
-        totp_since=now if "totp_secret" in text else None,
+        created_at=_parse_created(text["created"], now) if text["created"] else now,
+        disabled_at=now if _parse_boolean("disabled", text["disabled"]) else None,
+        totp_secret=_parse_seed(text["totp_secret"]) if text["totp_secret"] else None,
+        totp_since=now if text["totp_secret"] else None,
+        cut_salt=passwords.salt_of(hashed) if _parse_boolean("cut_at_72", text["cut_at_72"]) or cut_at_72 else None,
     )
+
+
+def named(name: str, value: str) -> str:
+    """Return the name of a field with its value, without it where that may be a hash or another secret."""
+    return name if SECRET.search(value) else f"{name} {value!r:.80}"
 
 
 def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[bool]:
     """Write the users to a file. Yield for each whether it was written: the format may be unable to represent it."""
-    table = csv.writer(file, lineterminator="\n")
     if form == "csv":
-        table.writerow(FIELDS)
+        file.write(",".join(FIELDS) + "\n")
     for user in users:
         record = _to_record(user)
         if form == "htpasswd" and not _fits_htpasswd(record):
             yield False
             continue
         if form == "csv":
-            table.writerow(record.values())
+            values = (f"'{value}" if FORMULA.match(value) else value for value in record.values())
+            # Some spreadsheets split at semicolons or tabs, and the part after one could be a formula.
+            split = re.search(r"[;\t\r]", user.email)
+            table = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if split else csv.QUOTE_MINIMAL)
+            table.writerow(values)
         elif form == "jsonl":
             file.write(json.dumps(record) + "\n")
         else:
@@ -113,20 +132,32 @@ def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[boo
         yield True
 
 
-def _decode_lines(file: Iterable[bytes]) -> Iterator[str]:
-    encoding = "utf-8-sig"  # the first line: spreadsheet programs start a file with a byte order mark
-    for line in file:
-        yield line.decode(encoding, "surrogateescape")  # invalid UTF-8 is refused later, with its line number
-        encoding = "utf-8"
+def _decode_lines(file: io.BufferedReader) -> Iterator[str]:
+    # Spreadsheet programs start a file with a byte order mark. Invalid UTF-8 is refused later, with its line number.
+    wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
+    try:
+        with io.TextIOWrapper(file, encoding, errors, newline="") as text:
+            yield from text
+    except UnicodeDecodeError as error:
+        raise UnknownFormat(f"the file begins as UTF-16 and is not: {error.reason}") from None
 
 
 def _read_csv(lines: Iterator[str]) -> Iterator[tuple[int, Record]]:
-    reader = csv.reader(lines, strict=True)
-    header: list[str] = []
-    with suppress(csv.Error):
-        header = [ALIASES.get(name.strip(), name.strip()) for name in next(reader, [])]
-    if not {"email", "hashed_password"} <= set(header):
-        raise UnknownFormat("the first line of a CSV file must name its columns: at least email and hashed_password")
+    read, delimiters = [next(lines, "")], ",;\t|"
+    if marked := re.match(r'("?)sep=([^\w"\r\n \0])\1', read[0], re.IGNORECASE):  # a line for Excel, before the header
+        read, delimiters = [read[0], next(lines, "")], marked[2]
+    headers = {delimiter: _parse_header(read[-1], delimiter) for delimiter in delimiters}
+    delimiter, header = max(headers.items(), key=lambda found: len({*FIELDS} & {*found[1]}))
+    if "email" not in header:
+        raise UnknownFormat("the first line of a CSV file must name its columns, such as email and hashed_password")
+    if error := _fields_error(header):
+        raise UnknownFormat(f"the columns of the CSV file: {error}")
+    # Where the names of the columns have blanks around them, so have the values.
+    blanks = " " if re.search(r" [,;|]|[,;|] ", read[-1]) else ""
+    reader = csv.reader(chain(read, lines), delimiter=delimiter, strict=True, skipinitialspace=bool(blanks))
+    for _ in read:
+        next(reader)
     while True:
         try:
             row = next(reader)
@@ -136,14 +167,22 @@ def _read_csv(lines: Iterator[str]) -> Iterator[tuple[int, Record]]:
             yield reader.line_num, ValueError(str(error))
             continue
         if len(row) == len(header):
-            yield reader.line_num, dict(zip(header, row, strict=True))
+            texts = (value.strip(blanks) for value in row)
+            values = (text[1:] if text.startswith("'") and FORMULA.match(text) else text for text in texts)
+            yield reader.line_num, dict(zip(header, values, strict=True))
         elif row:
             yield reader.line_num, ValueError(f"expected {len(header)} columns as in the header, found {len(row)}")
 
 
+def _parse_header(line: str, delimiter: str) -> list[str]:
+    with suppress(csv.Error):
+        return [_field(name) for name in next(csv.reader([line], delimiter=delimiter, strict=True), [])]
+    return []
+
+
 def _parse_htpasswd(line: str) -> Record:
-    email, _, hashed = line.rstrip("\r\n").partition(":")
-    return {"email": email, "hashed_password": hashed}
+    email, *others = line.rstrip("\r\n").split(":")  # further fields are for people, as in a file of Apache
+    return {"email": email, "hashed_password": others[0]} if others else ValueError("expected name:hash")
 
 
 def _parse_json(line: str) -> Record:
@@ -152,7 +191,41 @@ def _parse_json(line: str) -> Record:
         record = json.loads(line)
     if not isinstance(record, dict):
         return ValueError("not a JSON object")
-    return {ALIASES.get(str(name), str(name)): value for name, value in record.items()}
+    fields = [_field(name) for name in record]
+    error = _fields_error(fields)
+    return ValueError(error) if error else dict(zip(fields, record.values(), strict=True))
+
+
+def _field(name: str) -> str:
+    """Return the field that a column holds, or the column's own name."""
+    return NAMES.get("".join(letter for letter in name.lower() if letter.isalnum()), name)
+
+
+def _fields_error(fields: list[str]) -> str | None:
+    """Return why it is not clear which column holds what, or None."""
+    if repeated := [field for field in FIELDS if fields.count(field) > 1]:
+        return f"{repeated[0]} is named twice"
+    hashes = [field for field in fields if re.search("pass|pwd|hash|digest", field, re.IGNORECASE)]
+    if hashes and "hashed_password" not in fields:  # without it the users would be imported without their passwords
+        return f"is {hashes[0]!r:.80} the hash of the password? Name it hashed_password, or remove it"
+    return None
+
+
+def _text(name: str, value: object) -> str:
+    if name in ("created", "disabled", "cut_at_72") and isinstance(value, (int, float)):
+        return str(value)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} must be text")
+    if name == "email":
+        return value or ""  # as it is: blanks belong to it
+    text = (value or "").strip(" \t")
+    return "" if text.lower() in NULLS else text
+
+
+def _parse_boolean(name: str, text: str) -> bool:
+    if text.lower() not in BOOLEANS:
+        raise ValueError(f"{named(name, text)}: it must be true or false")
+    return BOOLEANS[text.lower()]
 
 
 def _check_hash(hashed: str) -> None:
@@ -172,20 +245,32 @@ def _fits_htpasswd(record: dict[str, str]) -> bool:
 
 
 def _parse_created(text: str, now: int) -> int:
-    moment = datetime.fromisoformat(text)
-    seconds = int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
+    seconds = -1
+    if re.fullmatch(r"[0-9]{9,19}(\.[0-9]*)?", text):  # fewer digits are no time that an account was made at
+        seconds = int(text.partition(".")[0])
+        while seconds >= 10**11:  # milliseconds, microseconds or nanoseconds: in seconds it would be the year 5138
+            seconds //= 1000
+    else:
+        zoned = re.sub(r" *(UTC|GMT|Z)\Z", "+00:00", re.sub(r"(?<=[+-][0-9]{4}) [A-Z]+\Z", "", text.upper()))
+        with suppress(ValueError, OverflowError):
+            moment = datetime.fromisoformat(re.sub(r" +(?=[+-][0-9:]+\Z)", "", zoned))
+            seconds = int((moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp())
     if not 0 <= seconds <= now + CLOCK_TOLERANCE:
-        raise ValueError(f"created is {text!r}: it must be a time since 1970 and not in the future")
+        expected = "a time since 1970 and not in the future, such as 2024-01-02T03:04:05Z"
+        raise ValueError(f"{named('created', text)}: it must be {expected}")
     return seconds
 
 
 def _parse_seed(text: str) -> str:
-    seed = text.replace(" ", "").rstrip("=").upper()
+    seed = "".join(text.split()).replace("-", "").rstrip("=")  # apps show it in groups
     seed += "=" * (-len(seed) % 8)
-    with suppress(binascii.Error):
-        if MIN_SEED_BYTES <= len(base64.b32decode(seed)) <= MAX_SEED_BYTES:
-            return seed
-    raise ValueError(f"totp_secret must be {MIN_SEED_BYTES} to {MAX_SEED_BYTES} bytes in base32")
+    size = 0
+    with suppress(ValueError):
+        size = len(base64.b32decode(seed, casefold=True))
+    if MIN_SEED_BYTES <= size <= MAX_SEED_BYTES:
+        return seed.upper()
+    reason = f"has {8 * size} bits" if size else "is not base32 (A to Z, 2 to 7)"
+    raise ValueError(f"totp_secret {reason}: it must have {8 * MIN_SEED_BYTES} to {8 * MAX_SEED_BYTES} bits")
 
 
 def _to_record(user: User) -> dict[str, str]:
@@ -196,4 +281,5 @@ def _to_record(user: User) -> dict[str, str]:
         "created": timestamp(user.created_at) if user.created_at is not None else "",
         "disabled": "true" if user.disabled_at is not None else "",
         "totp_secret": user.totp_secret or "" if user.totp_since is not None else "",
+        "cut_at_72": "true" if user.cut_salt and user.cut_salt == passwords.salt_of(hashed) else "",
     }

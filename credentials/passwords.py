@@ -130,8 +130,7 @@ def cost_of(hashed: str | bytes) -> int | None:
 
 def is_current(hashed: str | bytes, cost: int) -> bool:
     """Return whether a stored hash has this cost and a form that is made today."""
-    found = SHA256.fullmatch(_bytes(hashed))
-    return cost_of(hashed) == cost and not (found and found["first"])
+    return cost_of(hashed) == cost and not _bytes(hashed).startswith(b"$bcrypt-sha256$2")
 
 
 def salt_of(hashed: str | bytes) -> str | None:
@@ -156,8 +155,7 @@ def _comparable(password: str, hashed: str | bytes | None, cut_salt: str | None)
         if not _fits_plain(raw):
             return None
     elif found := SHA256.fullmatch(stored):
-        first = base64.b64encode(hashlib.sha256(raw).digest())
-        raw = first if found["first"] else _prehash(raw, found["salt"])
+        raw = base64.b64encode(hashlib.sha256(raw).digest()) if found["first"] else _prehash(raw, found["salt"])
     else:
         return None
     salt, digest = _without_unused_bits(found["salt"], 4), _without_unused_bits(found["digest"], 2)

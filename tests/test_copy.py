@@ -111,6 +111,7 @@ def fill(database: str) -> None:
         db._engine.write("INSERT INTO known_addresses SELECT id, 'address ' || id, 1 FROM users", {})
         old = db.add_user("old@x.io", HASH)  # a hash as text, and no time of creation, as in an old file
         db.disable_user(old.id, 1_700_000_000)
+        db._engine.write("UPDATE users SET cut_salt = 'salt' WHERE id = :id", {"id": old.id})
         db.delete_user(db.find_user_by(email="gone@x.io").id)
         db.delete_user(db.add_user("last@x.io", b"$2b$04$bytes").id)  # its id is never used again
 
