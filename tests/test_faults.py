@@ -396,9 +396,9 @@ def test_a_database_that_another_process_closes_during_the_start_is_not_lost(
     (tmp_path / "kept").hardlink_to(tmp_path / "authsvc.db-wal")  # so that a new log gets another inode
     insert_user(open_file, "bob")
 
-    def connect_after_the_others_close(path: str) -> sqlite3.Connection:
+    def connect_after_the_others_close(*arguments: Any, **options: Any) -> sqlite3.Connection:
         open_file._writer.close()  # the last connection to close deletes the log
-        return connect(path)
+        return connect(*arguments, **options)
 
     monkeypatch.setattr(engines.sqlite, "connect", connect_after_the_others_close)
     with closing(SQLiteEngine(str(tmp_path / "authsvc.db"))) as started:
