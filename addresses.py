@@ -174,6 +174,7 @@ def _peer_name(peer: str) -> str:
 @functools.lru_cache(maxsize=1024)
 def _read_hop(hop: str, trusted_proxy: str) -> tuple[str, bool]:
     """Return the address of a hop, or "unknown", and whether it is trusted."""
+    hop = hop[1:-1] if hop[:1] == hop[-1:] == '"' else hop  # as some proxies copy it from Forwarded (RFC 7239, 6)
     found = _HOP.fullmatch(hop)
     address = parse_address(found["v4"] or found["v6"] if found else hop)
     return str(address or "unknown"), _is_listed(address, trusted_proxy)

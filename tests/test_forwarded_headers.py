@@ -66,6 +66,7 @@ def call(database: str, db: DB, clock: Clock) -> Client:
         (PROXY, "HTTPS", 200),
         (PROXY, " https\t", 200),
         (PROXY, "wss", 200),
+        (PROXY, "http, wss", 200),
         (PROXY, "Wss", 200),
         (PROXY, "http, https", 200),
         (PROXY, "http,https,", 403),
@@ -102,6 +103,14 @@ def test_a_request_that_reached_the_proxy_over_http_is_refused(
         (PROXY, "203.0.113.5,", "unknown"),
         (PROXY, "203.0.113.5:443", "203.0.113.5"),
         (PROXY, "[2001:db8::1]:443", "2001:db8::1"),
+        (PROXY, "[::ffff:203.0.113.5]:443", "203.0.113.5"),
+        (PROXY, '"203.0.113.5:4711"', "203.0.113.5"),
+        (PROXY, '6.6.6.6,\t"[2001:db8::1]:4711" ', "2001:db8::1"),
+        (PROXY, ' 203.0.113.5:4711 , "127.0.0.1:5000"', "203.0.113.5"),
+        (PROXY, '"203.0.113.5', "unknown"),
+        (PROXY, '"', "unknown"),
+        (PROXY, '"6.6.6.6, 203.0.113.5"', "unknown"),
+        (PROXY, "203.0.113.5:port", "unknown"),
         (PROXY, "6.6.6.6, 203.0.113.5, 127.0.0.1", "203.0.113.5"),
         (PROXY, "6.6.6.6, evil, 127.0.0.1", "unknown"),
         (PROXY, "x" * 300, "unknown"),
@@ -160,7 +169,10 @@ def test_an_ignored_forwarded_address_is_logged_once(call: Client, capsys: pytes
 @pytest.mark.process
 def test_two_forwarded_for_headers_are_read_as_one_list(proxied: Service) -> None:
     answer = send(
-        proxied.address, post_request("/sessions", FORM, "X-Forwarded-For: 6.6.6.6", "X-Forwarded-For: 203.0.113.200")
+        proxied.address,
+        post_request(
+            "/sessions", FORM, "X-Forwarded-For: 6.6.6.6", "x-forwarded-for:", 'X-FORWARDED-FOR: "203.0.113.200:80"'
+        ),
     )
     assert answer.startswith(b"HTTP/1.1 401 ")
     addresses = [line["address"] for line in log_lines(written_log(proxied)) if line["event"] == "authn_login_fail"]

@@ -83,6 +83,8 @@ AMBIGUOUS = {
     "space in the target": f"GET / x HTTP/1.1\r\n{HOST}\r\n",
     "fragment": f"GET /profile#x HTTP/1.1\r\n{HOST}\r\n",
     "authority as the target": f"CONNECT x:443 HTTP/1.1\r\n{HOST}\r\n",
+    "target of another host": f"GET http://evil/profile HTTP/1.1\r\n{HOST}\r\n",
+    "target of another port": f"GET http://x:81/health HTTP/1.1\r\n{HOST}\r\n",
     "asterisk as the target": f"OPTIONS * HTTP/1.1\r\n{HOST}\r\n",
     "empty chunk size": f"POST / HTTP/1.1\r\n{HOST}{CHUNKED}\r\n\r\n0\r\n\r\n",
     "bare LF after a chunk size": f"POST / HTTP/1.1\r\n{HOST}{CHUNKED}\r\n5\nhello\r\n0\r\n\r\n",
@@ -113,6 +115,8 @@ def test_an_ambiguous_request_gets_exactly_one_refusal(proxied: Service, request
         f"GET / HTTP/1.1\r\n{HOST}X: a\r\nX: b\r\nConnection: close\r\n\r\n",
         f"GET / HTTP/1.1\r\n{HOST}{CHUNKED}Connection: close\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
         f"GET /?x=1 HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n",
+        f"GET http://x/health HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n",
+        f"GET HTTP://X:80?x=1 HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n",
     ],
 )
 def test_a_well_formed_request_is_served(proxied: Service, request_text: str) -> None:
@@ -120,7 +124,7 @@ def test_a_well_formed_request_is_served(proxied: Service, request_text: str) ->
 
 
 @pytest.mark.parametrize(
-    "target", ["/pro%fffile", "//profile", "/profile/", "http://evil/profile", "/%70rofile", "/./profile"]
+    "target", ["/pro%fffile", "//profile", "/profile/", "http://x//profile", "/%70rofile", "/./profile"]
 )
 def test_a_path_must_match_its_route_character_by_character(proxied: Service, target: str) -> None:
     answer = send(proxied.address, f"GET {target} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n".encode())

@@ -30,7 +30,8 @@ SINGLE_HEADERS = frozenset(
 # The quantifiers are possessive, so a head that does not match fails in linear time.
 HEAD = re.compile(
     r"(?:\r\n)?+(?!CONNECT )(?P<command>[A-Z0-9!#$%&'*+.^_`|~-]++) "
-    r"(?P<uri>(?:(?=/)|(?i:https?)://(?P<authority>[^/?# ]*+))(?P<path>[!\"$->@-~]*+)(?:\?(?P<query>[!\"$-~]*+))?+)"
+    r"(?:(?=/)|(?P<scheme>(?i:https?))://(?P<authority>[^/?# ]*+))"
+    r"(?P<uri>(?P<path>[!\"$->@-~]*+)(?:\?(?P<query>[!\"$-~]*+))?+)"
     r" HTTP/(?P<version>1\.[01])\r\n"
     r"(?P<fields>(?:[A-Za-z0-9!#$%&'*+.^_`|~-]++:[\t -~\x80-\xff]*+\r\n)*+)\r\n"
 )
@@ -122,7 +123,9 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         found = HEAD.fullmatch(head)
         if not found:
             raise Refused(BadRequest("malformed head"))
-        self.command, self.request_uri, authority, path, self.query, self.version, fields = found.groups("")
+        self.command, scheme, authority, uri, path, self.query, self.version, fields = found.groups("")
+        # Only a target in absolute form can lack the path, which is then "/" (RFC 9110, 4.2.3).
+        self.request_uri, path = uri if path else f"/{uri}", path or "/"
         self.path = unquote(path, "latin-1") if "%" in path else path
         self.url_scheme, headers, repeated = self.adj.url_scheme, self.headers, False
         lines = fields.split("\r\n")[:-1]
@@ -141,7 +144,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         if repeated:
             raise Refused(BadRequest("repeated header"))
         host = headers.get("HOST", "" if self.version == "1.1" else "unnamed")
-        if not (_is_host(host) and (self.request_uri.startswith("/") or _is_host(authority))):
+        if not (_is_host(host) and (not scheme or _is_same_host(authority, host, scheme))):
             raise Refused(BadRequest("malformed host"))
         if "CONNECTION" in headers:
             headers["CONNECTION"] = _connection_option(headers["CONNECTION"])
@@ -174,6 +177,15 @@ def _is_host(text: str) -> bool:
     found = HOST.fullmatch(text)
     ipv6 = found and found["ipv6"]
     return found is not None and int(found["port"] or 0) < 2**16 and (not ipv6 or parse_address(ipv6) is not None)
+
+
+def _is_same_host(authority: str, host: str, scheme: str) -> bool:
+    """Return whether the authority of a target is that of ``Host``, which it would replace (RFC 9112, 3.2.2).
+
+    A proxy may go by either. The letter case does not matter, and the default port may be left out.
+    """
+    port = {"http": ":80", "https": ":443"}[scheme.lower()]
+    return _is_host(authority) and authority.lower().removesuffix(port) == host.lower().removesuffix(port)
 
 
 @functools.lru_cache(maxsize=64)
