@@ -14,6 +14,7 @@ import hmac
 import re
 import secrets
 import textwrap
+import unicodedata
 from urllib.parse import quote, urlencode
 
 STEP = 30  # seconds that a code is current (RFC 6238 5.2)
@@ -21,6 +22,10 @@ DRIFT = 1  # steps that a phone's clock may be ahead or behind
 SEED_BYTES = 20  # recommended by RFC 4226 4, R6
 RECOVERY_CODES = 10
 RECOVERY_BYTES = 15  # 120 random bits: with 112 or more an unsalted hash is enough (OWASP ASVS 6.5.2)
+MAX_TYPED = 100  # characters of a code as it is typed; longer text is no code
+
+# Full-width characters, which input methods of East Asia produce, as ASCII; and the minus sign, no dash to Unicode.
+_AS_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-"}
 
 
 def new_seed() -> str:
@@ -41,7 +46,7 @@ def matching_step(seed: str, given: str, now: int) -> int | None:
     The current step and ``DRIFT`` steps before and after it are accepted. If two of them have the same code, the later
     one is returned, so that a caller who records it accepts no code twice. ``now`` is in unix seconds.
     """
-    presented = given.replace(" ", "").encode("utf-8", "replace")
+    presented = _typed(given).encode("utf-8", "replace")
     steps = range(max(0, now // STEP - DRIFT), now // STEP + DRIFT + 1)
     matching = [step for step in steps if hmac.compare_digest(code(seed, step).encode(), presented)]
     return max(matching, default=None)
@@ -49,7 +54,7 @@ def matching_step(seed: str, given: str, now: int) -> int | None:
 
 def is_code(given: str) -> bool:
     """Return whether the text has the form of a one-time code. Other text may be a recovery code."""
-    return re.fullmatch("[0-9]{6}", given.replace(" ", ""), re.ASCII) is not None
+    return re.fullmatch("[0-9]{6}", _typed(given), re.ASCII) is not None
 
 
 def uri(seed: str, email: str, issuer: str) -> str:
@@ -73,6 +78,12 @@ def new_recovery_codes() -> list[str]:
 
 
 def recovery_hash(given: str) -> str:
-    """Return the SHA-256 to store or look up for a recovery code. Spaces, hyphens and letter case do not matter."""
-    letters = "".join(given.split()).replace("-", "").lower()
-    return hashlib.sha256(letters.encode("utf-8", "surrogatepass")).hexdigest()
+    """Return the SHA-256 to store or look up for a recovery code. Blanks, hyphens and letter case do not matter."""
+    return hashlib.sha256(_typed(given).lower().encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _typed(given: str) -> str:
+    """Return a typed code without blanks and hyphens, with the digits of any script as ASCII; "" if it is too long."""
+    letters = given.translate(_AS_ASCII) if len(given) <= MAX_TYPED else ""
+    kept = [letter for letter in letters if not (letter.isspace() or unicodedata.category(letter) in ("Pd", "Cf"))]
+    return "".join([str(unicodedata.decimal(letter, letter)) for letter in kept])

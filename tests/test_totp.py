@@ -65,9 +65,23 @@ def test_a_code_is_valid_for_its_own_seed_only() -> None:
     assert totp.matching_step(totp.new_seed(), totp.code(SEED, STEP), NOW) is None
 
 
-@pytest.mark.parametrize("typed", [f"{CODE[:3]} {CODE[3:]}", f" {CODE}", " ".join(CODE)])
-def test_spaces_in_a_code_are_ignored(typed: str) -> None:
-    assert totp.matching_step(SEED, typed, NOW) == STEP
+BLANKS = " \t\n\r\u00a0\u2007\u2009\u202f\u3000\u200b\u2060\ufeff"  # some have no width
+HYPHENS = "-\u00ad\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
+
+
+@pytest.mark.parametrize("between", [*BLANKS, *HYPHENS, " - "], ids=ascii)
+def test_blanks_and_hyphens_in_a_code_are_ignored(between: str) -> None:
+    for typed in (between.join((CODE[:3], CODE[3:])), f"{between}{CODE}{between}", between.join(CODE)):
+        assert totp.is_code(typed)
+        assert totp.matching_step(SEED, typed, NOW) == STEP
+
+
+@pytest.mark.parametrize("zero", "\uff10\u0660\u06f0\u0966\U0001d7ce")
+def test_a_code_may_have_the_digits_of_any_script(zero: str) -> None:
+    typed = "".join(chr(ord(zero) + int(digit)) for digit in CODE)
+    for given in (typed, f"{typed[:3]}\u202f{typed[3:]}", CODE[:2] + typed[2:]):
+        assert totp.is_code(given)
+        assert totp.matching_step(SEED, given, NOW) == STEP
 
 
 @pytest.mark.parametrize(
@@ -79,18 +93,20 @@ def test_spaces_in_a_code_are_ignored(typed: str) -> None:
         CODE[1:],
         f"{CODE}0",
         f"0{CODE}",
-        f"{CODE}\n",
         f"{CODE}\0",
-        f"{CODE[:3]}-{CODE[3:]}",
-        f"+{CODE[1:]}",
+        f"{CODE[:3]}.{CODE[3:]}",
+        f"{CODE[:3]}_{CODE[3:]}",
+        f"+{CODE}",
         str(int(CODE) + 1),
-        CODE.translate({ord(digit): ord(digit) + 0xFEE0 for digit in "0123456789"}),  # full-width
-        CODE.translate({ord(digit): ord(digit) + 0x630 for digit in "0123456789"}),  # Arabic
+        CODE.translate(dict(zip(b"0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))),  # digits in value only
+        CODE.translate(dict(zip(b"0123456789", "⓪①②③④⑤⑥⑦⑧⑨"))),
+        " " * 95 + CODE,
         "é" * 6,
         "\ud800",
         "0" * 100_000,
+        CODE + "\ufdfa" * 16_000,
     ],
-    ids=ascii,
+    ids=lambda given: ascii(given)[:40],
 )
 def test_text_that_is_not_a_code_does_not_match(given: str) -> None:
     assert totp.matching_step(SEED, given, NOW) is None
@@ -185,8 +201,11 @@ def test_there_are_ten_recovery_codes_of_120_random_bits() -> None:
     assert not set(codes) & set(totp.new_recovery_codes())
 
 
-@pytest.mark.parametrize("typed", ["{}", " {}\n", "{upper}", "{bare}", "{spaced}", "{wide}"])
-def test_case_spaces_and_hyphens_of_a_recovery_code_are_ignored(typed: str) -> None:
+@pytest.mark.parametrize(
+    "typed",
+    ["{}", " {}\n", "{upper}", "{bare}", "{spaced}", "{wide}", "{full_width}", "{dashes}", "\u2060{nbsp}\ufeff"],
+)
+def test_case_blanks_and_hyphens_of_a_recovery_code_are_ignored(typed: str) -> None:
     code = totp.new_recovery_codes()[0]
     given = typed.format(
         code,
@@ -194,6 +213,9 @@ def test_case_spaces_and_hyphens_of_a_recovery_code_are_ignored(typed: str) -> N
         bare=code.replace("-", ""),
         spaced=code.replace("-", " "),
         wide=" - ".join(code.replace("-", "").upper()),
+        full_width="".join(chr(ord(letter) + 0xFEE0) for letter in code.upper()),
+        dashes=code.replace("-", "\u2013"),
+        nbsp=code.replace("-", "\u00a0"),
     )
     assert totp.recovery_hash(given) == totp.recovery_hash(code)
 
