@@ -276,6 +276,17 @@ class Auth:
             raise SecondFactorRequired
         return user, session
 
+    def newest_session(self, session_ids: list[str]) -> str | None:
+        """Return the newest live session of these; None if none is live, or if they are those of two users.
+
+        A browser sends several after the domain of the cookie was changed, or where another host of it has set one.
+        """
+        live = []
+        for session_id in session_ids:
+            if found := self._db.find_session(_digest(session_id), **self._session_window()):
+                live.append((found[1], found[0].id, session_id))
+        return max(live)[2] if len({user_id for _, user_id, _ in live}) == 1 else None
+
     def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
         """Return the user of a session, all live sessions of that user, and the public id of this one."""
         user = self.identify(session_id)

@@ -54,6 +54,7 @@ PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 SESSION_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
 DEVICE_TOKENS = re.compile("[A-Za-z0-9_.~-]{1,1024}", re.ASCII)
+MAX_COOKIES = 4  # different values of one cookie in a request, each of which is looked up
 DEVICE_COOKIE = "__Host-device"  # never shared with sibling hosts, even where the session is
 HEADER_TEXT = re.compile("[!-$&-~]+")  # an email that a header can hold unencoded; "%" begins an encoded character
 
@@ -118,6 +119,9 @@ class Handlers:
     @_route("DELETE", "/sessions")
     def log_out(self) -> Response:
         user = self._auth.log_out(self._cookie())
+        with contextlib.suppress(rules.SessionRequired):  # older sessions of the user, in further cookies
+            while True:
+                self._auth.log_out(self._cookie())
         _log("session_ended", user_id=user.id)
         # Not Bottle's redirect(): it answers 303 and copies the Host header into Location.
         return self._without_cookie(json_response(302, ("Location", "/"), message="logged out"))
@@ -262,18 +266,21 @@ class Handlers:
         route = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         try:
             if route not in RANKED_BY_EMAIL:
-                return self._auth.rank_session(_read_cookie(environ, self._cookie_name, SESSION_ID))
+                return self._auth.rank_session(self._session_id(environ))
             email, token = read_form(environ, optional=("email", "reset_token"))
             if route == ("PUT", "/reset_password"):
                 return self._auth.rank_reset(email, token)
             creates = route == ("POST", "/users")
-            device = None if creates else _read_cookie(environ, DEVICE_COOKIE, DEVICE_TOKENS)
-            return self._auth.rank_login(email, device)
+            return self._auth.rank_login(email, None if creates else _device(environ))
         except (Refusal, StorageUnavailable):  # the route answers that
             return False, ""
 
     def _cookie(self) -> str | None:
-        return _read_cookie(request.environ, self._cookie_name, SESSION_ID)
+        return self._session_id(request.environ)
+
+    def _session_id(self, environ: WSGIEnvironment) -> str | None:
+        found = _read_cookies(environ, self._cookie_name, SESSION_ID)
+        return self._auth.newest_session(found) if len(found) > 1 else found[0] if found else None
 
     def _without_cookie(self, answer: Response) -> Response:
         return self._with_cookie(answer, "", "; Max-Age=0")
@@ -281,6 +288,9 @@ class Handlers:
     def _with_cookie(self, answer: Response, value: str, expiry: str = "") -> Response:
         # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
+        if domain := self._settings.cookie_domain:  # a cookie of this host alone would be sent beside it
+            own_host = self._cookie_attributes.removesuffix(f"; Domain={domain}")
+            answer.headers.append(("Set-Cookie", f"{self._cookie_name}=; {own_host}; Max-Age=0"))
         return answer
 
     def _with_device(self, answer: Response, user: User, held: str | None, kind: str = "full") -> Response:
@@ -532,17 +542,17 @@ def _bottle_error(error: HTTPError) -> bytes:
     return responses.json_body({"message": responses.MESSAGES.get(error.status_code, "refused")})
 
 
-def _read_cookie(environ: WSGIEnvironment, name: str, form: re.Pattern[str]) -> str | None:
-    """Return the value of a cookie; None where there is none, more than one, or one of another form."""
+def _read_cookies(environ: WSGIEnvironment, name: str, form: re.Pattern[str]) -> list[str]:
+    """Return the different values of a cookie that have the right form; none where there are more than MAX_COOKIES."""
     # Not Bottle's reader: it fails on a malformed cookie next to ours.
     pairs = [pair.strip(" ").partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";") if name in pair]
-    found = [value for key, _, value in pairs if key == name]
-    # Two are ambiguous: a sibling host may have set one.
-    return found[0] if len(found) == 1 and form.fullmatch(found[0]) else None
+    found = {value: None for key, _, value in pairs if key == name}
+    return [value for value in found if form.fullmatch(value)] if len(found) <= MAX_COOKIES else []
 
 
-def _device() -> str | None:
-    return _read_cookie(request.environ, DEVICE_COOKIE, DEVICE_TOKENS)
+def _device(environ: WSGIEnvironment | None = None) -> str | None:
+    found = _read_cookies(environ or request.environ, DEVICE_COOKIE, DEVICE_TOKENS)
+    return found[0] if len(found) == 1 else None  # two are ambiguous
 
 
 def _client() -> str:

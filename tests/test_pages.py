@@ -439,10 +439,11 @@ def test_a_redirect_loop_ends_at_the_account_page(visit: Visit, site: Site) -> N
     bob = visit()
     bob.open("/login")
     bob.sign_in("loop@example.com")
-    # Another host of the domain has set a second session cookie, which is sent to the application only. Two session
-    # cookies count as no session.
-    name, path = "__Secure-session_id", "/private"
-    second: Any = {"name": name, "value": "x" * 43, "domain": ".example.com", "path": path, "secure": True}
+    # Another host of the domain has set the session cookie of another user, which is sent to the application only. The
+    # sessions of two users count as none.
+    site.create_account("planter@example.com")
+    name, _, value = site.sign_in("planter@example.com").partition("=")
+    second: Any = {"name": name, "value": value, "domain": ".example.com", "path": "/private", "secure": True}
     bob.context.add_cookies([second])
     bob.open_redirecting(f"{site.app}/private", re.compile(r"/account\?return="))
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_the_session_cookie_has_a_prefix_and_all_protections(
     ended = ask(call, "DELETE", "/sessions", cookie=f"{name}={session_id}")
     assert (ended.status, ended.headers["Set-Cookie"]) == (302, f"{name}={attributes}; Max-Age=0")
     db.close()
+
+
+@pytest.mark.parametrize("domain", ["", "example.com", "auth.example.com"])
+def test_a_shared_cookie_is_set_and_deleted_together_with_that_of_the_host_alone(
+    database: str, clock: Clock, domain: str
+) -> None:
+    settings = production_settings(database, cookie_domain=domain)
+    with closing(DB(settings.database)) as db:
+        call = Client(create_app(settings, Auth(db, settings, clock)))
+        ask(call, "POST", "/users", FORM)
+        signed_in = ask(call, "POST", "/sessions", FORM)
+        ended = ask(call, "DELETE", "/sessions", cookie=signed_in.set_cookies[0].partition(";")[0])
+    cleared = ["__Secure-session_id=; HttpOnly; Path=/; SameSite=Lax; Secure; Max-Age=0"] if domain else []
+    assert [cookie for cookie in signed_in.set_cookies[1:] if "session_id" in cookie] == cleared
+    assert ended.set_cookies[1:] == cleared
 
 
 @pytest.mark.parametrize(("changes", "name", "domain"), COOKIES.values(), ids=COOKIES)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from auth import Auth
+from authsvc import create_app
 from engines.errors import StorageUnavailable
 from settings import Settings
 from storage import User
@@ -171,3 +172,49 @@ def test_the_session_of_another_user_is_answered_as_an_unknown_one(call: Client)
         del answer.headers["X-Request-Id"]
         assert (answer.body, answer.headers) == (answers[0].body, answers[0].headers)
     assert [profile_status(call, cookie) for cookie in (mine, eves)] == [200, 200]
+
+
+# Several cookies of one name, as after the domain of the cookie was changed, or where a neighbour host has set one
+
+
+@pytest.mark.both_engines
+def test_the_newest_live_session_of_several_cookies_counts(call: Client) -> None:
+    old, new, ended = (cookie_of(log_in(call)) for _ in range(3))
+    assert call("DELETE", "/sessions", cookie=ended).status == 302
+    for cookies in (f"{old}; {new}", f"{new}; {old}", f"{ended}; {old}; {new}; {new}"):
+        listed = call("GET", "/sessions", cookie=cookies).json["sessions"]
+        assert [session["id"] for session in listed if session["current"]] == [public_id_of(new)]
+        assert call("GET", "/verify", cookie=cookies).status == 200
+    assert profile_status(call, f"{ended}; {old}") == 200
+
+
+@pytest.mark.parametrize("planted", [1, 3])
+def test_sessions_of_two_users_in_one_request_do_not_count(call: Client, planted: int) -> None:
+    eves = [cookie_of(log_in(call, "eve@x.io")) for _ in range(planted)]
+    bobs = cookie_of(log_in(call))
+    for cookies in ([bobs, *eves], [*eves, bobs]):
+        assert profile_status(call, "; ".join(cookies)) == 403
+        assert call("GET", "/verify", cookie="; ".join(cookies)).status == 401
+        assert call("DELETE", "/sessions", cookie="; ".join(cookies)).status == 403
+        form = {"password": "b4l0u", "new_password": "t4rt1fl3tt3"}
+        assert call("PUT", "/password", form, cookie="; ".join(cookies)).status == 403
+    assert {profile_status(call, cookie) for cookie in (bobs, *eves)} == {200}
+
+
+@pytest.mark.parametrize("planted", ["eve@x.io", "bob@x.io"])
+def test_five_planted_cookies_are_no_session(database: str, planted: str) -> None:
+    settings = Settings(database=database, bcrypt_cost=4, sessions_per_user=6)
+    call = Client(create_app(settings))
+    for email in ("bob@x.io", "eve@x.io"):
+        register(call, email)
+    cookies = [cookie_of(log_in(call, planted)) for _ in range(5)]
+    assert profile_status(call, "; ".join(cookies[:4])) == 200
+    assert profile_status(call, "; ".join(cookies)) == 403
+    assert profile_status(call, "; ".join([cookie_of(log_in(call)), *cookies])) == 403
+
+
+@pytest.mark.both_engines
+def test_logging_out_ends_every_session_that_the_request_carries(call: Client) -> None:
+    old, new, elsewhere = (cookie_of(log_in(call)) for _ in range(3))
+    assert call("DELETE", "/sessions", cookie=f"{old}; {new}").status == 302
+    assert [profile_status(call, cookie) for cookie in (old, new, elsewhere)] == [403, 403, 200]
