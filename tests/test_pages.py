@@ -259,6 +259,24 @@ def test_sign_in_returns_to_the_application(visit: Visit, site: Site) -> None:
     bob.open_redirecting(f"/login?return={target}", target)  # a signed-in user is sent on at once
 
 
+def test_a_return_address_is_found_in_every_spelling(visit: Visit, site: Site) -> None:
+    bob = visit()
+    bob.create_account("spelled@example.com")
+    path = "/some/where?return=/own&a=b&c=%2F%3F"
+    everything = quote(path, safe="")
+    spellings = {
+        f"{site.app}{path}": site.app + path,  # as nginx writes it
+        f"{site.app}{everything}": site.app + path,  # as ingress-nginx writes it
+        f"{site.app}{everything}&other=1": site.app + path,
+        quote(site.app + path, safe=""): site.app + path,
+        quote(site.app + path, safe="/") + "&return=/other": site.app + path,
+        "/account?return=/x&y=%2F": f"{site.auth}/account?return=/x&y=%2F",
+        quote("/account?x=1&y=https://a", safe=""): f"{site.auth}/account?x=1&y=https://a",
+    }
+    for given, target in spellings.items():
+        bob.open_redirecting(f"/login?return={given}", target)
+
+
 def test_registration_returns_to_the_application(visit: Visit, site: Site) -> None:
     bob = visit()
     bob.open(f"{site.app}/new")
@@ -398,6 +416,10 @@ FOREIGN = [
     "//evil.example/",
     "/\\evil.example/",
     "https:evil.example",
+    "///evil.example/",
+    "/\t/evil.example/",
+    "https:///evil.example/",
+    "https://evil.example%2F..%2F@auth.example.com",
     "https://app.example.com.evil.example/",
     "https://evilexample.com/",
     "https://auth.example.com@evil.example/",

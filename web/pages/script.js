@@ -29,9 +29,12 @@ function showStatus(form, message, isError = false) {
 // otherwise the account page.
 function destination() {
   try {
-    const [, given] = location.search.split(/[?&]return=/);
-    // nginx cannot encode the address. Then it is the rest of the query, including its own & and =.
-    const wanted = new URL(given.includes("://") ? given : decodeURIComponent(given));
+    const given = location.search.match(/[?&]return=(.*)/)[1];
+    // nginx cannot encode the address. Then it is the rest of the query, including its own & and =. ingress-nginx encodes
+    // what follows the host.
+    const plain = /^(\/|[a-z]+:\/\/[^/?%]+([/?]|$))/i.test(given);
+    const address = plain ? given : decodeURIComponent(given.split("&")[0]);
+    const wanted = new URL(address, address.startsWith("/") ? location.origin : undefined);
     const domain = document.body.dataset.domain;
     const shared = domain && (wanted.hostname === domain || wanted.hostname.endsWith(`.${domain}`));
     const known = (wanted.origin === location.origin || shared) && wanted.protocol === location.protocol;
