@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 from wsgiref.types import WSGIEnvironment
 
 from web.responses import MESSAGES, Refusal
@@ -18,7 +18,13 @@ from web.responses import MESSAGES, Refusal
 MAX_BODY_BYTES = 16_384
 MAX_FIELDS = 8
 
-PART_NAME = re.compile(rb"""\r\nContent-Disposition: *form-data; *name=("?)([^"\r\n;]*)\1(;|\r\n|$)""", re.IGNORECASE)
+# Parameters of a header, each after a semicolon (RFC 9110, 5.6.6; RFC 7578, 4.2), and a header of a part.
+_TCHAR = r"[\w!#$%&'*+.^`|~-]"
+_PARAMETER = rf"""({_TCHAR}++)[ \t]*+=[ \t]*+("(?:[^"\\]|\\.)*+"|{_TCHAR}*+)"""
+PARAMETER = re.compile(_PARAMETER, re.ASCII)
+PARAMETERS = re.compile(rf"(?:[ \t]*+;[ \t]*+(?:{_PARAMETER})?+)*+[ \t]*+", re.ASCII)
+PART_HEADER = re.compile(rf"({_TCHAR}++):[ \t]*+([^\r\n]*+)", re.ASCII)
+END = re.compile(rb"--[ \t]*+(?:\r\n|\Z)")
 
 
 def read_form(environ: WSGIEnvironment, *names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -64,21 +70,46 @@ def _parse(body: bytes, content_type: str) -> list[tuple[str, Any]]:
 
 
 def _parse_multipart(body: bytes, parameters: str) -> list[tuple[str, str | None]]:
-    # RFC 7578, as far as a form of plain fields needs it: no transfer encodings, no nesting; a file (None) is no text.
-    boundary = re.search(r"""boundary=(?:"([^"]{1,70})"|([^\s";]{1,70}))""", parameters, re.ASCII | re.IGNORECASE)
-    if not boundary:
+    # RFC 7578 and RFC 2046, 5.1.1, as far as a form of plain fields needs them. What surrounds the parts is ignored.
+    # Many clients do not quote a boundary that has other characters than a token.
+    parameters = re.sub(r"""(\bboundary[ \t]*=[ \t]*)([^\s";]+)""", r'\1"\2"', parameters, count=1, flags=re.IGNORECASE)
+    boundary = _parse_parameters(f";{parameters}").get("boundary", "")
+    _, *parts, end = (b"\r\n" + body).split(b"\r\n--" + boundary.encode())
+    if not (1 <= len(boundary) <= 70 and END.match(end)):
         raise ValueError
-    preamble, *parts, end = (b"\r\n" + body).split(b"\r\n--" + (boundary[1] or boundary[2]).encode())
-    if preamble or end.rstrip(b"\r\n") != b"--":
+    return [_parse_part(part) for part in parts]
+
+
+def _parse_part(part: bytes) -> tuple[str, str | None]:
+    """Return the name of a field and its value; None for a file, which is no text."""
+    head, blank, value = part.partition(b"\r\n\r\n")
+    padding, *lines = re.sub(r"\r\n[ \t]+", " ", head.decode()).split("\r\n")  # unfolded
+    found = [PART_HEADER.fullmatch(line) for line in lines]
+    headers = {line[1].lower(): line[2] for line in found if line}
+    if not blank or padding.strip(" \t") or len(headers) != len(lines):  # a line is malformed or repeated
         raise ValueError
-    pairs = []
-    for part in parts:
-        head, blank, value = part.partition(b"\r\n\r\n")
-        name = PART_NAME.search(head)
-        if not (blank and name):
-            raise ValueError
-        pairs.append((name[2].decode(), None if name[3] == b";" else value.decode()))
-    return pairs
+    if headers.get("content-transfer-encoding", "binary").strip(" \t").lower() not in ("7bit", "8bit", "binary"):
+        raise Refusal(400, "Content-Transfer-Encoding must be 7bit, 8bit or binary")
+    kind, semicolon, rest = headers.get("content-disposition", "").partition(";")
+    parameters = _parse_parameters(semicolon + rest)
+    name = parameters.get("name")
+    if "name*" in parameters:  # RFC 8187, 3.2: some clients encode a name so
+        charset, _, encoded = parameters["name*"].split("'", 2)
+        decoded = unquote(encoded, errors="strict") if charset.lower() == "utf-8" else None
+        name = decoded if name in (None, decoded) else None
+    if name is None or kind.strip(" \t").lower() != "form-data":
+        raise ValueError
+    return name, None if {"filename", "filename*"} & parameters.keys() else value.decode()
+
+
+def _parse_parameters(text: str) -> dict[str, str]:
+    if not PARAMETERS.fullmatch(text):  # first: findall() alone takes quadratic time
+        raise ValueError
+    pairs = PARAMETER.findall(text)
+    values = {name.lower(): value[1:-1] if value.startswith('"') else value for name, value in pairs}
+    if len(values) != len(pairs):  # one is repeated
+        raise ValueError
+    return values
 
 
 def _field(pairs: list[tuple[str, Any]], name: str) -> str:
