@@ -350,12 +350,24 @@ def test_unfinished_heads_of_a_proxy_are_not_counted(server: LocalServer, begin:
 
 
 def test_a_silent_connection_is_closed(server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert web.server.IDLE_TIMEOUT == 30
     monkeypatch.setattr(web.server, "IDLE_TIMEOUT", 0.0)
     for connection in begin(server, [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"]):
         connection.settimeout(5)
         while connection.recv(65_536):
             pass
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"], ids=["new", "used"])
+def test_a_silent_connection_stays_open_longer_than_that_of_any_proxy(
+    server: LocalServer, begin: Begin, sent: bytes
+) -> None:
+    (connection,) = begin(server, [sent])
+    assert connection.recv(65_536) if sent else awaited(lambda: server.server._server.active_channels)
+    (channel,) = server.server._server.active_channels.values()
+    now = time.monotonic()
+    ages = (60, 90, 120, 125, 135)  # balancers and nginx, Traefik, Caddy
+    assert [channel.is_slow(now + age, web.server.BODY_TIMEOUT) for age in ages] == [False] * 4 + [True]
+    assert channel.makes_room(now + 60) is not None  # but its place is for others who need it
 
 
 def test_a_client_that_lets_the_next_request_wait_by_reading_nothing_is_closed(

@@ -65,7 +65,9 @@ HEAD_TIMEOUT = 10.0  # seconds from the first byte of a request to the end of it
 BODY_TIMEOUT = 15.0  # seconds from there to the end of its body
 BUSY_BODY_TIMEOUT = 5.0  # the same while more than half of the connections are taken
 ANSWER_TIMEOUT = 10.0  # seconds in which a client must accept some of an answer, or close after a refusal
-IDLE_TIMEOUT = 30  # seconds that a connection may be silent
+# Seconds that a connection may be silent: longer than a proxy keeps its own, which must not send a request just when we
+# close. Balancers and nginx close after 60 s, Traefik after 90, Caddy after 120. When room is needed, age alone counts.
+IDLE_TIMEOUT = 130
 CHECK_INTERVAL = 1.0  # seconds between two looks at what takes too long
 MIN_AGE = 1.0  # seconds: what is younger is not closed to make room
 UNUSED_AGE = 5.0  # seconds by which a connection that never sent anything counts as older
