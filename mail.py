@@ -21,14 +21,14 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
 from urllib.parse import unquote, urlencode
 
 from fair_queue import FairQueue
-from settings import MAILBOX, Settings, read_password
+from settings import MAILBOX, Settings, SettingsError, read_password
 
 WAITING = 1000  # of each kind, most tasks in the queue, and most mails waiting for a retry; further ones are dropped
 RESETS_PER_CLIENT = 10  # waiting: as many as the rate limit lets a stranger ask for at once, so it never drops these
@@ -37,6 +37,7 @@ TIMEOUT = 20  # seconds to connect to the mail server, and for each of its repli
 ANSWER_FIRST = 0.03  # seconds that a task waits, so that the time of the answer does not tell what the task does
 FIRST_DELIVERY = 1.0  # seconds that a reset task without a mail takes before any mail was sent
 RETRIES = 5, 30, 120, 300  # seconds to wait before each retry
+NO_XOAUTH2 = "the server offers XOAUTH2, which is not supported: use an app password, or a relay"
 
 RESET = """\
 Someone, hopefully you, asked to reset the password of {email} at {host}.
@@ -64,7 +65,7 @@ class Mailer:
     """Sends mail through the server in the settings. ``log`` is called with an event name and its details.
 
     Raises:
-        SettingsError: the password file cannot be read.
+        SettingsError: the password file cannot be read, or the mail server cannot be sent what it names.
     """
 
     def __init__(self, settings: Settings, log: Callable[..., None]) -> None:
@@ -73,6 +74,11 @@ class Mailer:
         self._log = log
         path = settings.smtp_password_file
         self._password = read_password("AUTHSVC_SMTP_PASSWORD_FILE", path) if path else ""
+        self._user = unquote(settings.smtp_server.username or "") if settings.smtp_server else ""
+        sent = ("AUTHSVC_SMTP_PASSWORD_FILE", "password", self._password), ("AUTHSVC_SMTP_URL", "user", self._user)
+        for name, kind, text in sent:
+            if not text.isascii():  # smtplib would fail at each mail
+                raise SettingsError(f"{name} names a {kind} that is not ASCII: set another {kind} at the mail server")
         self._notices: queue.Queue[Waiting] = queue.Queue(WAITING)
         self._resets = FairQueue[Waiting](WAITING // 2, RESETS_PER_CLIENT, RESETS_PER_NETWORK)
         self._notice_sender = _Sender(self._notices.get, self._send, log, float("inf"))
@@ -109,13 +115,16 @@ class Mailer:
         return self._compose(email, what, NOTICE, what=what)
 
     def check(self) -> None:
-        """Sign in to the mail server without sending anything.
+        """Sign in to the mail server and name the sender, without sending anything.
 
         Raises:
             OSError: that failed, or no server is configured. SMTPException is a subclass.
         """
-        with self._connected():
-            pass
+        with self._connected() as smtp:
+            smtp.ehlo_or_helo_if_needed()
+            code, reason = smtp.mail(self._settings.mail_from)
+            if code != 250:
+                raise smtplib.SMTPSenderRefused(code, reason, self._settings.mail_from)
 
     def _compose(self, email: str, subject: str, text: str, **details: object) -> EmailMessage:
         if not MAILBOX.fullmatch(email):
@@ -145,13 +154,21 @@ class Mailer:
         if server.scheme == "smtps":
             smtp: smtplib.SMTP = smtplib.SMTP_SSL(host, server.port or 465, timeout=TIMEOUT, context=context)
         else:
-            smtp = smtplib.SMTP(host, server.port or 587, timeout=TIMEOUT)
+            smtp = smtplib.SMTP(host, server.port or (25 if server.scheme == "smtp" else 587), timeout=TIMEOUT)
         with smtp:
-            if server.scheme != "smtps":
+            if server.scheme == "smtp+starttls":
                 smtp.starttls(context=context)  # raises SMTPNotSupportedError if the server has no TLS
-            if server.username:
-                smtp.login(unquote(server.username), self._password)
+            if self._user:
+                self._sign_in(smtp)
             yield smtp
+
+    def _sign_in(self, smtp: smtplib.SMTP) -> None:
+        try:
+            smtp.login(self._user, self._password)
+        except smtplib.SMTPException as error:
+            if "XOAUTH2" in smtp.esmtp_features.get("auth", "").upper().split():
+                error.args += (NO_XOAUTH2,)
+            raise
 
 
 def reset_link(base: str, email: str, token: str) -> str:
@@ -171,42 +188,55 @@ class _Sender:
         self._retries: list[tuple[float, int, int, float, EmailMessage]] = []
         self._added = threading.Condition()  # guards the heap
         self._starting = threading.Lock()
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._work, self._retry)]
+        self._took = FIRST_DELIVERY  # seconds of the latest task whose mail was sent
+        steps = self._work, self._retry
+        self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
 
     def start(self) -> None:
         """Start the threads unless they run: with the first task, so creating a Mailer starts none."""
         with self._starting:
             while self._threads:
-                self._threads.pop().start()
+                try:
+                    self._threads[-1].start()
+                except RuntimeError as error:  # too many threads: the next task tries again
+                    self._log("mail_delayed", reason=type(error).__name__)
+                    return
+                self._threads.pop()
+
+    def _repeat(self, step: Callable[[], None]) -> None:
+        while True:
+            try:
+                step()
+            except BaseException as error:  # a thread that ended would never send a mail again, and nobody would know
+                with suppress(Exception):
+                    self._log("mail_dropped", reason=type(error).__name__)
+                time.sleep(ANSWER_FIRST)
 
     def _work(self) -> None:
-        took = FIRST_DELIVERY  # seconds of the latest task whose mail was sent
-        while True:
-            due, task, concealed = self._get()
-            time.sleep(max(0.0, due - time.monotonic()))
-            began, mail = time.monotonic(), None
-            try:
-                mail = task()
-            except Exception as error:
-                self._log("mail_dropped", reason=type(error).__name__)
-            if mail:
-                sent = self._deliver(mail, 0, began + self._lifetime)
-                elapsed = time.monotonic() - began
-                # A quick refusal must not make the next tasks shorter, and a stalled delivery must not stall all.
-                took = min(TIMEOUT, elapsed if sent else max(took, elapsed))
-            if concealed:
-                time.sleep(max(0.0, began + took - time.monotonic()))
+        due, task, concealed = self._get()
+        time.sleep(max(0.0, due - time.monotonic()))
+        began, mail = time.monotonic(), None
+        try:
+            mail = task()
+        except Exception as error:
+            self._log("mail_dropped", reason=type(error).__name__)
+        if mail:
+            sent = self._deliver(mail, 0, began + self._lifetime)
+            elapsed = time.monotonic() - began
+            # A quick refusal must not make the next tasks shorter, and a stalled delivery must not stall all.
+            self._took = min(TIMEOUT, elapsed if sent else max(self._took, elapsed))
+        if concealed:
+            time.sleep(max(0.0, began + self._took - time.monotonic()))
 
     def _retry(self) -> None:
-        while True:
-            with self._added:
-                while not self._retries or self._retries[0][0] > time.monotonic():
-                    self._added.wait(self._retries[0][0] - time.monotonic() if self._retries else None)
-                _, _, tries, expires, mail = heapq.heappop(self._retries)
-            if time.monotonic() < expires:
-                self._deliver(mail, tries, expires)
-            else:
-                self._log("mail_dropped", reason="expired", tries=tries)
+        with self._added:
+            while not self._retries or self._retries[0][0] > time.monotonic():
+                self._added.wait(self._retries[0][0] - time.monotonic() if self._retries else None)
+            _, _, tries, expires, mail = heapq.heappop(self._retries)
+        if time.monotonic() < expires:
+            self._deliver(mail, tries, expires)
+        else:
+            self._log("mail_dropped", reason="expired", tries=tries)
 
     def _deliver(self, mail: EmailMessage, tries: int, expires: float) -> bool:
         """Send a mail, or have it tried again; return whether it was sent."""

@@ -41,10 +41,11 @@ RANGES = {
     "password_min": (8, 64),  # NIST SP 800-63B-4 3.1.1.2: 15 if the password is the only factor, never below 8
 }
 
-# An email address that is safe as a mail recipient and in a header. It cannot be read as two addresses, as a group
-# (RFC 5322 3.4) or as an encoded word (RFC 2047 2).
-_ATOM = r"""[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]+"""
-MAILBOX = re.compile(r"(?!.*(?:=\?|\.\.))" + _ATOM + r"@(?!\.)" + _ATOM + r"(?<!\.)")
+# An email address that is safe in a header, and that mail servers accept as a recipient (RFC 5321 4.1.2 and 4.5.3.1).
+# It cannot be read as two addresses, as a group (RFC 5322 3.4) or as an encoded word (RFC 2047 2).
+_LOCAL = r"""(?!\.)(?!.*(?:=\?|\.\.))[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]{1,64}(?<!\.)"""
+_LABEL = "(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+MAILBOX = re.compile(rf"{_LOCAL}@{_LABEL}(?:\.{_LABEL})*")
 
 # psycopg parses PostgreSQL URLs. These patterns refuse the URLs that it would misread: after an unencoded "/", "@", "?"
 # or "#" in a password, it takes the rest of the password for the host or the database name, which are shown.
@@ -101,7 +102,7 @@ class Settings:
     require_totp: bool = False  # if on, a session without two-factor authentication can only be used to set it up
     trusted_proxy: str = ""  # IP addresses and networks that may send X-Forwarded-For and X-Forwarded-Proto
     cookie_domain: str = ""  # shares the session cookie with all hosts under this domain, which can read it; production
-    smtp_url: str = ""  # smtp+starttls://user@host:587 or smtps://user@host:465; without it no mail is sent
+    smtp_url: str = ""  # smtp+starttls://user@host:587, smtps://user@host:465 or smtp://127.0.0.1:25; "": no mail
     smtp_password_file: str = ""  # path of a file with the password of the user in smtp_url
     mail_from: str = ""  # the sender's address
     unsafe_listen: bool = False  # lets a development service listen beyond loopback, although it is not safe there
@@ -153,7 +154,8 @@ class Settings:
         self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL must both be set, or neither")
         self._require(not self.mail_from or MAILBOX.fullmatch(self.mail_from), "mail_from", "must be name@host")
         smtp = not self.smtp_url or self.smtp_server
-        self._require(smtp, "smtp_url", "must be smtp+starttls://user@host:port or smtps://…, without a password")
+        form = "must be smtp+starttls://user@host:port or smtps://…, or smtp:// to this machine, without a password"
+        self._require(smtp, "smtp_url", form)
         listens_locally = self.address[0].is_loopback
         if self.production:
             self._check_production()
@@ -245,10 +247,11 @@ class Settings:
     @property
     def smtp_server(self) -> SplitResult | None:
         """The mail server: scheme, username, hostname and port. None if no mail is sent."""
-        # There is no unencrypted smtp:// scheme. Anyone who reads a reset link in transit can take over the account.
+        # Anyone who reads a reset link in transit can take over the account. Only this machine is asked without TLS.
         try:
             url = urlsplit(self.smtp_url)
-            usable = url.scheme in ("smtp+starttls", "smtps") and url.hostname and url.port != 0 and not url.password
+            encrypted = url.scheme in ("smtp+starttls", "smtps") or (url.scheme == "smtp" and is_loopback(url.hostname))
+            usable = encrypted and url.hostname and url.port != 0 and not url.password
             usable = usable and not (url.path.strip("/") or url.query or url.fragment)  # perhaps the rest of a password
         except ValueError:  # the port is not a number, or out of range
             return None
@@ -279,8 +282,10 @@ def read_password(name: str, path: str) -> str:
         # The path is not shown: it may be the password itself, in the wrong setting.
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise SettingsError(f"{name} cannot be read: {reason}") from None
-    if not password or "\0" in password:
+    if not password:
         raise SettingsError(f"{name} names a file without a password")
+    if re.search("[\0\r\n]", password):  # UTF-16 without a byte order mark has NUL
+        raise SettingsError(f"{name} names a file that is not one line of UTF-8")
     return password
 
 

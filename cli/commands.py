@@ -527,9 +527,9 @@ def _mail_problems(settings: Settings) -> list[str]:
     try:
         if settings.smtp_url:
             Mailer(settings, log_event).check()
-    except UnicodeError:  # its text shows a letter of the password
-        return ["the name or the password of the user in AUTHSVC_SMTP_URL is not ASCII"]
-    except (OSError, SettingsError) as error:  # smtplib's SMTPException is an OSError
+    except SettingsError as error:
+        return [str(error)]
+    except OSError as error:  # smtplib's SMTPException is an OSError
         return [f"{settings.smtp_server.hostname if settings.smtp_server else ''}: {error}"]
     return []
 

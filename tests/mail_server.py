@@ -34,8 +34,9 @@ class MailServer:
 
     Args:
         certificate: what it presents.
-        scheme: "smtps", or "smtp+starttls".
+        scheme: "smtps", "smtp+starttls", or "smtp" for a relay without TLS that asks for no login.
         starttls: whether it offers TLS under "smtp+starttls".
+        passwords: whether it accepts a login with a password; otherwise it offers XOAUTH2 only.
         listener: a bound socket to listen on; if None, the server binds a free port.
     """
 
@@ -45,12 +46,14 @@ class MailServer:
         scheme: str,
         *,
         starttls: bool = True,
+        passwords: bool = True,
         listener: socket.socket | None = None,
     ) -> None:
         self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         certificate.configure_cert(self._context)
-        self._scheme, self._starttls = scheme, starttls
+        self._scheme, self._starttls, self._passwords = scheme, starttls, passwords
         self.received: queue.Queue[Received] = queue.Queue()
+        self.sender_replies: list[str] = []  # to the next senders; when it is empty, "250 OK"
         self.recipient_replies: list[str] = []  # to the next recipients; when it is empty, "250 OK"
         self.delayed_once: set[str] = set()  # recipients who are refused for now, once each
         self.data_replies: list[str] = []  # to the next messages
@@ -107,7 +110,7 @@ class MailServer:
         self._loop.close()
 
     def _protocol(self) -> SMTP:
-        starttls = self._starttls and self._scheme != "smtps"
+        starttls = self._starttls and self._scheme == "smtp+starttls"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # aiosmtpd does not know that smtps uses TLS from the start
             connection = SMTP(
@@ -116,7 +119,8 @@ class MailServer:
                 loop=self._loop,
                 tls_context=self._context if starttls else None,
                 require_starttls=starttls,
-                auth_required=True,
+                auth_required=self._scheme != "smtp",
+                auth_exclude_mechanism=["XOAUTH2"] if self._passwords else ["LOGIN", "PLAIN"],
                 auth_require_tls=starttls,  # off without TLS, so that a client which sends its password is seen
                 authenticator=self._authenticate,
             )
@@ -126,6 +130,17 @@ class MailServer:
     def _authenticate(self, _server: Any, _session: Any, _envelope: Any, _mechanism: str, login: Any) -> AuthResult:
         self.logins.append((login.login, login.password))
         return AuthResult(success=self.logins[-1] == (USER.encode(), SMTP_PASSWORD.encode()), handled=False)
+
+    async def auth_XOAUTH2(self, _server: Any, _arguments: Any) -> AuthResult:  # noqa: N802
+        return AuthResult(success=False, handled=False)
+
+    async def handle_MAIL(  # noqa: N802
+        self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any
+    ) -> str:
+        if self.sender_replies:
+            return self.sender_replies.pop(0)
+        envelope.mail_from = address
+        return "250 OK"
 
     async def handle_RCPT(  # noqa: N802
         self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any
@@ -141,7 +156,7 @@ class MailServer:
     async def handle_DATA(self, _server: Any, session: Any, envelope: Any) -> str:  # noqa: N802
         if self.data_replies:
             return self.data_replies.pop(0)
-        assert self._scheme == "smtps" or session.ssl
+        assert self._scheme != "smtp+starttls" or session.ssl
         message = email.message_from_bytes(envelope.content.replace(b"\r\n", b"\n"), policy=email.policy.default)
         assert isinstance(message, EmailMessage)
         await asyncio.sleep(self.delays.get(envelope.rcpt_tos[0], self.delay))

@@ -19,7 +19,7 @@ from email.message import EmailMessage
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import requests
@@ -31,7 +31,7 @@ from authsvc import create_app
 from cli import commands
 from credentials import totp
 from mail import ANSWER_FIRST, Mailer
-from settings import Settings
+from settings import Settings, SettingsError
 from storage import DB
 from tests.conftest import Answer, Client, Clock, Service
 from tests.crowd import UNMEASURED, awaited
@@ -209,15 +209,32 @@ def confirm(call: Client, token: str, password: str = NEW_PASSWORD) -> int:
     return call("PUT", "/reset_password", form, REMOTE_ADDR=CLIENT).status
 
 
-def test_a_check_reports_a_password_that_smtp_cannot_send(
-    settings_for: Callable[..., Settings], server: MailServer, tmp_path: Path
+@pytest.mark.parametrize(
+    ("user", "password", "problem"),
+    [
+        (USER, "pässwörd", "AUTHSVC_SMTP_PASSWORD_FILE names a password that is not ASCII: set another password"),
+        ("pöst@example.com", "p", "AUTHSVC_SMTP_URL names a user that is not ASCII: set another user"),
+    ],
+)
+def test_a_login_that_smtp_cannot_send_is_refused_at_the_start(
+    settings_for: Callable[..., Settings], tmp_path: Path, log: Log, user: str, password: str, problem: str
+) -> None:
+    settings = settings_for(f"smtps://{quote(user, safe='')}@localhost:1")
+    (tmp_path / "password").write_text(password, encoding="utf-8")
+    with pytest.raises(SettingsError) as refusal:
+        Mailer(settings, log)
+    assert str(refusal.value) == f"{problem} at the mail server"
+    assert commands._mail_problems(settings) == [f"{problem} at the mail server"]
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbf%b\r\n", b"%b\n", b"%b"])
+def test_a_password_file_of_any_editor_signs_in(
+    server: MailServer, settings_for: Callable[..., Settings], tmp_path: Path, log: Log, content: bytes
 ) -> None:
     settings = settings_for(server.url)
-    assert commands._mail_problems(settings) == []
-    (tmp_path / "password").write_text("pässwörd", encoding="utf-8")
-    assert commands._mail_problems(settings) == [
-        "the name or the password of the user in AUTHSVC_SMTP_URL is not ASCII"
-    ]
+    (tmp_path / "password").write_bytes(content % SMTP_PASSWORD.encode())
+    Mailer(settings, log).check()
+    assert server.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
 
 
 # Contents and recipients
@@ -455,6 +472,19 @@ def test_a_server_without_tls_gets_no_mail(
     assert (server.received.qsize(), server.logins) == (0, [])
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_relay_on_this_machine_needs_no_tls_and_no_login(
+    start_server: Callable[..., MailServer], log: Log, host: str
+) -> None:
+    server = start_server("smtp")
+    settings = production_settings(smtp_url=f"smtp://{host}:{server.port}", mail_from="auth@example.com")
+    mailer = Mailer(settings, log)
+    mailer.check()
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert server.next()["To"] == BOB
+    assert server.logins == []
+
+
 def test_a_wrong_smtp_password_sends_nothing_and_is_not_logged(
     server: MailServer, settings_for: Callable[..., Settings], log: Log, tmp_path: Path
 ) -> None:
@@ -501,6 +531,36 @@ def test_a_check_reports_a_wrong_password(
     with pytest.raises(smtplib.SMTPAuthenticationError) as refusal:
         Mailer(settings_for(server.url), log).check()
     assert "canary" not in str(refusal.value)
+
+
+def test_a_check_reports_a_refused_sender(server: MailServer, settings_for: Callable[..., Settings]) -> None:
+    server.sender_replies = ["553 5.7.1 not yours"]
+    (problem,) = commands._mail_problems(settings_for(server.url))
+    assert problem == "localhost: (553, b'5.7.1 not yours', 'auth@example.com')"
+    assert server.received.qsize() == 0
+
+
+def test_a_server_that_offers_xoauth2_only_is_named(
+    start_server: Callable[..., MailServer], settings_for: Callable[..., Settings], log: Log
+) -> None:
+    settings = settings_for(start_server(passwords=False).url)
+    (problem,) = commands._mail_problems(settings)
+    assert problem.startswith("localhost: ")
+    assert mail.NO_XOAUTH2 in problem
+    mailer = Mailer(settings, log)
+    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    event, details = log.next()
+    assert (event, details["reason"]) == ("mail_delayed", "SMTPException")
+
+
+def test_only_a_server_that_offers_xoauth2_has_it_named(
+    server: MailServer, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = settings_for(server.url)
+    (tmp_path / "password").write_text("canary-wrong")
+    (problem,) = commands._mail_problems(settings)
+    assert "535" in problem
+    assert "XOAUTH2" not in problem
 
 
 @pytest.mark.parametrize("scheme", ["smtp+starttls", "smtps"])
@@ -745,6 +805,88 @@ def test_a_failing_retry_does_not_end_the_worker(
     assert log.next()[0] == "mail_dropped"
     fail_once(server, mailer, log, "second@x.io", reset=False)
     assert server.next()["To"] == "second@x.io"
+
+
+class Odd(OSError):
+    """An error whose code is no number."""
+
+    smtp_code = "5xx"
+
+
+ERRORS = [SystemExit, KeyboardInterrupt, GeneratorExit, MemoryError, RecursionError, UnicodeError, Odd]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("place", ["task", "delivery", "retry", "log"])
+def test_no_error_ends_a_thread_or_is_silent(
+    log: Log, monkeypatch: pytest.MonkeyPatch, place: str, error: type[BaseException]
+) -> None:
+    monkeypatch.setattr(mail, "RETRIES", (0, 0))
+    tasks: queue.Queue[mail.Waiting] = queue.Queue()
+    sent: queue.Queue[str] = queue.Queue()
+    failures = {"delivery": [error()], "retry": [ConnectionError(), error()]}.get(place, [])
+
+    def send(message: EmailMessage) -> None:
+        if failures:
+            raise failures.pop(0)
+        sent.put(message["To"])
+
+    def note(event: str, **details: Any) -> None:
+        log(event, **details)
+        if place == "log" and details.get("tries"):
+            raise error
+
+    def compose() -> EmailMessage:
+        message = EmailMessage()
+        message["To"] = BOB
+        return message
+
+    def fail() -> EmailMessage:
+        raise error
+
+    sender = mail._Sender(tasks.get, send, note, float("inf"))
+    sender.start()
+    tasks.put((0.0, fail if place == "task" else compose, False))
+    if place != "log":
+        while (line := log.next())[0] == "mail_delayed":
+            pass
+        assert line[0] == "mail_dropped"
+        assert line[1]["reason"] in (error.__name__, "TypeError")
+    for _ in range(2):
+        tasks.put((0.0, compose, False))
+        assert sent.get(timeout=5) == BOB
+
+
+def test_a_thread_that_cannot_be_started_is_started_with_the_next_mail(
+    server: MailServer, mailer: Mailer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(mail, "RETRIES", (0, 0))
+    server.delayed_once.add("first@x.io")  # so that both threads are needed
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "_start_new_thread", refuse)
+        patched.setattr(threading, "_start_joinable_thread", refuse, raising=False)
+        mailer.enqueue(lambda: mailer.notice("first@x.io", "Your password was changed"))
+    assert log.next() == ("mail_delayed", {"reason": "RuntimeError"})
+    mailer.enqueue(lambda: mailer.notice("second@x.io", "Your password was changed"))
+    assert {server.next()["To"] for _ in range(2)} == {"first@x.io", "second@x.io"}
+
+
+def test_the_service_is_healthy_while_no_mail_can_be_sent(
+    db: DB, database: str, clock: Clock, settings_for: Callable[..., Settings], log: Log, closed: socket.socket
+) -> None:
+    settings = settings_for(f"smtps://localhost:{port_of(closed)}", database)
+    auth = Auth(db, settings, clock, mailer=Mailer(settings, log))
+    call = Client(create_app(settings, auth))
+    auth.register_user(BOB, PASSWORD)
+    assert ask(call).status == 200
+    assert log.next()[0] == "mail_delayed"
+    assert call("GET", "/health", REMOTE_ADDR=CLIENT).status == 200
+    assert call("POST", "/sessions", {"email": BOB, "password": PASSWORD}, REMOTE_ADDR=CLIENT).status == 200
+    (problem,) = commands._mail_problems(settings)
+    assert "refused" in problem
 
 
 def test_without_a_mail_server_no_reset_token_is_made(db: DB, database: str, clock: Clock) -> None:

@@ -205,7 +205,21 @@ REFUSED_STARTS = [
     *[
         ({"AUTHSVC_SMTP_URL": url, "AUTHSVC_MAIL_FROM": "a@x"}, "AUTHSVC_SMTP_URL must be smtp+starttls://")
         for url in (
-            *("smtp://h", "h:25", "smtps://", "smtps://u:secret@h", "smtps://h:x", "smtps://h:0", "https://h"),
+            *(
+                "smtp://h",
+                "smtp://",
+                "smtp://10.0.0.1",
+                "smtp://u@mail.example.com:25",
+                "smtp://127.0.0.1@h",
+                "smtp://[::2]",
+            ),
+            *(
+                "smtp://127.0.0.1.example.com",
+                "smtp://localhost.example.com",
+                "smtp://0.0.0.0",
+                "smtp://u:secret@[::1]",
+            ),
+            *("h:25", "smtps://", "smtps://u:secret@h", "smtps://h:x", "smtps://h:0", "https://h"),
             *("smtps://u:25/secret@h", "smtps://u:25?secret@h", "smtps://u:25#secret@h", "smtps://u:secret/x@h"),
         )
     ],

@@ -443,7 +443,12 @@ def test_a_password_in_a_file_becomes_part_of_the_url(tmp_path: Path, form: str)
         ("canary".encode("utf-16"), "cannot be read: it is not UTF-8"),
         (b"", "names a file without a password"),
         (b"\r\n", "names a file without a password"),
-        (b"can\0ary", "names a file without a password"),
+        (b"can\0ary", "names a file that is not one line of UTF-8"),
+        ("canary".encode("utf-16-le"), "names a file that is not one line of UTF-8"),
+        ("canary\r\n".encode("utf-16-be"), "names a file that is not one line of UTF-8"),
+        (b"\xef\xbb\xbfcanary\nanother line\n", "names a file that is not one line of UTF-8"),
+        ("canärÿ".encode("latin-1"), "cannot be read: it is not UTF-8"),
+        (b"\xef\xbb\xbf\r\n", "names a file without a password"),
     ],
 )
 @pytest.mark.parametrize("name", ["AUTHSVC_DATABASE_PASSWORD_FILE", "AUTHSVC_SMTP_PASSWORD_FILE"])
