@@ -73,8 +73,20 @@ def test_without_a_session_the_proxy_redirects_to_the_sign_in_page(site: Site, c
     assert site.application.request_count == before
 
 
-def test_two_session_cookies_in_one_request_are_refused(site: Site, cookie: str) -> None:
-    assert site.request("GET", f"{site.app}/", cookie=f"{cookie}; {cookie}").status == 302
+@pytest.mark.parametrize("form", ["{0}; {1}", "{1};{0}; {1}", "a=b; {0}; {1}; c=d", "{0}; a=b; {1}; {0}; {1}; {0}"])
+def test_the_application_sees_none_of_several_sessions(site: Site, cookie: str, form: str) -> None:
+    other = site.sign_in(BOB)
+    reply = site.request("GET", f"{site.app}/", cookie=form.format(cookie, other))
+    assert (reply.status, reply.json["headers"]["remote-user"]) == (200, [BOB])
+    assert not [part for part in (cookie, other) if part.partition("=")[2] in str(reply.json)]
+    if form.startswith("a=b"):
+        assert "a=b; c=d" in "".join(reply.json["headers"]["cookie"])
+
+
+def test_the_sessions_of_two_users_in_one_request_are_refused(site: Site, cookie: str) -> None:
+    site.create_account("planter@example.com")
+    planted = site.sign_in("planter@example.com")
+    assert site.request("GET", f"{site.app}/", cookie=f"{planted}; {cookie}").status == 302
 
 
 # Headers by which a client could claim to be somebody else, or to have asked for something else.
