@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from auth import Auth
+from auth import Auth, EmailRejected
 from authsvc import create_app
+from cli import user_files
 from credentials import passwords
 from settings import Settings
 from storage import DB
@@ -85,6 +86,15 @@ def test_an_email_that_is_not_a_plain_mailbox_is_refused(site: Client, email: st
     assert answer.status == 400
     assert answer.json["message"].startswith("email must ")
     assert ask(site, "POST", "/sessions", {"email": email, "password": PASSWORD}).status == 401
+
+
+@pytest.mark.parametrize("email", ["a.@x.io", "a" * 65 + "@x.io", "a@x-.io"])
+def test_the_operator_cannot_add_or_import_what_cannot_register(db: DB, database: str, email: str) -> None:
+    auth = Auth(db, production_settings(database))
+    with pytest.raises(EmailRejected):
+        auth.add_account(email)
+    with pytest.raises(EmailRejected):
+        user_files.parse_user({"email": email, "hashed_password": "!"}, auth.check_email, 0)
 
 
 @pytest.mark.parametrize(

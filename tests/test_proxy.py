@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlencode
 
 import pytest
 
 from tests.conftest import HERE
-from tests.proxies import APP, AUTH, PROXIES, Site
+from tests.proxies import APP, AUTH, PASSWORD, PROXIES, Site
 from web.forms import MAX_BODY_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.proxies]
@@ -138,6 +138,33 @@ def test_a_sign_in_is_counted_for_the_address_that_the_proxy_sees(site: Site) ->
         "GET", f"{site.auth}/sessions", cookie=site.sign_in(BOB), headers={"X-Forwarded-For": "198.51.100.66"}
     )
     assert {session["address"] for session in listed.json["sessions"]} == {"127.0.0.1"}
+
+
+SECOND_PROXY = "127.0.0.2"
+OUTER = re.compile(r"^(\s*)# (set_real_ip_from|real_ip_|trusted_proxies|client_ip_headers|header_up X-F)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("header", ["CF-Connecting-IP", "X-Forwarded-For"])
+@pytest.mark.parametrize("kind", ["nginx", "caddy"])
+def test_only_a_listed_proxy_in_front_of_ours_names_the_client(tmp_path: Path, kind: str, header: str) -> None:
+    text = OUTER.sub(r"\1\2", (HERE / "deploy" / PROXIES[kind]).read_text())
+    text = text.replace("192.0.2.10", SECOND_PROXY).replace(
+        "real_ip_header X-Forwarded-For", f"real_ip_header {header}"
+    )
+    text = text.replace("client_ip_headers X-Forwarded-For", f"client_ip_headers {header}")
+    (tmp_path / PROXIES[kind]).write_text(text)
+    with closing(Site(kind, tmp_path, {"AUTHSVC_SESSIONS_PER_USER": "100"}, configuration=tmp_path)) as site:
+        site.create_account(BOB)
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        for source, named in [(SECOND_PROXY, "203.0.113.9"), ("127.0.0.1", "203.0.113.10")]:
+            with closing(http.client.HTTPConnection(AUTH, site.port)) as connection:
+                connection.sock = site.connect(AUTH, source)
+                body = urlencode({"email": BOB, "password": PASSWORD})
+                value = f"6.6.6.6, {named}" if header == "X-Forwarded-For" else named  # Cloudflare writes one address
+                connection.request("POST", "/sessions", body, {**form, header: value})
+                assert connection.getresponse().status == 200
+        listed = site.request("GET", f"{site.auth}/sessions", cookie=site.sign_in(BOB)).json["sessions"]
+        assert [session["address"] for session in listed] == ["127.0.0.1", "127.0.0.1", "203.0.113.9"]
 
 
 def test_a_session_ended_elsewhere_is_refused_at_the_next_request(site: Site) -> None:
