@@ -800,7 +800,7 @@ def _check_email(email: str, *, production: bool) -> None:
     if re.search(r"[\x00-\x1f\x7f-\x9f]", email):  # Unicode's category Cc
         raise EmailRejected("email must not contain control characters")
     if production and not MAILBOX.fullmatch(email):
-        raise EmailRejected("email must be name@host, in ASCII, without spaces and quotes")
+        raise EmailRejected("email must be name@host as mail servers accept it, in ASCII, without spaces and quotes")
 
 
 def _account_name(email: str) -> str:

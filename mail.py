@@ -167,7 +167,7 @@ class Mailer:
             smtp.login(self._user, self._password)
         except smtplib.SMTPException as error:
             if "XOAUTH2" in smtp.esmtp_features.get("auth", "").upper().split():
-                error.args += (NO_XOAUTH2,)
+                error.args = (*error.args[:-1], f"{error.args[-1]} ({NO_XOAUTH2})")
             raise
 
 

@@ -135,6 +135,8 @@ def test_a_target_in_absolute_form_has_the_authority_of_host(
         (b"http://user@b/", b"b"),
         (b"http:///", b"b"),
         (b"http://b/", None),
+        (b"http://unnamed/", None),
+        (b"http://:80/", None),
     ],
 )
 def test_a_target_of_another_authority_than_host_is_refused(target: bytes, host: bytes | None, version: bytes) -> None:

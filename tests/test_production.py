@@ -324,6 +324,16 @@ def test_an_unreadable_mail_password_file_is_refused(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.process
+def test_a_mail_password_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("canäry", encoding="utf-8")
+    environ = {"AUTHSVC_SMTP_URL": "smtps://u@h", "AUTHSVC_MAIL_FROM": "a@x", "AUTHSVC_SMTP_PASSWORD_FILE": "secret"}
+    line = refused_start(tmp_path, **environ)
+    assert line.startswith("authsvc: AUTHSVC_SMTP_PASSWORD_FILE names a password that is not ASCII: ")
+    assert "can" not in line.replace("cannot", "")
+    assert os.listdir(tmp_path) == ["secret"]
+
+
 def test_a_start_without_a_trusted_proxy_logs_a_warning(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_BCRYPT_COST="10")
     reasons = [line["reason"] for line in log_lines(written_log(service)) if line["event"] == "sys_warning"]

@@ -144,7 +144,7 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
         if repeated:
             raise Refused(BadRequest("repeated header"))
         host = headers.get("HOST", "" if self.version == "1.1" else "unnamed")
-        if not (_is_host(host) and (not scheme or _is_same_host(authority, host, scheme))):
+        if not (_is_host(host) and (not scheme or _is_same_host(authority, headers.get("HOST", ""), scheme))):
             raise Refused(BadRequest("malformed host"))
         if "CONNECTION" in headers:
             headers["CONNECTION"] = _connection_option(headers["CONNECTION"])

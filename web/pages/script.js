@@ -181,7 +181,7 @@ const isSignedIn = async () => (await send("GET", "/verify?login=1")).status ===
 
 // Returns the next address for a visitor with a session. A visitor who returns here within 10 s gets the account page,
 // because the application would redirect back here in an endless loop. That happens when a second cookie is sent to
-// the application only: the service accepts neither of two different sessions.
+// the application only: the service accepts neither of two users' sessions.
 function nextAddress() {
   const [last, at] = (sessionStorage.getItem("onward") ?? "").split(" ");
   sessionStorage.setItem("onward", `${location.search} ${Date.now()}`);
