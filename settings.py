@@ -45,7 +45,7 @@ RANGES = {
 # It cannot be read as two addresses, as a group (RFC 5322 3.4) or as an encoded word (RFC 2047 2).
 _LOCAL = r"""(?!\.)(?!.*(?:=\?|\.\.))[^\x00-\x20\x7f-\U0010ffff@,;:<>()\[\]\\"]{1,64}(?<!\.)"""
 _LABEL = "(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
-MAILBOX = re.compile(rf"{_LOCAL}@{_LABEL}(?:\.{_LABEL})*")
+MAILBOX = re.compile(_LOCAL + "@" + _LABEL + r"(?:\." + _LABEL + ")*")
 
 # psycopg parses PostgreSQL URLs. These patterns refuse the URLs that it would misread: after an unencoded "/", "@", "?"
 # or "#" in a password, it takes the rest of the password for the host or the database name, which are shown.

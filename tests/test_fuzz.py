@@ -478,6 +478,7 @@ def messages(draw: st.DrawFn) -> bytes:
 ODD_STREAMS = (
     b"GET http://[ HTTP/1.1\r\nHost: a\r\n\r\n",  # no URL
     b"GET http://evil/profile HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET http://a//profile HTTP/1.1\r\nHost: a\r\n\r\n",
     b"POST /users HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET",
     b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 20,
 )

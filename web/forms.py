@@ -20,10 +20,10 @@ MAX_FIELDS = 8
 
 # Parameters of a header, each after a semicolon (RFC 9110, 5.6.6; RFC 7578, 4.2), and a header of a part.
 _TCHAR = r"[\w!#$%&'*+.^`|~-]"
-_PARAMETER = rf"""({_TCHAR}++)[ \t]*+=[ \t]*+("(?:[^"\\]|\\.)*+"|{_TCHAR}*+)"""
+_PARAMETER = "(" + _TCHAR + r"""++)[ \t]*+=[ \t]*+("(?:[^"\\]|\\.)*+"|""" + _TCHAR + "*+)"
 PARAMETER = re.compile(_PARAMETER, re.ASCII)
-PARAMETERS = re.compile(rf"(?:[ \t]*+;[ \t]*+(?:{_PARAMETER})?+)*+[ \t]*+", re.ASCII)
-PART_HEADER = re.compile(rf"({_TCHAR}++):[ \t]*+([^\r\n]*+)", re.ASCII)
+PARAMETERS = re.compile(r"(?:[ \t]*+;[ \t]*+(?:" + _PARAMETER + r")?+)*+[ \t]*+", re.ASCII)
+PART_HEADER = re.compile("(" + _TCHAR + r"++):[ \t]*+([^\r\n]*+)", re.ASCII)
 END = re.compile(rb"--[ \t]*+(?:\r\n|\Z)")
 
 
