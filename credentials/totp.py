@@ -24,8 +24,9 @@ RECOVERY_CODES = 10
 RECOVERY_BYTES = 15  # 120 random bits: with 112 or more an unsalted hash is enough (OWASP ASVS 6.5.2)
 MAX_TYPED = 100  # characters of a code as it is typed; longer text is no code
 
-# Full-width characters, which input methods of East Asia produce, as ASCII; and the minus sign, no dash to Unicode.
-_AS_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x2212: "-"}
+# Full-width characters, which input methods of East Asia produce, as ASCII; and what may be typed for a hyphen, but is
+# no dash to Unicode: the minus sign, and the long vowel mark of Japanese in two widths.
+_AS_ASCII = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0x2212, 0x30FC, 0xFF70), "-")
 
 
 def new_seed() -> str:

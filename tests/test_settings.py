@@ -463,6 +463,15 @@ def test_a_password_file_that_cannot_be_used_is_refused(
     assert str(refused.value) == f"{name} {reason}"
 
 
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1", "127.1.2.3:2525", "localhost", "[::1]:25", "[::ffff:127.0.0.1]", "u@[::1]"]
+)
+def test_a_relay_on_this_machine_needs_no_tls(host: str) -> None:
+    assert Settings(smtp_url=f"smtp://{host}", mail_from="a@x").smtp_server
+    with pytest.raises(SettingsError, match="or smtp:// to this machine"):
+        Settings(smtp_url=f"smtp://{host.replace('1', '2').replace('local', 'remote')}", mail_from="a@x")
+
+
 def test_a_byte_order_mark_is_no_part_of_a_password(tmp_path: Path) -> None:
     (tmp_path / "password").write_bytes("\ufeffp4sswörd\r\n".encode())
     assert read_password("AUTHSVC_SMTP_PASSWORD_FILE", str(tmp_path / "password")) == "p4sswörd"

@@ -66,7 +66,7 @@ def test_a_code_is_valid_for_its_own_seed_only() -> None:
 
 
 BLANKS = " \t\n\r\u00a0\u2007\u2009\u202f\u3000\u200b\u2060\ufeff"  # some have no width
-HYPHENS = "-\u00ad\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
+HYPHENS = "-\u00ad\u2010\u2011\u2012\u2013\u2014\u2212\u30fc\uff70\ufe63\uff0d"
 
 
 @pytest.mark.parametrize("between", [*BLANKS, *HYPHENS, " - "], ids=ascii)
