@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from bottle import Bottle, HTTPError, HTTPResponse, request, response
@@ -288,7 +288,10 @@ class Handlers:
     def _with_cookie(self, answer: Response, value: str, expiry: str = "") -> Response:
         # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
-        if domain := self._settings.cookie_domain:  # a cookie of this host alone would be sent beside it
+        domain, host = self._settings.cookie_domain, urlsplit(self._settings.public_url).hostname
+        # A cookie of this host alone would be sent beside it. Where the domain is this host, some clients do not tell
+        # the two apart (RFC 6265, 5.3), and would delete the new one.
+        if domain and not (value and domain == host):
             own_host = self._cookie_attributes.removesuffix(f"; Domain={domain}")
             answer.headers.append(("Set-Cookie", f"{self._cookie_name}=; {own_host}; Max-Age=0"))
         return answer

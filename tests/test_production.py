@@ -92,8 +92,10 @@ def test_a_shared_cookie_is_set_and_deleted_together_with_that_of_the_host_alone
         signed_in = ask(call, "POST", "/sessions", FORM)
         ended = ask(call, "DELETE", "/sessions", cookie=signed_in.set_cookies[0].partition(";")[0])
     cleared = ["__Secure-session_id=; HttpOnly; Path=/; SameSite=Lax; Secure; Max-Age=0"] if domain else []
-    assert [cookie for cookie in signed_in.set_cookies[1:] if "session_id" in cookie] == cleared
     assert ended.set_cookies[1:] == cleared
+    # Some clients would delete the new cookie, too, where the domain is the host itself.
+    apart = domain != "auth.example.com"
+    assert [cookie for cookie in signed_in.set_cookies[1:] if "session_id" in cookie] == (cleared if apart else [])
 
 
 @pytest.mark.parametrize(("changes", "name", "domain"), COOKIES.values(), ids=COOKIES)
