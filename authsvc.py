@@ -37,8 +37,10 @@ from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
 DESCRIPTION = "A user authentication service. Without a command it serves until SIGTERM or Ctrl-C."
 EPILOG = """
-Settings are environment variables, AUTHSVC_…; the README lists them. The most important ones are AUTHSVC_LISTEN and
-AUTHSVC_DATABASE. Exit codes: 0 success; 1 the command failed and says why; 2 wrong usage, settings or database."""
+Settings are environment variables, AUTHSVC_…; docs/settings.md lists them. The most important ones are
+AUTHSVC_LISTEN and AUTHSVC_DATABASE.
+
+Exit codes: 0 success; 1 the command failed and says why; 2 wrong usage, settings or database."""
 
 PRUNE_INTERVAL = 3600.0  # seconds between two rounds of deleting expired rows
 PRUNE_RETRY = 60.0  # the same after a round that failed, or could not empty the write-ahead log

@@ -128,7 +128,7 @@ class Settings:
                 continue
             if name not in readers:
                 listen = "set AUTHSVC_LISTEN=ADDRESS:PORT, for example 127.0.0.1:5000"
-                remedy = listen if name in ("AUTHSVC_PORT", "AUTHSVC_HOST") else "the README lists all settings"
+                remedy = listen if name in ("AUTHSVC_PORT", "AUTHSVC_HOST") else "docs/settings.md lists all settings"
                 raise SettingsError(f"{name} is not a setting; {remedy}")
             known = readers[name]
             values[known.name] = _read(name, environ[name], type(known.default))

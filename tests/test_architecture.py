@@ -24,6 +24,8 @@ from tests.crowd import UNMEASURED
 from tests.product import MODULES, TREES, counts
 
 README = (HERE / "README.md").read_text()
+API = (HERE / "docs/api.md").read_text()
+SETTINGS = (HERE / "docs/settings.md").read_text()
 ARCHITECTURE = (HERE / "docs" / "architecture.md").read_text()
 OPERATIONS = (HERE / "docs" / "operations.md").read_text()
 
@@ -336,12 +338,12 @@ def table_after(page: str, heading: str) -> list[list[str]]:
     return [[cell.strip(" |`") for cell in row] for row in rows]
 
 
-def test_the_readme_lists_every_route() -> None:
-    listed = [tuple(row[0].split()) for row in table_after(README, "Routes")]
+def test_the_api_page_lists_every_route() -> None:
+    listed = [tuple(row[0].split()) for row in table_after(API, "Routes")]
     assert listed == [(method, path.replace("public_id", "id")) for method, path, *_ in authsvc.ROUTES]
 
 
-def test_the_readme_lists_every_setting_with_its_default() -> None:
+def test_the_settings_page_lists_every_setting_with_its_default() -> None:
     switches = {True: "on", False: "off"}
     expected = [
         [
@@ -350,8 +352,17 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
         ]
         for field in fields(Settings)
     ]
-    assert [row[:2] for row in table_after(README, "Settings")] == expected
-    assert all(name in README for name in FOREIGN)
+    assert [row[:2] for row in table_after(SETTINGS, "All settings")] == expected
+    assert all(name in SETTINGS for name in FOREIGN)
+    named = [row[:2] for row in table_after(README, "Settings")]
+    assert named == [row for row in expected if row in named]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= 1500
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 100
 
 
 def test_the_architecture_page_lists_every_file() -> None:
@@ -383,6 +394,12 @@ def test_the_lock_files_pin_every_package_within_the_ranges() -> None:
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     locked = re.findall(r"^([a-z0-9-]+)==\S+ .*\\$", (HERE / "requirements" / "run.txt").read_text(), re.MULTILINE)
     assert {re.match("[a-z]+", line)[0] for line in project["dependencies"]} <= set(locked)  # type: ignore[index]
+
+
+def test_the_nginx_lines_of_the_readme_are_those_that_the_proxy_tests_run() -> None:
+    shown = README.partition("```nginx\n")[2].partition("```")[0]
+    run = (HERE / "deploy/nginx.conf").read_text()
+    assert {line.strip() for line in shown.splitlines()} <= {line.strip() for line in run.splitlines()}
 
 
 # Ids, tokens and times, which differ in each run.
