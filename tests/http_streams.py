@@ -28,7 +28,7 @@ import pytest
 import web.server
 from settings import Settings
 from tests.crowd import awaited
-from tests.proxies import START_TIMEOUT, program, reserve_port
+from tests.proxies import START_TIMEOUT, accepts, program, reserve_port
 
 Seen = tuple[str, str, bytes]  # method, target without scheme and host, body
 Log = defaultdict[str, list[Seen]]  # by the address that the stream came from
@@ -347,16 +347,11 @@ def nginx(folder: Path, upstream: Upstream) -> Iterator[tuple[str, int]]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([path, "-p", str(folder), "-c", "nginx.conf", "-e", "stderr"], stderr=log)
     try:
-        assert awaited(lambda: _accepts(port), START_TIMEOUT), (folder / "log").read_text()
+        assert awaited(lambda: accepts(port), START_TIMEOUT), (folder / "log").read_text()
         yield "127.0.0.1", port
     finally:
         process.terminate()
         process.wait(timeout=20)
-
-
-def _accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class RecordingServer:

@@ -58,6 +58,12 @@ def proxy_program(kind: str) -> str:
     return path
 
 
+def accepts(port: int) -> bool:
+    """Return whether a program accepts connections on a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def reserve_port() -> int:
     """Reserve a port of 127.0.0.1 for a program that must be told its port, and return it.
 

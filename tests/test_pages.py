@@ -7,6 +7,8 @@ import email.message
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +18,16 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import pytest
+import requests
 import trustme
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 from credentials import totp
-from tests.conftest import HERE
+from tests.conftest import HERE, Service
+from tests.crowd import awaited
 from tests.mail_server import SMTP_PASSWORD, MailServer
-from tests.proxies import AUTH, PASSWORD, Site, program
+from tests.proxies import AUTH, PASSWORD, Site, accepts, program, reserve_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
@@ -433,6 +437,37 @@ FOREIGN = [
     "%",
     "",
 ]
+
+
+def test_an_application_on_this_machine_is_protected_over_plain_http(
+    browser: Browser, start: Callable[..., Service], tmp_path: Path
+) -> None:
+    service, proxy, application = start(), reserve_port(), reserve_port()
+    ports = {"5000": service.url.rpartition(":")[2], "8000": str(proxy), "8001": str(application)}
+    text = re.sub("(?<=127.0.0.1:)[0-9]+", lambda port: ports[port[0]], (HERE / "examples/localhost.conf").read_text())
+    (tmp_path / "localhost.conf").write_text(text)
+    (tmp_path / "index.html").write_text("<h1>the application</h1>")
+    requests.post(f"{service.url}/users", data={"email": "bob@x.io", "password": "b4l0u"}, timeout=5)
+    commands = (
+        [program("nginx", "nginx-light"), "-p", str(tmp_path), "-c", str(tmp_path / "localhost.conf")],
+        [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(application)],
+    )
+    with contextlib.ExitStack() as stack:
+        for command in commands:
+            process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+            stack.callback(process.wait, 10)
+            stack.callback(process.terminate)
+        page = browser.new_page()
+        stack.callback(page.context.close)
+        assert awaited(lambda: accepts(proxy) and accepts(application))
+        page.goto(f"http://127.0.0.1:{proxy}/")
+        page.locator("#login-email").fill("bob@x.io")
+        page.locator("#login-password").fill("b4l0u")
+        page.locator("#login-password").press("Enter")
+        expect(page.get_by_role("heading", name="the application")).to_be_visible()
+        assert page.url == f"http://127.0.0.1:{proxy}/"
+        page.goto(f"{service.url}/login?return=http://localhost:{proxy}/")
+        expect(page.locator("#sessions li")).to_have_count(1)  # the account page: another host
 
 
 def test_no_return_address_leads_to_another_site(visit: Visit, site: Site) -> None:

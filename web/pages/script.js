@@ -37,7 +37,9 @@ function destination() {
     const wanted = new URL(address, address.startsWith("/") ? location.origin : undefined);
     const domain = document.body.dataset.domain;
     const shared = domain && (wanted.hostname === domain || wanted.hostname.endsWith(`.${domain}`));
-    const known = (wanted.origin === location.origin || shared) && wanted.protocol === location.protocol;
+    // A development service has no https. Its cookie is sent to all ports of its host.
+    const local = location.protocol === "http:" && wanted.hostname === location.hostname;
+    const known = (wanted.origin === location.origin || shared || local) && wanted.protocol === location.protocol;
     return known && !wanted.username && !wanted.password ? wanted.href : "/account";
   } catch {
     return "/account";
