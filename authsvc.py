@@ -483,7 +483,7 @@ def serve(settings: Settings) -> int:
         signal.signal(number, server.stop)
     host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
-    log_event("sys_startup", database=auth.engine_version, production=settings.production)
+    log_event("sys_startup", version=_version(), database=auth.engine_version, production=settings.production)
     for warning in settings.warnings():
         log_event("sys_warning", reason=warning)
     stopping = threading.Event()

@@ -288,6 +288,7 @@ def test_the_service_prints_only_its_url(start: Callable[..., Service], engine: 
     assert service.process.stdout.read() == ""
     logged = [json.loads(line) for line in service.log.splitlines()]
     assert [line["event"] for line in logged] == ["sys_startup", "sys_shutdown"]
+    assert f"authsvc {logged[0]['version']}\n" == service.command("--version")
     assert logged[0]["database"].startswith({"sqlite": "SQLite 3.", "postgres": "PostgreSQL 1"}[engine])
 
 
