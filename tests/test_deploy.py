@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -734,10 +735,11 @@ class Alone(Service):
         shutil.copy(packed, folder / "alone/authsvc.pyz")
         super().__init__(folder / "alone", SHIV_ROOT=str(folder / "unpacked"), **environ)
 
-    def use(self) -> None:
-        """Let main.py send its requests."""
-        command = [sys.executable, str(HERE / "main.py")]
-        subprocess.run(command, env={**os.environ, "AUTHSVC_URL": self.url}, check=True, timeout=120)
+
+def use(service: Service) -> None:
+    """Let main.py send its requests."""
+    command = [sys.executable, str(HERE / "main.py")]
+    subprocess.run(command, env={**os.environ, "AUTHSVC_URL": service.url}, check=True, timeout=120)
 
 
 def product_files() -> set[str]:
@@ -752,7 +754,7 @@ def product_files() -> set[str]:
 def test_the_service_needs_one_file_only(tmp_path: Path, tree: Path) -> None:
     service = Alone(tmp_path, build(tree))
     try:
-        service.use()
+        use(service)
         for page in ("login", "pages/style.css", "pages/script.js"):
             assert requests.get(f"{service.url}/{page}", timeout=30).ok
         assert "usage: authsvc.py" in service.command("--help")
@@ -774,7 +776,83 @@ def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, tree: Path
     packed = build(tree, "POSTGRES=1")
     service = Alone(tmp_path, packed, AUTHSVC_DATABASE=postgresql.new_database())
     try:
-        service.use()
+        use(service)
         assert "PostgreSQL" in written_log(service)
     finally:
         assert service.end() == 0
+
+
+# The package for pip, pipx and uv
+
+
+@pytest.fixture(scope="module")
+def environment(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment in which the service was installed by pip, with the pinned packages of the tests' environment."""
+    folder = tmp_path_factory.mktemp("environment")
+    environment = folder / "env"
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--python"]
+    offline = "--no-index", "--no-deps"
+    build_options = "--no-build-isolation", "--wheel-dir", str(folder)
+    for command in (
+        [sys.executable, "-m", "venv", "--without-pip", str(environment)],
+        [*pip, sys.executable, "wheel", *offline, *build_options, str(tree)],
+        [*pip, str(environment), "install", *offline, "--find-links", str(folder), "authsvc"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=clean_environ())
+        assert done.returncode == 0, done.stdout + done.stderr
+    pinned = re.findall("^([a-z-]+)==", (HERE / "requirements/run.txt").read_text(), re.MULTILINE)
+    for package in map(metadata.distribution, set(pinned) - {"segno"}):  # segno is optional
+        for file in package.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                target = site_packages(environment) / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(str(package.locate_file(file)), target)
+    return environment
+
+
+def site_packages(environment: Path) -> Path:
+    [found] = environment.glob("lib/python*/site-packages")
+    return found
+
+
+@pytest.mark.slow  # builds the package
+@pytest.mark.process
+def test_pip_installs_one_folder_and_one_command(environment: Path) -> None:
+    [described] = site_packages(environment).glob("authsvc-*.dist-info")
+    files = {str(file) for file in metadata.PathDistribution(described).files or () if file.suffix != ".pyc"}
+    assert {name for name in files if not name.startswith(f"{described.name}/")} == {
+        "../../../bin/authsvc",
+        "authsvc_app/__init__.py",
+        *(f"authsvc_app/{name}" for name in product_files()),
+    }
+
+
+@pytest.mark.slow  # builds the package
+@pytest.mark.process
+def test_the_installed_command_serves_and_has_the_operator_s_commands(environment: Path, tmp_path: Path) -> None:
+    class ByCommand(Service):
+        program = (str(environment / "bin/authsvc"),)
+
+    service = ByCommand(tmp_path)
+    try:
+        use(service)
+        assert requests.get(f"{service.url}/pages/style.css", timeout=30).ok
+        [version] = re.findall('^version = "(.+)"$', (HERE / "pyproject.toml").read_text(), re.MULTILINE)
+        assert service.command("--version") == f"authsvc {version}\n"
+        assert "guillaume@holberton.io" in service.command("user", "list")
+    finally:
+        assert service.end() == 0
+    assert json.loads(service.log.splitlines()[0])["version"] == version
+
+
+@pytest.mark.slow  # builds the package
+@pytest.mark.process
+def test_another_server_loads_the_installed_package(environment: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.append('.'); import authsvc_app, auth; print(authsvc_app.app.__module__, auth.__file__)"
+    )
+    (tmp_path / "auth.py").write_text("raise SystemExit('the module of an application')")
+    done = subprocess.run(
+        [environment / "bin/python", "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["authsvc", str(site_packages(environment) / "authsvc_app/auth.py")], done.stderr
