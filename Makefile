@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+INSTALL = $(BIN)/pip install -q --disable-pip-version-check --require-hashes -r
 
 # The product: the modules at the top, and the folders with their data files (pages, password list, schema).
 PACKAGES = cli credentials engines tables web
@@ -19,18 +20,23 @@ POSTGRES ?= $(shell grep -ls -e site-packages/psycopg/ -e '^AUTHSVC_DATABASE=.\?
 endif
 PACKED = bottle.py bcrypt waitress segno \
 	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py)
+# The packages of that file by the names of their licences. shiv's own start code is in it, too.
+LICENSED = bottle bcrypt waitress segno shiv $(if $(POSTGRES),psycopg psycopg_binary psycopg_pool typing_extensions)
 # Packages that only some tests need: see [dependency-groups] in pyproject.toml.
-EXTRAS = .venv/browser .venv/fuzz .venv/proxies
+EXTRAS = .venv/browser .venv/fuzz .venv/proxies .venv/release
 
 PYZ = dist/authsvc$(if $(POSTGRES),-postgres).pyz
+SBOM = $(PYZ:.pyz=.cdx.json)
+SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
-.PHONY: help run test quick bench pyz install lint check format lock clean
+.PHONY: help run test quick bench pyz release install lint check format lock clean
 
 help:
 	@echo "make run      install the packages needed and serve on http://127.0.0.1:5000"
 	@echo "make test     install the packages needed and run all tests (ONLY=browser|proxies|postgres|faults|fuzz: one kind)"
 	@echo "make quick    run the tests that start no process, in about 20 seconds"
 	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg)"
+	@echo "make release  build that file, the list of its packages (CycloneDX) and dist/SHA256SUMS"
 	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
 	@echo "make bench    compare its speed with other services, about half an hour (needs wrk, Node and npm)"
 	@echo "make check    check format, lint, types and branch coverage (98 %)"
@@ -67,17 +73,28 @@ bench: .venv/dev
 pyz: $(PYZ)
 
 # The modules are packed as they are and never installed into site-packages, where names like "auth" would collide.
-$(PYZ): .venv/pyz $(PRODUCT) deploy/unpack.py
+# The content, the modes and the times in the file depend on the sources and the pinned packages only.
+$(PYZ): .venv/pyz $(PRODUCT) LICENSE deploy/unpack.py deploy/licences.py
 	@rm -rf build && mkdir -p build dist
-	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml $(PACKAGES) build
-	@cd $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && cp -r $(PACKED) $(CURDIR)/build
+	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml LICENSE $(PACKAGES) build
+	@cd $(SITE_PACKAGES) && cp -r $(PACKED) $(CURDIR)/build
+	@$(BIN)/python deploy/licences.py $(LICENSED) >build/LICENCES.txt
 	@find build -name __pycache__ -prune -exec rm -r {} +
+	@chmod -R u=rwX,go=rX build
 	@$(BIN)/python -c 'from pathlib import Path; from shiv import builder, cli; \
 		start = Path("deploy/unpack.py").read_text(); \
 		builder.MAIN_TEMPLATE = start.replace("{", "{{").replace("}", "}}"); cli.main()' \
 		--site-packages build --entry-point authsvc:main --python '/usr/bin/env python3' --reproducible --output-file $@
 	@rm -rf build
 	@echo $@
+
+release: $(PYZ) .venv/release
+	@rm -rf build && mkdir build
+	@cd $(SITE_PACKAGES) && cp -r $(LICENSED:=-*.dist-info) $(CURDIR)/build
+	PYTHONPATH=build $(BIN)/cyclonedx-py environment -S --pyproject pyproject.toml --output-reproducible \
+		-o $(SBOM) $(BIN)/python
+	@rm -rf build
+	cd dist && sha256sum $(notdir $(PYZ) $(SBOM)) >SHA256SUMS
 
 # With DESTDIR=/other/root everything goes below that folder, and this system is not changed.
 install: $(PYZ)
@@ -108,17 +125,16 @@ format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+LOCK = uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml
+
 lock:
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml -o requirements/run.txt
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml --group dev -c requirements/run.txt -o requirements/dev.txt
-	for group in browser fuzz proxies; do \
-		uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-			pyproject.toml --group $$group -c requirements/dev.txt -o requirements/$$group.txt || exit 1; \
+	$(LOCK) -o requirements/run.txt
+	$(LOCK) --group dev -c requirements/run.txt -o requirements/dev.txt
+	for group in $(notdir $(EXTRAS)); do \
+		echo "requirements/$$group.txt"; \
+		$(LOCK) --group $$group -c requirements/dev.txt -o requirements/$$group.txt || exit 1; \
 	done
-	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade \
-		pyproject.toml --extra qr --extra postgres --group pyz -c requirements/dev.txt -o requirements/pyz.txt
+	$(LOCK) --extra qr --extra postgres --group pyz -c requirements/dev.txt -o requirements/pyz.txt
 
 clean:
 	rm -rf .venv .results build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -131,17 +147,17 @@ clean:
 		{ rm -rf .venv; echo "this Python has no module venv; install it with: apt-get install python3-venv" >&2; exit 1; }
 
 .venv/run: .venv/bin/python requirements/run.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/run.txt
+	$(INSTALL) requirements/run.txt
 	@touch $@
 
 .venv/pyz: .venv/run requirements/pyz.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/pyz.txt
+	$(INSTALL) requirements/pyz.txt
 	@touch $@
 
 $(EXTRAS): .venv/%: .venv/dev requirements/%.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/$*.txt
+	$(INSTALL) requirements/$*.txt
 	@touch $@
 
 .venv/dev: .venv/run requirements/dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/dev.txt
+	$(INSTALL) requirements/dev.txt
 	@touch $@

@@ -161,7 +161,7 @@ def test_the_tables_have_no_columns_beyond_the_documented_ones(db: DB, settings:
     }
 
 
-@pytest.mark.parametrize("name", ["run.txt", "dev.txt", "pyz.txt"])
+@pytest.mark.parametrize("name", ["run.txt", "dev.txt", "pyz.txt", "release.txt"])
 def test_every_package_is_pinned_with_its_hash(name: str) -> None:
     text = re.sub(r" *#.*", "", (HERE / "requirements" / name).read_text()).replace("\\\n", " ")
     for line in filter(None, map(str.strip, text.splitlines())):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import fields
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -420,13 +422,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def build(tree: Path, *options: str) -> Path:
+def build(tree: Path, *options: str, target: str = "pyz") -> Path:
     """Return the service as one file, which is built at the first call."""
     packed = tree / ("dist/authsvc-postgres.pyz" if "POSTGRES=1" in options else "dist/authsvc.pyz")
     with (Path(sys.prefix) / "pyvenv.cfg").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # make may install packages into the environment of these tests
         done = subprocess.run(
-            ["make", "-s", "pyz", *options], cwd=tree, capture_output=True, text=True, timeout=300, env=clean_environ()
+            ["make", "-s", target, *options], cwd=tree, capture_output=True, text=True, timeout=300, env=clean_environ()
         )
     assert done.returncode == 0, done.stdout + done.stderr
     return packed
@@ -780,6 +782,57 @@ def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, tree: Path
         assert "PostgreSQL" in written_log(service)
     finally:
         assert service.end() == 0
+
+
+@pytest.mark.slow  # builds the service twice
+@pytest.mark.process
+def test_two_builds_in_different_folders_give_the_same_file(tmp_path: Path, tree: Path) -> None:
+    other = tmp_path / "elsewhere"
+    shutil.copytree(tree, other, symlinks=True, ignore=shutil.ignore_patterns("dist"))
+    for path in (other, *other.rglob("*")):
+        if path.is_file() and ".venv" not in path.parts:
+            path.chmod(path.stat().st_mode & 0o700)  # as in a checkout with another umask
+    first, second = build(tree), build(other)
+    assert first != second
+    assert hashlib.sha256(first.read_bytes()).digest() == hashlib.sha256(second.read_bytes()).digest()
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+def test_one_file_contains_the_licences_of_its_packages(tree: Path) -> None:
+    packed = zipfile.ZipFile(build(tree))
+    assert packed.read("site-packages/LICENSE") == (HERE / "LICENSE").read_bytes()
+    licences = packed.read("site-packages/LICENCES.txt").decode()
+    assert re.findall("^([a-z]+) [0-9.]+, LICENSE", licences, re.MULTILINE) == [
+        *("bottle", "bcrypt", "waitress", "segno", "shiv")
+    ]
+    assert "Marcel Hellkamp" in licences  # of Bottle
+
+
+@pytest.mark.process
+def test_a_package_without_a_licence_ends_the_build(tmp_path: Path) -> None:
+    (tmp_path / "bare-1.0.dist-info").mkdir()
+    (tmp_path / "bare-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: bare\nVersion: 1.0\n")
+    command = [sys.executable, str(DEPLOY / "licences.py"), "bare"]
+    done = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "bare 1.0 has no file with its licence\n")
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+@pytest.mark.skipif(not find_spec("cyclonedx_py"), reason="cyclonedx-bom is missing: make .venv/release")
+def test_a_release_names_its_packages_and_its_checksums(tree: Path) -> None:
+    build(tree, target="release")
+    dist = tree / "dist"
+    contents = json.loads((dist / "authsvc.cdx.json").read_text())
+    assert contents["metadata"]["component"]["name"] == "authsvc"
+    assert {component["name"] for component in contents["components"]} == {
+        *("bottle", "bcrypt", "waitress", "segno", "shiv")
+    }
+    assert (dist / "SHA256SUMS").read_text() == "".join(
+        f"{hashlib.sha256((dist / name).read_bytes()).hexdigest()}  {name}\n"
+        for name in ("authsvc.pyz", "authsvc.cdx.json")
+    )
 
 
 # The package for pip, pipx and uv
