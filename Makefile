@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
-INSTALL = $(BIN)/pip install -q --disable-pip-version-check --require-hashes -r
+INSTALL = $(BIN)/pip install --disable-pip-version-check --require-hashes -r
+# With 1, which a user may have set, pip refuses to change a virtual environment.
+export PIP_USER = 0
 
 # The product: the modules at the top, and the folders with their data files (pages, password list, schema).
 PACKAGES = cli credentials engines tables web
@@ -128,7 +130,7 @@ format: .venv/dev
 LOCK = uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml
 
 lock:
-	$(LOCK) -o requirements/run.txt
+	$(LOCK) --extra qr -o requirements/run.txt
 	$(LOCK) --group dev -c requirements/run.txt -o requirements/dev.txt
 	for group in $(notdir $(EXTRAS)); do \
 		echo "requirements/$$group.txt"; \
@@ -143,8 +145,11 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "authsvc needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 run" >&2; exit 1; }
-	@$(PYTHON) -m venv .venv || \
-		{ rm -rf .venv; echo "this Python has no module venv; install it with: apt-get install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "this Python has no module venv; install it with: apt-get install python3-venv" >&2; exit 1; }
+	@echo "making the folder .venv for the packages"
+	@[ -e .venv ] && there=1; $(PYTHON) -m venv .venv || \
+		{ [ "$$there" ] && echo "the folder .venv cannot be used: delete it if nobody needs it" >&2 || rm -rf .venv; exit 1; }
 
 .venv/run: .venv/bin/python requirements/run.txt
 	$(INSTALL) requirements/run.txt

@@ -909,3 +909,46 @@ def test_another_server_loads_the_installed_package(environment: Path, tmp_path:
         [environment / "bin/python", "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.split() == ["authsvc", str(site_packages(environment) / "authsvc_app/auth.py")], done.stderr
+
+
+# The environment of make
+
+
+def make_environment(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Let make create its environment in a folder, as a user whom permissions bind."""
+    return subprocess.run(
+        [*BOUND, "make", "-s", "-f", HERE / "Makefile", f"PYTHON={sys.executable}", ".venv/bin/python"],
+        cwd=folder,
+        env=clean_environ() | environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.process
+def test_make_says_why_it_cannot_create_its_environment(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    done = make_environment(tmp_path / "closed")
+    assert done.returncode == 2
+    assert f"Permission denied: '{tmp_path}/closed/.venv'\n" in done.stderr
+    assert "python3-venv" not in done.stderr
+
+
+@pytest.mark.process
+def test_make_deletes_no_environment_that_it_did_not_create(tmp_path: Path) -> None:
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/bin").touch()  # a file, where venv needs a folder
+    done = make_environment(tmp_path)
+    assert done.returncode == 2
+    assert f"Unable to create directory '{tmp_path}/.venv/bin'\n" in done.stderr
+    assert "the folder .venv cannot be used: delete it if nobody needs it\n" in done.stderr
+    assert (tmp_path / ".venv/bin").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_make_installs_into_its_environment_despite_pip_user(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_USER", "1")
+    (tree / "requirements/run.txt").touch()
+    build(tree, target=".venv/run")
