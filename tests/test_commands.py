@@ -736,6 +736,19 @@ def test_a_backup_is_restored(run: Run, people: Auth, path: Path, tmp_path: Path
         people.update_password(token, "t4rt1fl3tt3")
 
 
+def test_a_backup_is_restored_after_a_newer_release_has_migrated_the_database(
+    run: Run, people: Auth, path: Path
+) -> None:
+    assert run("backup", "copy.db").code == 0
+    people.close()
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 99")
+    assert "newer release" in run("user", "list").err[0]
+    assert run("restore", "copy.db").code == 0
+    assert run("user", "list").code == 0
+    people._db = DB(path)  # the fixture closes it
+
+
 def test_a_restored_backup_voids_all_device_cookies(run: Run, people: Auth, path: Path) -> None:
     """The keys in a backup are those of cookies that were voided after it was made, perhaps because of a theft."""
     people._db.end_sessions(1, devices=True)
