@@ -171,8 +171,8 @@ def settle(mailer: Mailer) -> None:
     done = threading.Event()
     mailer.enqueue(done.set)
     mailer._reset_sender.start()
-    assert awaited(mailer._resets.serves_at_once)
-    assert done.wait(5)
+    assert awaited(mailer._resets.serves_at_once, 30)
+    assert done.wait(30)
 
 
 @contextmanager
