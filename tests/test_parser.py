@@ -364,7 +364,6 @@ def test_a_chunked_body_is_read(stream: bytes, body: bytes, size: int) -> None:
     assert parser.headers["CONTENT_LENGTH"] == str(len(body))
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 7])
 @pytest.mark.parametrize(
     "stream",
     [
@@ -401,13 +400,13 @@ def test_a_chunked_body_is_read(stream: bytes, body: bytes, size: int) -> None:
         b"2\r\nhi\r\n0\r\n\x00",
     ],
 )
-def test_a_chunked_body_is_refused_at_its_first_wrong_byte(stream: bytes, size: int) -> None:
-    assert status(CHUNKED + stream, size) == 400
-    assert not parsed(CHUNKED + stream[:-1], size).completed
+def test_a_chunked_body_is_refused_at_its_first_wrong_byte(stream: bytes) -> None:
+    for size in 0, 1, 2, 3, 7:
+        assert status(CHUNKED + stream, size) == 400
+        assert not parsed(CHUNKED + stream[:-1], size).completed
     parser = StrictParser(LIMITS)
     tail = CHUNKED + stream + b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n"
-    if not size:  # nothing that was read with it is taken as a request
-        assert feed(parser, tail) == len(tail)
+    assert feed(parser, tail) == len(tail)  # nothing that was read with it is taken as a request
 
 
 def test_every_beginning_of_a_chunked_body_may_be_continued() -> None:

@@ -240,10 +240,15 @@ def test_the_environment_of_a_linked_container_is_ignored_where_there_is_a_link(
         assert re.match(r"AUTHSVC_(ENV_AUTHSVC_DATABASE|NAME|ENVIRONMENT) is not a setting", refusal(environ | name))
 
 
+@pytest.mark.parametrize("name", SERVICE_LINKS)
+def test_a_variable_of_a_service_with_another_value_is_refused(name: str) -> None:
+    for value in "on", "", f"{SERVICE_LINKS[name]}\n", "https://x":
+        assert re.match(rf"{name}\b", refusal({name: value}))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in SERVICE_LINKS for value in ("on", "", f"{SERVICE_LINKS[name]}\n", "https://x")),
         ("AUTHSVC_PORT", "tcp://user:canary@host"),
         ("AUTHSVC_PORT_5000", "tcp://10.96.0.12:5000"),
         ("AUTHSVC_PORT_5000_TCP_PROTO", "5000"),

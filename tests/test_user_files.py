@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from contextlib import suppress
@@ -280,17 +281,15 @@ def test_an_invalid_user_is_refused_with_the_reason(fields: dict[str, Any], reas
     assert reason in refusal({"email": "bob@x.io", "hashed_password": HASH, **fields})
 
 
-@pytest.mark.parametrize("name", user_files.FIELDS)
 @pytest.mark.parametrize(
     "secret", [SEED, SEED.lower(), SEED[:16], "JBSW Y3DP EHPK 3PXP JBSW", HASH[1:], LONG, FIRST_LONG, MD5, SHA]
 )
-@pytest.mark.parametrize("harm", ["", "\0", "!", "@x.io"])
-def test_no_refusal_shows_a_hash_or_a_seed_even_in_the_wrong_column(name: str, secret: str, harm: str) -> None:
-    if len(secret) < 24:
-        harm = harm.partition("@")[0]  # a word of 16 letters with an @ is an email
-    fields = {"email": "a\tb", "hashed_password": "x", name: secret + harm}
-    shown = refusal({**fields, "email": secret + harm + "\0"} if name == "email" else fields)
-    assert not any(part in shown for part in re.findall("[^ ${},]{4,}", secret))
+def test_no_refusal_shows_a_hash_or_a_seed_even_in_the_wrong_column(secret: str) -> None:
+    harms = ["", "\0", "!", *(["@x.io"] if len(secret) >= 24 else [])]  # a word of 16 letters with an @ is an email
+    for name, harm in itertools.product(user_files.FIELDS, harms):
+        fields = {"email": "a\tb", "hashed_password": "x", name: secret + harm}
+        shown = refusal({**fields, "email": secret + harm + "\0"} if name == "email" else fields)
+        assert not any(part in shown for part in re.findall("[^ ${},]{4,}", secret)), name
 
 
 def test_a_refusal_shows_the_value_of_an_email_and_not_all_of_a_long_one() -> None:
