@@ -155,12 +155,17 @@ class Mailer:
             smtp: smtplib.SMTP = smtplib.SMTP_SSL(host, server.port or 465, timeout=TIMEOUT, context=context)
         else:
             smtp = smtplib.SMTP(host, server.port or (25 if server.scheme == "smtp" else 587), timeout=TIMEOUT)
-        with smtp:
+        try:
             if server.scheme == "smtp+starttls":
                 smtp.starttls(context=context)  # raises SMTPNotSupportedError if the server has no TLS
             if self._user:
                 self._sign_in(smtp)
             yield smtp
+            # The mail is accepted by now. An odd answer to QUIT must not send it again, as the exit of SMTP would.
+            with suppress(OSError):
+                smtp.quit()
+        finally:
+            smtp.close()
 
     def _sign_in(self, smtp: smtplib.SMTP) -> None:
         try:

@@ -77,7 +77,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         if names in ("import", "export"):
-            command.add_argument("--format", choices=user_files.FORMATS.values(), help="default: by the file's name")
+            command.add_argument(
+                "--format", choices=dict.fromkeys(user_files.FORMATS.values()), help="default: by the file's name"
+            )
         if names == "import":
             command.add_argument("--cut-at-72", action="store_true", help="passwords were cut at 72 bytes to hash them")
 

@@ -26,7 +26,8 @@ from settings import RANGES
 from storage import User
 from tables.rate_limits import CLOCK_TOLERANCE
 
-FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".htpasswd": "htpasswd"}  # file name suffix: format
+# File name suffix: format.
+FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".htpasswd": "htpasswd"}
 FIELDS = "email", "hashed_password", "created", "disabled", "totp_secret", "cut_at_72"
 NAMES = {field.replace("_", ""): field for field in FIELDS}  # without case, blanks and punctuation: field
 NAMES |= dict.fromkeys(("hash", "password", "passwordhash", "encryptedpassword", "passworddigest"), "hashed_password")
@@ -87,6 +88,9 @@ def parse_user(record: Record, check_email: Callable[[str], None], now: int, *, 
     if isinstance(record, ValueError):
         raise record
     text = {name: _text(name, record.get(name)) for name in FIELDS}
+    hashes = [name for name, value in record.items() if name not in FIELDS and passwords.cost_of(f"{value}")]
+    if hashes and not text["hashed_password"]:
+        raise ValueError(_is_hash(hashes[0]))
     try:
         check_email(text["email"])
     except ValueError as error:
@@ -134,7 +138,10 @@ def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[boo
 
 def _decode_lines(file: io.BufferedReader) -> Iterator[str]:
     # Spreadsheet programs start a file with a byte order mark. Invalid UTF-8 is refused later, with its line number.
-    wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    start = file.peek(4)[:4]
+    wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if b"\0\0" in start or (b"\0" in start and not wide):
+        raise UnknownFormat("the file is UTF-16 without a byte order mark, or UTF-32: convert it to UTF-8")
     encoding, errors = ("utf-16", "strict") if wide else ("utf-8-sig", "surrogateescape")
     try:
         with io.TextIOWrapper(file, encoding, errors, newline="") as text:
@@ -188,12 +195,12 @@ def _parse_htpasswd(line: str) -> Record:
 def _parse_json(line: str) -> Record:
     record: object = None
     with suppress(ValueError, RecursionError):
-        record = json.loads(line)
-    if not isinstance(record, dict):
+        record = json.loads(line, object_pairs_hook=tuple)  # a dict would hide a repeated name
+    if not isinstance(record, tuple):
         return ValueError("not a JSON object")
-    fields = [_field(name) for name in record]
+    fields = [_field(name) for name, _ in record]
     error = _fields_error(fields)
-    return ValueError(error) if error else dict(zip(fields, record.values(), strict=True))
+    return ValueError(error) if error else dict(zip(fields, (value for _, value in record), strict=True))
 
 
 def _field(name: str) -> str:
@@ -207,8 +214,12 @@ def _fields_error(fields: list[str]) -> str | None:
         return f"{repeated[0]} is named twice"
     hashes = [field for field in fields if re.search("pass|pwd|hash|digest", field, re.IGNORECASE)]
     if hashes and "hashed_password" not in fields:  # without it the users would be imported without their passwords
-        return f"is {hashes[0]!r:.80} the hash of the password? Name it hashed_password, or remove it"
+        return _is_hash(hashes[0])
     return None
+
+
+def _is_hash(name: str) -> str:
+    return f"is {name!r:.80} the hash of the password? Name it hashed_password, or remove it"
 
 
 def _text(name: str, value: object) -> str:

@@ -57,6 +57,7 @@ class MailServer:
         self.recipient_replies: list[str] = []  # to the next recipients; when it is empty, "250 OK"
         self.delayed_once: set[str] = set()  # recipients who are refused for now, once each
         self.data_replies: list[str] = []  # to the next messages
+        self.quit_reply = "221 Bye"
         self.delay = 0.0  # seconds before it accepts a message
         self.delays: dict[str, float] = {}  # the same by recipient
         self.logins: list[tuple[bytes, bytes]] = []
@@ -152,6 +153,9 @@ class MailServer:
             return self.recipient_replies.pop(0)
         envelope.rcpt_tos.append(address)
         return "250 OK"
+
+    async def handle_QUIT(self, _server: Any, _session: Any, _envelope: Any) -> str:  # noqa: N802
+        return self.quit_reply
 
     async def handle_DATA(self, _server: Any, session: Any, envelope: Any) -> str:  # noqa: N802
         if self.data_replies:

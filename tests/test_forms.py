@@ -428,6 +428,13 @@ def test_an_encoded_part_is_refused_by_the_name_of_the_header(encoding: bytes) -
     assert refusal(**rest) == (400, "Content-Transfer-Encoding must be 7bit, 8bit or binary")
 
 
+@pytest.mark.parametrize(("charset", "is_read"), [(b"UTF-8", True), (b'"us-ascii"', True), (b"utf-16", False)])
+def test_a_part_in_another_charset_is_refused(charset: bytes, is_read: bool) -> None:
+    rest = multipart(BOB.items())
+    rest["body"] = rest["body"].replace(b"\r\n\r\n", b"\r\nContent-Type: text/plain; charset=" + charset + b"\r\n\r\n")
+    assert (read(**rest) == tuple(BOB.values())) if is_read else (refusal(**rest) == (400, "charset must be utf-8"))
+
+
 @pytest.mark.parametrize(
     "head",
     [

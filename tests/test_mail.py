@@ -644,6 +644,16 @@ def test_a_refused_message_is_delayed_or_dropped_by_its_status(
     assert log.next() == (event, {"reason": "SMTPDataError", "smtp_code": int(reply[:3]), "tries": 1})
 
 
+@pytest.mark.parametrize("reply", ["421 closing", "451 later", "500 what", "nonsense"])
+def test_an_accepted_mail_is_not_sent_again_whatever_follows(
+    server: MailServer, mailer: Mailer, log: Log, reply: str
+) -> None:
+    server.quit_reply = reply
+    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    assert log.next()[0] == "mail_sent"
+    assert server.next()["To"] == BOB
+
+
 def test_a_mail_is_dropped_after_the_last_retry(
     server: MailServer, mailer: Mailer, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import json
 import re
 from collections import Counter
 from contextlib import suppress
@@ -60,6 +61,8 @@ def user(**fields: Any) -> User:
         ("/srv/users.jsonl", None, "jsonl"),
         (".htpasswd", None, "htpasswd"),
         ("staff.htpasswd", None, "htpasswd"),
+        ("users.tsv", None, "csv"),
+        ("users.ndjson", None, "jsonl"),
         ("users.txt", "csv", "csv"),
         ("users.csv", "jsonl", "jsonl"),
     ],
@@ -134,6 +137,21 @@ def test_names_that_could_mean_two_things_are_refused(names: list[str], reason: 
     assert (number, reason in refusal(record)) == (1, True)
 
 
+@pytest.mark.parametrize("name", ["bcrypt", "secret", "pw crypt"])
+def test_a_hash_under_another_name_is_refused(name: str) -> None:
+    reason = f"is '{name}' the hash of the password? Name it hashed_password, or remove it"
+    (_, in_csv), (_, in_json) = (
+        *records(f"email,{name}\nbob@x.io,{HASH}\n", "csv"),
+        *records(json.dumps({"email": "bob@x.io", name: HASH}), "jsonl"),
+    )
+    assert (refusal(in_csv), refusal(in_json)) == (reason, reason)
+
+
+def test_a_repeated_name_in_json_is_refused() -> None:
+    ((_, record),) = records('{"email": "bob@x.io", "email": "eve@x.io"}', "jsonl")
+    assert refusal(record) == "email is named twice"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(
@@ -152,6 +170,13 @@ def test_a_file_is_read_in_each_encoding_and_with_each_end_of_a_line(
     assert [record for _, record in found] == [
         {"email": email, "hashed_password": "h"} for email in ("é@x.io", "ж@x.io")
     ]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "htpasswd"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
+def test_a_file_of_another_encoding_is_refused_by_name(form: str, encoding: str) -> None:
+    with pytest.raises(UnknownFormat, match="convert it to UTF-8"):
+        records("email,hash\nbob@x.io,h".encode(encoding), form)
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "htpasswd"])

@@ -90,6 +90,9 @@ def _parse_part(part: bytes) -> tuple[str, str | None]:
         raise ValueError
     if headers.get("content-transfer-encoding", "binary").strip(" \t").lower() not in ("7bit", "8bit", "binary"):
         raise Refusal(400, "Content-Transfer-Encoding must be 7bit, 8bit or binary")
+    declared = re.search(r'charset[ \t]*=[ \t]*"?([^\s";]+)', headers.get("content-type", ""), re.IGNORECASE)
+    if declared and declared[1].lower() not in ("utf-8", "us-ascii"):
+        raise Refusal(400, "charset must be utf-8")
     kind, semicolon, rest = headers.get("content-disposition", "").partition(";")
     parameters = _parse_parameters(semicolon + rest)
     name = parameters.get("name")
