@@ -49,7 +49,7 @@ PRUNE_REST = 10  # the pause after a step lasts this many times as long as the s
 PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
 PAGES = PROJECT / "web" / "pages"
 PAGE_NAMES = "login", "register", "forgot", "reset", "account"
-PAGE_FILES = {"style.css": "text/css", "script.js": "text/javascript"}
+PAGE_FILES = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 # A page may load files from its own host and send requests to it. Only its one script runs.
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
 PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

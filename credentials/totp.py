@@ -21,8 +21,8 @@ STEP = 30  # seconds that a code is current (RFC 6238 5.2)
 DRIFT = 1  # steps that a phone's clock may be ahead or behind
 SEED_BYTES = 20  # recommended by RFC 4226 4, R6
 RECOVERY_CODES = 10
-RECOVERY_BYTES = 15  # 120 random bits: with 112 or more an unsalted hash is enough (OWASP ASVS 6.5.2)
-MAX_TYPED = 100  # characters of a code as it is typed; longer text is no code
+RECOVERY_BYTES = 16  # 128 random bits (OWASP ASVS 11.5.1); with 112 or more an unsalted hash is enough (6.5.2)
+MAX_TYPED = 120  # characters of a code as it is typed; longer text is no code
 
 # Full-width characters, which input methods of East Asia produce, as ASCII; and what may be typed for a hyphen, but is
 # no dash to Unicode: the minus sign, and the long vowel mark of Japanese in two widths.
@@ -74,8 +74,8 @@ def qr_code(uri: str) -> str | None:
 
 def new_recovery_codes() -> list[str]:
     """Return new recovery codes, in groups of four characters that are easy to type. Each is meant to be used once."""
-    codes = [base64.b32encode(secrets.token_bytes(RECOVERY_BYTES)).decode().lower() for _ in range(RECOVERY_CODES)]
-    return ["-".join(textwrap.wrap(letters, 4)) for letters in codes]
+    codes = [base64.b32encode(secrets.token_bytes(RECOVERY_BYTES)).decode() for _ in range(RECOVERY_CODES)]
+    return ["-".join(textwrap.wrap(letters.rstrip("=").lower(), 4)) for letters in codes]
 
 
 def recovery_hash(given: str) -> str:

@@ -43,8 +43,8 @@ FIELDS = [(method, path, field) for method, path, fields in FORMS for field in f
 HTML = "text/html; charset=utf-8"
 PAGES = {
     **dict.fromkeys(("/login", "/register", "/forgot", "/reset", "/account"), HTML),
-    "/pages/style.css": "text/css",
-    "/pages/script.js": "text/javascript",
+    "/pages/style.css": "text/css; charset=utf-8",
+    "/pages/script.js": "text/javascript; charset=utf-8",
 }
 
 # /verify is open: it answers a request without a session with 401.

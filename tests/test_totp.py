@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import re
 import sys
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -100,7 +101,7 @@ def test_a_code_may_have_the_digits_of_any_script(zero: str) -> None:
         str(int(CODE) + 1),
         CODE.translate(dict(zip(b"0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"))),  # digits in value only
         CODE.translate(dict(zip(b"0123456789", "⓪①②③④⑤⑥⑦⑧⑨"))),
-        " " * 95 + CODE,
+        " " * 115 + CODE,
         "é" * 6,
         "\ud800",
         "0" * 100_000,
@@ -193,10 +194,10 @@ def test_without_segno_there_is_no_qr_code(monkeypatch: pytest.MonkeyPatch) -> N
 # Recovery codes
 
 
-def test_there_are_ten_recovery_codes_of_120_random_bits() -> None:
+def test_there_are_ten_recovery_codes_of_128_random_bits() -> None:
     codes = totp.new_recovery_codes()
     assert len(codes) == len(set(codes)) == 10
-    assert all(re.fullmatch("([a-z2-7]{4}-){5}[a-z2-7]{4}", code) for code in codes)  # 24 letters of 5 bits
+    assert all(re.fullmatch("([a-z2-7]{4}-){6}[a-z2-7]{2}", code) for code in codes)  # 25 letters of 5 bits, one of 3
     assert all(len(set(letters)) > 1 for database, letters in enumerate(zip(*codes)) if database % 5 != 4)
     assert not set(codes) & set(totp.new_recovery_codes())
 
@@ -218,6 +219,11 @@ def test_case_blanks_and_hyphens_of_a_recovery_code_are_ignored(typed: str) -> N
         nbsp=code.replace("-", "\u00a0"),
     )
     assert totp.recovery_hash(given) == totp.recovery_hash(code)
+
+
+def test_a_recovery_code_of_an_earlier_release_has_the_same_hash() -> None:
+    stored = hashlib.sha256(b"abcdefghijklmnopqrstuvwx").hexdigest()  # of 24 letters, 120 bits
+    assert totp.recovery_hash("abcd-efgh-ijkl-mnop-qrst-uvwx") == stored
 
 
 def test_recovery_codes_have_distinct_sha256_hashes() -> None:
