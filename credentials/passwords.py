@@ -141,7 +141,7 @@ def salt_of(hashed: str | bytes) -> str | None:
 
 @functools.cache
 def _common_passwords() -> frozenset[str]:
-    # 11,611 words, 1 MB in memory. They are read on the first check of a new password.
+    # 16,955 entries, 1.5 MB in memory. They are read on the first check of a new password.
     text = gzip.decompress(Path(__file__).with_name("common_passwords.txt.gz").read_bytes()).decode()
     return frozenset(line for line in text.splitlines() if not line.startswith("#"))
 

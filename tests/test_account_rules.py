@@ -145,6 +145,11 @@ REFUSED_PASSWORDS = [
     ("football20242025", COMMON),
     ("sunshine1234567890", COMMON),
     ("abc12abc12abc12", COMMON),
+    ("iloveyouforever", COMMON),
+    ("IloveyouForever2026", COMMON),
+    ("thisismypassword", COMMON),
+    ("This is my password", COMMON),
+    ("footballpassword", COMMON),
     ("bobsmith@mail.example", EMAIL),
     ("bobsmithbobsmith42", EMAIL),
     ("BobSmith-mail-Example!", EMAIL),
@@ -196,6 +201,15 @@ def test_the_minimum_length_of_a_password_is_a_setting(tmp_path: Path, clock: Cl
 def test_a_common_password_is_refused_at_any_minimum_length() -> None:
     assert passwords.strength_error("football", BOB, 8) == COMMON
     assert passwords.strength_error("vdqxjbnr", BOB, 8) is None
+
+
+def test_3000_passwords_of_15_characters_are_refused_only_because_they_are_listed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = [password for password in passwords._common_passwords() if len(password) >= 15]
+    assert all(passwords.strength_error(password, BOB, 15) for password in long)
+    monkeypatch.setattr(passwords, "_common_passwords", frozenset)  # an empty list
+    assert sum(passwords.strength_error(password, BOB, 15) is None for password in long) >= 3000
 
 
 @pytest.mark.usefixtures("bob")
