@@ -127,6 +127,12 @@ class Visitor:
         # A list is compared again until it is right: while the page loads, no style hides the other headings yet.
         expect(self.page.get_by_role("heading", level=1)).to_have_text([text])
 
+    def expect_nothing_left(self, address: str) -> None:
+        """Expect that neither the account page nor the storage of the browser has anything about a user."""
+        expect(self.page.locator("#account :is(input, li, code, img, a)")).to_have_count(0)
+        assert address not in self.page.content()
+        assert self.page.evaluate("sessionStorage.length + localStorage.length") == 0
+
     def create_account(self, address: str) -> None:
         """Create an account with the form, and wait for the account page."""
         self.open("/register")
@@ -409,9 +415,39 @@ def test_an_account_is_deleted(visit: Visit) -> None:
     bob.page.locator("#delete-password").fill("")
     bob.fill("delete", password=PASSWORD)
     bob.expect_status("login", "Your account has been deleted.")
+    bob.expect_nothing_left("gone@example.com")
     bob.open("/login")
     bob.fill("login", email="gone@example.com", password=PASSWORD)
     bob.expect_status("login", "Wrong email or password.")
+
+
+def test_signing_out_clears_the_page_even_without_the_service(visit: Visit) -> None:
+    bob = visit()
+    bob.get_account("clear@example.com")
+    expect(bob.page.get_by_role("button", name="Sign out")).to_be_in_viewport()
+    bob.set_up_two_factor()  # the page shows recovery codes
+    bob.page.evaluate("sessionStorage.setItem('onward', 'x')")
+    bob.context.set_offline(True)
+    bob.page.get_by_role("button", name="Sign out").click()
+    bob.expect_status("logout", "The service cannot be reached. Try again.")
+    bob.expect_nothing_left("clear@example.com")
+    bob.context.set_offline(False)
+    bob.errors.clear()  # the browser reports the failed request
+    bob.page.get_by_role("button", name="Sign out").click()
+    bob.expect_url("/login")
+    bob.page.go_back(wait_until="commit")
+    bob.expect_url("/login")
+    bob.expect_heading("Sign in")
+    assert "clear@example.com" not in bob.page.content()
+
+
+def test_no_return_address_stays_in_the_browser(visit: Visit, site: Site) -> None:
+    bob = visit()
+    bob.get_account("address@example.com")
+    bob.open_redirecting(f"/login?return={site.auth}/account?secret=canary", f"{site.auth}/account?secret=canary")
+    stored = bob.page.evaluate("JSON.stringify([{...sessionStorage}, {...localStorage}])")
+    assert "onward" in stored
+    assert not re.search("canary|return|account", stored)
 
 
 # Addresses in "return=" that lead to another site or are no address. {auth} is the service's own.

@@ -83,7 +83,9 @@ const actions = {
   },
 
   async logout() {
-    requireSuccess(await send("DELETE", "/sessions"));
+    const response = await send("DELETE", "/sessions");
+    forgetUser();
+    requireSuccess(response);
     location.assign("/login");
   },
 
@@ -127,6 +129,7 @@ const actions = {
 
   async delete(fields) {
     requireSuccess(await send("DELETE", "/profile", fields));
+    forgetUser();
     document.body.dataset.page = "login";
     showStatus(one("[data-action=login]"), text("deleted"));
   },
@@ -136,6 +139,13 @@ const actions = {
 function requireSuccess(response) {
   if (response.status >= 200 && response.status < 400) return response;
   throw new Error(text(`:${response.message}`) ?? response.message);
+}
+
+// Removes all that this page shows and stores about its user, also when the service cannot be reached. The form to sign
+// out stays, so that it can be sent again.
+function forgetUser() {
+  sessionStorage.clear();
+  one("#account").replaceChildren(one("#account h1"), one("[data-action=logout]"));
 }
 
 function element(name, content) {
@@ -183,11 +193,13 @@ const isSignedIn = async () => (await send("GET", "/verify?login=1")).status ===
 
 // Returns the next address for a visitor with a session. A visitor who returns here within 10 s gets the account page,
 // because the application would redirect back here in an endless loop. That happens when a second cookie is sent to
-// the application only: the service accepts neither of two users' sessions.
+// the application only: the service accepts neither of two users' sessions. A checksum of the address is stored, because
+// the address may be confidential.
 function nextAddress() {
   const [last, at] = (sessionStorage.getItem("onward") ?? "").split(" ");
-  sessionStorage.setItem("onward", `${location.search} ${Date.now()}`);
-  return last === location.search && Date.now() - at < 10_000 ? `/account${location.search}` : destination();
+  const checksum = [...location.search].reduce((sum, letter) => (31 * sum + letter.codePointAt(0)) % 9973, 7);
+  sessionStorage.setItem("onward", `${checksum} ${Date.now()}`);
+  return last === String(checksum) && Date.now() - at < 10_000 ? `/account${location.search}` : destination();
 }
 
 // A user who must set up two-factor authentication first gets the account page, because the application would redirect
