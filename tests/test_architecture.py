@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from packaging.requirements import Requirement
 
 import authsvc
 from settings import FOREIGN, Settings
@@ -392,8 +393,12 @@ def test_a_link_of_a_document_leads_to_a_file_and_heading(page: Path) -> None:
 
 def test_the_lock_files_pin_every_package_within_the_ranges() -> None:
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
-    locked = re.findall(r"^([a-z0-9-]+)==\S+ .*\\$", (HERE / "requirements" / "run.txt").read_text(), re.MULTILINE)
-    assert {re.match("[a-z]+", line)[0] for line in project["dependencies"]} <= set(locked)  # type: ignore[index]
+    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
+    for name, more in (("run.txt", []), ("dev.txt", extras), ("pyz.txt", extras)):
+        text = (HERE / "requirements" / name).read_text()
+        locked = dict(re.findall(r"^([a-z0-9-]+)==(\S+) .*\\$", text, re.MULTILINE))
+        for needed in map(Requirement, [*project["dependencies"], *more]):
+            assert needed.specifier.contains(locked[needed.name]), (name, needed.name, locked[needed.name])
 
 
 def test_the_nginx_lines_of_the_readme_are_those_that_the_proxy_tests_run() -> None:

@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -89,6 +90,29 @@ def test_every_regular_expression_is_a_constant(module: str) -> None:
 def test_a_module_uses_no_weak_random_numbers_or_hashes(module: str) -> None:
     assert not imported_by(module) & {"random", "numpy"}
     assert not calls_in(module).keys() & {"uuid.uuid1", "uuid.uuid3", "uuid.uuid5", "hashlib.md5", "hashlib.sha1"}
+
+
+def test_sha_256_is_the_only_hash_but_for_one_time_codes() -> None:
+    used = {
+        (module, node.attr)
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "hashlib"
+    }
+    assert {module for module, name in used if name != "sha256"} == {"credentials.totp"}
+    assert {name for _, name in used} == {"sha1", "sha256"}  # RFC 6238 and all apps have SHA-1
+
+
+def test_all_cryptography_comes_from_known_modules_under_their_own_names() -> None:
+    # So test_the_inventory_of_cryptography_is_complete finds every use.
+    imported = {name.partition(".")[0] for module in MODULES for name in imported_by(module)}
+    foreign = imported - sys.stdlib_module_names - {module.partition(".")[0] for module in MODULES}
+    assert foreign == {"bcrypt", "bottle", "psycopg", "psycopg_pool", "segno", "waitress"}
+    known = {"bcrypt", "hashlib", "hmac", "secrets", "ssl", "uuid"}
+    assert imported & {"crypt", "random"} == set()
+    assert {name for name in imported if name.startswith("_")} == {"__future__"}
+    imports = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    assert not [alias for node in imports for alias in node.names if alias.name in known and alias.asname]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -765,7 +765,9 @@ def test_the_service_needs_one_file_only(tmp_path: Path, tree: Path) -> None:
         assert service.end() == 0
     names = set(zipfile.ZipFile(service.folder / "authsvc.pyz").namelist())
     assert {f"site-packages/{name}" for name in product_files()} <= names
-    assert not [name for name in names if re.search("requests|psycopg|main.py$|tests|conftest", name)]
+    assert not [
+        name for name in names if re.search(r"requests|psycopg|main\.py$|tests|conftest|\.git|\.svn|\.ci", name)
+    ]
     environ = {**clean_environ(), **service.environ, "AUTHSVC_DATABASE": "postgresql://127.0.0.1:1/x"}
     done = subprocess.run(service.program, cwd=service.folder, env=environ, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")

@@ -225,6 +225,18 @@ def test_every_limit_in_a_table_exists_in_the_code() -> None:
     assert numbers().keys() >= NO_LIMITS
 
 
+def test_every_field_of_a_form_is_documented() -> None:
+    names = {
+        node.value
+        for call in ast.walk(TREES["authsvc"])
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "_read_form"
+        for node in ast.walk(call)
+        if isinstance(node, ast.Constant)
+    }
+    assert names == {"email", "password", "new_password", "otp", "reset_token"}
+    assert names <= {name for row in rows("Limits") for name in re.findall("`([a-z_]+)`", row[0])}
+
+
 def test_the_documented_mail_retries_match_the_code() -> None:
     *first, last = map(str, mail.RETRIES)
     assert f"tried again after {', '.join(first)} and {last} s" in text_of(section("Limits"))

@@ -36,6 +36,7 @@ from tests.routes import (
     register,
 )
 from web.middleware import SecurityMiddleware
+from web.responses import SECURITY_HEADERS
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,22 @@ def test_every_route_is_open_or_needs_a_session() -> None:
 @pytest.mark.parametrize("cookie", [None, "", "session_id=", "session_id=00000000-0000-4000-8000-000000000000"])
 def test_without_a_session_it_is_refused(shared: SharedApp, method: str, path: str, cookie: str | None) -> None:
     assert shared.refuses(403, method, path, shared.form, cookie=cookie) == "not logged in"
+
+
+@pytest.mark.parametrize(("method", "path"), [*OPEN_ROUTES, *SESSION_ROUTES, ("GET", "/account"), ("GET", "/nowhere")])
+@pytest.mark.parametrize("signed_in", [False, True])
+def test_every_answer_states_its_type_and_text_its_charset(
+    call: Client, method: str, path: str, signed_in: bool
+) -> None:
+    register(call)
+    answer = call(method, path, cookie=cookie_of(log_in(call)) if signed_in else None)
+    if path in PAGES and answer.status == 200:
+        assert answer.headers["Content-Type"].endswith("; charset=utf-8")
+        assert answer.body.decode()
+    else:
+        assert answer.headers["Content-Type"] == "application/json"
+        assert answer.body.isascii()
+        assert answer.json
 
 
 # Paths and methods that no route has
@@ -356,6 +373,36 @@ def test_a_page_loads_only_the_files_that_are_served(shared: SharedApp) -> None:
     loaded = set(re.findall(r'(?:src|<link[^>]* href)="([^"]*)"', text))
     assert loaded == {path for path in PAGES if path.startswith("/pages/")} | {"data:,"}
     assert not re.search(r"<style|<script(?! src=)| style=| on[a-z]+=", text)  # its policy would block these
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_carries_the_headers_with_a_policy_of_its_own(shared: SharedApp, path: str) -> None:
+    headers = shared.call("GET", path, cookie=shared.cookie).headers
+    assert headers == headers | dict(SECURITY_HEADERS) | {"Content-Security-Policy": authsvc.PAGE_POLICY}
+
+
+def test_a_password_field_is_masked_and_open_to_password_managers(shared: SharedApp) -> None:
+    text = shared.call("GET", "/login").body.decode()
+    fields = {field for field in re.findall("<input[^>]*>", text) if "password" in field}
+    assert len(fields) == 8
+    for field in fields:
+        assert ' type="password"' in field
+        assert re.search(' autocomplete="(current|new)-password"', field)
+    assert 'autocomplete="off"' not in text
+    script = shared.call("GET", "/pages/script.js").body.decode()  # it does not stop pasting
+    assert set(re.findall(r'addEventListener\("(\w+)"', script)) == {"click", "hashchange", "submit"}
+    assert not re.search(r"\.on[a-z]+ *=", script)
+
+
+def test_the_script_makes_no_markup_and_no_code_and_changes_no_prototype(shared: SharedApp) -> None:
+    script = shared.call("GET", "/pages/script.js").body.decode()
+    assert '\n"use strict";\n' in script
+    assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|createContextualFragment|DOMParser", script)
+    assert not re.search(r"\beval\b|\bFunction\b|\bimport\b|setTimeout|setInterval|javascript:", script)
+    # Only the script names the properties that it sets. Those of a spread object change no prototype.
+    assert not re.search(r"[\w)\]]\[[^\]]*\] *=[^=>]|__proto__|prototype|Object\.(assign|set)", script)
+    assert not re.search(r"window\.|globalThis|^(var|let) ", script, re.MULTILINE)
+    assert not re.search("<(object|embed|applet|iframe|base|frame)", shared.call("GET", "/login").body.decode())
 
 
 def test_the_policy_of_a_page_allows_only_what_the_page_needs() -> None:

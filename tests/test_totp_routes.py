@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -145,6 +146,15 @@ def test_a_repeated_code_field_is_refused_and_spends_nothing(bob: TotpUser) -> N
         answer = bob.call("POST", "/sessions", [*BOB.items(), *(("otp", otp) for otp in pair)])
         assert (answer.status, answer.json) == (400, {"message": "otp is given more than once"})
     assert bob.log_in(code).status == 200
+
+
+def test_a_client_cannot_name_the_time_of_a_code(bob: TotpUser) -> None:
+    bob.clock.advance(600)
+    past = int(bob.clock()) - 300
+    form = {**BOB, "otp": totp.code(bob.seed, past // totp.STEP), "time": str(past), "now": str(past)}
+    date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(past))
+    assert bob.call("POST", "/sessions", form, HTTP_DATE=date, HTTP_X_TIMESTAMP=str(past)).status == 401
+    assert bob.log_in(bob.code()).status == 200
 
 
 @pytest.mark.both_engines
