@@ -33,7 +33,10 @@ def tests_of(entry: Requirement) -> list[str]:
 
 
 def counts(entries: list[Requirement]) -> list[tuple[str, ...]]:
-    """Return a table of how many requirements have each status: a heading, one line for each level, and the total."""
+    """Return a table of how many entries have each status: a heading, one line for each level, and the total.
+
+    A requirement that asks for more at a higher level has an entry for each level.
+    """
     lines: list[tuple[str, ...]] = [("", *STATUSES, "all")]
     for label, levels in (("level 1", (1,)), ("level 2", (2,)), ("level 3", (3,)), ("all", (1, 2, 3))):
         found = [entry["status"] for entry in entries if entry["level"] in levels]
@@ -44,7 +47,12 @@ def counts(entries: list[Requirement]) -> list[tuple[str, ...]]:
 def render(entries: list[Requirement]) -> str:
     """Return the text between the two markers."""
     heading, *lines = counts(entries)
+    missing = [entry for entry in entries if entry["status"] in ("gap", "deviation")]
+    listed = [
+        tuple(str(entry[name]) for name in ("id", "level", "requirement", "status", "reason")) for entry in missing
+    ]
     parts = [_table(heading, lines)]
+    parts.append("## Not met\n\n" + _table(("id", "level", "requirement", "status", "reason"), listed))
     for chapter, group in groupby(entries, lambda entry: str(entry["id"]).partition(".")[0]):
         rows = [_row(entry) for entry in group]
         parts.append(f"## {chapter}\n\n" + _table(("id", "level", "requirement", "status", "how", "shown by"), rows))
