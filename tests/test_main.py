@@ -290,6 +290,7 @@ def test_the_service_prints_only_its_url(start: Callable[..., Service], engine: 
     assert [line["event"] for line in logged] == ["sys_startup", "sys_shutdown"]
     assert f"authsvc {logged[0]['version']}\n" == service.command("--version")
     assert logged[0]["database"].startswith({"sqlite": "SQLite 3.", "postgres": "PostgreSQL 1"}[engine])
+    assert logged[0]["production"] is False
 
 
 def test_a_restart_uses_the_same_port_and_keeps_the_data(start: Callable[..., Service]) -> None:
