@@ -33,7 +33,7 @@ from credentials import totp
 from settings import Settings
 from storage import DB
 from tests.conftest import COST, HERE, Service, clean_environ, raw_connection, rows_in
-from tests.crowd import UNMEASURED, assert_intact
+from tests.crowd import UNMEASURED, assert_intact, awaited
 from tests.ports import fixed_port
 
 T = TypeVar("T")
@@ -728,6 +728,7 @@ def test_no_secret_is_in_a_file_or_in_the_log(
         assert requests.post(f"{url}/sessions", data=form, timeout=5).status_code == HTTPStatus.INTERNAL_SERVER_ERROR
         connection.execute("ALTER TABLE users RENAME COLUMN gone TO email_key")
 
+    assert awaited(lambda: '"sys_crash"' in service.log)  # a thread writes the log
     left = contents(service.folder) | {"the rows": rows_in(database)}
     service.end()
     hashed = hashlib.sha256(session_id.encode()).hexdigest().encode()
