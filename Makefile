@@ -36,7 +36,7 @@ SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path(
 help:
 	@echo "make run      install the packages needed and serve on http://127.0.0.1:5000"
 	@echo "make test     install the packages needed and run all tests (ONLY=browser|proxies|postgres|faults|fuzz: one kind)"
-	@echo "make quick    run the tests that start no process, in about 20 seconds"
+	@echo "make quick    run the tests that start no process, in half a minute"
 	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg)"
 	@echo "make release  build that file, the list of its packages (CycloneDX) and dist/SHA256SUMS"
 	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
