@@ -284,7 +284,8 @@ class Auth:
         live = []
         for session_id in session_ids:
             if found := self._db.find_session(_digest(session_id), **self._session_window()):
-                live.append((found[1], found[0].id, session_id))
+                user, row_id, _ = found
+                live.append((row_id, user.id, session_id))
         return max(live)[2] if len({user_id for _, user_id, _ in live}) == 1 else None
 
     def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
