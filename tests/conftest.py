@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import itertools
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import bcrypt
 import pytest
 
 import log
@@ -35,6 +37,20 @@ HERE = Path(__file__).resolve().parent.parent
 BOUND = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
 COST = 4  # log2 of the bcrypt rounds, 1 ms
 
+# The tests compare the same passwords with the same hashes thousands of times: what bcrypt answers is kept.
+_compare, _compare_once = bcrypt.checkpw, functools.lru_cache(10_000)(bcrypt.checkpw)
+
+
+def _checkpw(password: bytes, hashed_password: bytes) -> bool:
+    return (_compare_once if hashed_password[3:7] == b"$04$" else _compare)(password, hashed_password)
+
+
+bcrypt.checkpw = _checkpw
+os.environ["LANGUAGE"] = "C"  # or argparse looks for translations at each of its texts
+
+for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
+    del os.environ[name]
+sys.modules["segno"] = None  # type: ignore[assignment]
 log.direct = True  # the tests read what the service in this process has logged; test_log.py tests the thread
 
 
@@ -209,19 +225,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _fresh_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "qr_codes" not in request.fixturenames:
-        monkeypatch.setitem(sys.modules, "segno", None)
+def pytest_runtest_setup() -> None:  # no fixture for all tests, as that takes a millisecond for each
     log._floods.clear()
     _default_cost.cache_clear()
-    for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
-        monkeypatch.delenv(name)
 
 
 @pytest.fixture
-def qr_codes() -> None:
+def qr_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the optional package that draws QR codes. Without this fixture it is absent, as drawing takes 10 ms."""
+    monkeypatch.delitem(sys.modules, "segno")
 
 
 @pytest.fixture
@@ -278,16 +290,27 @@ def new_database(engine: str, tmp_path: Path, request: pytest.FixtureRequest) ->
     return lambda: str(tmp_path / next(names))
 
 
+@pytest.fixture(scope="session")
+def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite database with tables and no rows."""
+    path = tmp_path_factory.mktemp("empty") / "authsvc.db"
+    DB(str(path)).close()
+    return path
+
+
 @pytest.fixture
 def database(engine: str, new_database: Callable[[], str], request: pytest.FixtureRequest) -> Iterator[str]:
-    """Return the name of a new database. On PostgreSQL its tables may exist already, which saves 50 ms."""
+    """Return the name of a new database. Where the test opens it by ``db``, its tables exist, which saves time."""
     if engine == "postgres" and "db" in request.fixturenames:
         server: postgres.Server = request.getfixturevalue("postgresql")
         used = server.emptied.pop() if server.emptied else server.new_database()
         yield used
         server.empty(used)
     else:
-        yield new_database()
+        path = new_database()
+        if "db" in request.fixturenames:
+            shutil.copy(request.getfixturevalue("empty_file"), path)
+        yield path
 
 
 @pytest.fixture

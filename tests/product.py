@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import tokenize
 from pathlib import Path
@@ -23,6 +24,13 @@ MODULES = {
     if path != HERE / "main.py"
 }
 TREES = {module: ast.parse(path.read_text(), str(path)) for module, path in MODULES.items()}
+
+
+@functools.cache
+def nodes_of(tree: ast.AST) -> list[ast.AST]:
+    """Return all nodes of a tree: many tests look at them."""
+    return list(ast.walk(tree))
+
 
 DECIDING = "auth", "rate_limit", "storage", "tables", "credentials"  # the modules that decide who gets in
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -13,6 +13,7 @@ from cli import user_files
 from credentials import passwords
 from settings import Settings
 from storage import DB
+from tests.cases import each
 from tests.conftest import COST, Client, Clock
 from tests.production import BOB, FORM, PASSWORD, ask, log_lines, new_client, production_settings, shared_site
 
@@ -80,7 +81,7 @@ REFUSED_EMAILS = [
 ]
 
 
-@pytest.mark.parametrize("email", REFUSED_EMAILS)
+@each("email", REFUSED_EMAILS)
 def test_an_email_that_is_not_a_plain_mailbox_is_refused(site: Client, email: str) -> None:
     answer = ask(site, "POST", "/users", {"email": email, "password": PASSWORD})
     assert answer.status == 400
@@ -97,7 +98,7 @@ def test_the_operator_cannot_add_or_import_what_cannot_register(db: DB, database
         user_files.parse_user({"email": email, "hashed_password": "!"}, auth.check_email, 0)
 
 
-@pytest.mark.parametrize(
+@each(
     "email",
     [
         "a@b",
@@ -159,7 +160,7 @@ REFUSED_PASSWORDS = [
 ]
 
 
-@pytest.mark.parametrize(("password", "reason"), REFUSED_PASSWORDS)
+@each(("password", "reason"), REFUSED_PASSWORDS)
 def test_a_password_that_is_easy_to_guess_is_refused(site: Client, password: str, reason: str) -> None:
     email = "bob@bobsmithers.example" if "smithers" in password else "bobsmith@mail.example"
     answer = ask(site, "POST", "/users", {"email": email, "password": password})
@@ -179,7 +180,7 @@ ACCEPTED_PASSWORDS = [
 ]
 
 
-@pytest.mark.parametrize("password", ACCEPTED_PASSWORDS)
+@each("password", ACCEPTED_PASSWORDS)
 def test_a_long_password_of_any_characters_is_accepted(site: Client, password: str) -> None:
     form = {"email": f"{new_client()}+bobsmith@mail.example", "password": password}
     assert ask(site, "POST", "/users", form).status == 200

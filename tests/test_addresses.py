@@ -20,12 +20,13 @@ from addresses import (
     parse_address,
     parse_networks,
 )
+from tests.cases import each
 
 PROXY, STRANGER = "127.0.0.1", "203.0.113.7"
 PROXIES = "127.0.0.1, 10.20.0.0/16, 2001:db8::/48"
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "address"),
     [
         ("192.0.2.1", "192.0.2.1"),
@@ -40,24 +41,22 @@ def test_an_address_has_one_spelling(text: str, address: str) -> None:
     assert str(parse_address(text)) == address
 
 
-@pytest.mark.parametrize(
-    "text", ["", "evil", "192.0.2.1:80", "[::1]", "1.2.3", "1.2.3.4.5", "01.2.3.4", " 1.2.3.4", "::1%"]
-)
+@each("text", ["", "evil", "192.0.2.1:80", "[::1]", "1.2.3", "1.2.3.4.5", "01.2.3.4", " 1.2.3.4", "::1%"])
 def test_other_text_is_not_an_address(text: str) -> None:
     assert parse_address(text) is None
 
 
-@pytest.mark.parametrize("peer", [None, "localhost", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+@each("peer", [None, "localhost", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
 def test_a_peer_on_this_machine_is_loopback(peer: str | None) -> None:
     assert is_loopback(peer)
 
 
-@pytest.mark.parametrize("peer", ["", "0.0.0.0", "::", "10.0.0.1", "128.0.0.1", "evil", "127.0.0.1.evil"])
+@each("peer", ["", "0.0.0.0", "::", "10.0.0.1", "128.0.0.1", "evil", "127.0.0.1.evil"])
 def test_any_other_peer_is_not_loopback(peer: str) -> None:
     assert not is_loopback(peer)
 
 
-@pytest.mark.parametrize(
+@each(
     "peer",
     [
         *(None, "", "localhost", "unknown", "evil", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"),
@@ -69,7 +68,7 @@ def test_a_peer_on_this_machine_or_a_private_network_is_private(peer: str | None
     assert is_private_peer(peer)
 
 
-@pytest.mark.parametrize(
+@each(
     "peer",
     [
         *("9.255.255.255", "11.0.0.1", "172.15.255.255", "172.32.0.1", "192.167.0.1", "192.169.0.1", "169.253.0.1"),
@@ -84,7 +83,7 @@ def test_any_other_address_is_not_private(peer: str) -> None:
 # The trusted proxies
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "networks"),
     [
         ("", []),
@@ -121,7 +120,7 @@ WITH_HOST_BITS = {
 }
 
 
-@pytest.mark.parametrize(
+@each(
     ("item", "reason"),
     [
         *((item, "neither") for item in NEITHER),
@@ -137,13 +136,13 @@ def test_an_item_that_cannot_be_used_is_named(item: str, reason: str) -> None:
         assert repr(item) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [" ", ",", "127.0.0.1,", ",127.0.0.1", "127.0.0.1, ,::1", "127.0.0.1,,::1"])
+@each("text", [" ", ",", "127.0.0.1,", ",127.0.0.1", "127.0.0.1, ,::1", "127.0.0.1,,::1"])
 def test_an_empty_item_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="empty item"):
         parse_networks(text)
 
 
-@pytest.mark.parametrize(
+@each(
     ("network", "wide"),
     [
         ("10.0.0.0/8", True),
@@ -172,7 +171,7 @@ def test_a_network_that_probably_contains_clients_is_wide(network: str, wide: bo
     assert is_wide(parsed) is wide
 
 
-@pytest.mark.parametrize(
+@each(
     ("peer", "trusted_proxy", "trusted"),
     [
         ("127.0.0.1", "127.0.0.1", True),
@@ -215,7 +214,7 @@ def test_a_peer_is_trusted_by_its_address(peer: str | None, trusted_proxy: str, 
 # The client of a request
 
 
-@pytest.mark.parametrize(
+@each(
     ("peer", "forwarded_for", "trusted_proxy", "client"),
     [
         (STRANGER, None, "", STRANGER),
@@ -272,7 +271,7 @@ def test_the_client_is_the_peer_or_the_last_hop_that_is_not_trusted(
     assert client_address(peer, forwarded_for, trusted_proxy) == client
 
 
-@pytest.mark.parametrize(
+@each(
     ("hop", "client"),
     [
         ("203.0.113.7:443", "203.0.113.7"),
@@ -327,6 +326,7 @@ def test_a_hop_may_carry_a_port_or_a_zone(hop: str, client: str) -> None:
     assert client_address(PROXY, f"198.51.100.2,{hop} ,10.20.0.1", PROXIES) == client
 
 
+@pytest.mark.slow
 @given(
     st.text(st.characters(max_codepoint=255)),
     st.ip_addresses(network="203.0.113.0/24") | st.ip_addresses(network="2001:db9::/32"),
@@ -338,7 +338,7 @@ def test_forged_hops_on_the_left_are_ignored(forged: str, stranger: object, prox
     assert client_address(PROXY, hops, PROXIES) == str(stranger)
 
 
-@pytest.mark.parametrize("forged", ["6.6.6.6", "10.20.0.1", "unknown", "6.6.6.6, 10.20.0.1"])
+@each("forged", ["6.6.6.6", "10.20.0.1", "unknown", "6.6.6.6, 10.20.0.1"])
 def test_a_client_in_a_trusted_network_can_forge_its_address(forged: str) -> None:
     # 10.20.0.66 is a client that sends the forged header to the proxy 10.20.0.1. The proxy appends the address of that
     # client, but it is trusted like the proxy. So the documents say that a trusted network must not contain clients,
@@ -358,7 +358,7 @@ def test_a_long_list_of_trusted_hops_is_not_read_to_its_end() -> None:
 # What counts as one client
 
 
-@pytest.mark.parametrize(
+@each(
     ("address", "networks"),
     [
         ("192.0.2.1", ("192.0.2.1",)),
@@ -377,7 +377,7 @@ def test_one_client_is_followed_by_the_wider_networks(address: str, networks: tu
     assert client_networks(address) == networks
 
 
-@pytest.mark.parametrize(
+@each(
     ("address", "path"),
     [
         ("192.0.2.1", ("192.0.0.0/16", "192.0.2.0/24", "192.0.2.1", "192.0.2.1")),
@@ -396,6 +396,7 @@ def test_the_path_of_an_address_leads_from_the_widest_network_to_one_client(
     assert network_path(address)[3] == client_networks(address)[0]
 
 
+@pytest.mark.slow
 @given(st.ip_addresses())
 @hypothesis_settings(derandomize=True, database=None, deadline=None)
 def test_the_networks_of_an_address_contain_it(address: object) -> None:

@@ -20,9 +20,10 @@ from packaging.requirements import Requirement
 
 import authsvc
 from settings import FOREIGN, Settings
+from tests.cases import each
 from tests.conftest import HERE, Service, clean_environ
 from tests.crowd import UNMEASURED
-from tests.product import MODULES, TREES, counts
+from tests.product import MODULES, TREES, counts, nodes_of
 
 README = (HERE / "README.md").read_text()
 API = (HERE / "docs/api.md").read_text()
@@ -167,7 +168,7 @@ def test_every_module_has_import_rules() -> None:
     assert [name for name in RULES if not any(is_within(module, {name}) for module in MODULES)] == []
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_a_module_imports_only_what_it_may(module: str) -> None:
     allowed, forbidden = rule_for(module) or (set(), set())
     imported = {found.module for found in imports_of(module)}
@@ -201,12 +202,14 @@ def test_the_routes_import_the_server_and_the_commands_inside_functions() -> Non
     assert "authsvc" in importers_of("web.server", in_function=True)
 
 
+@pytest.mark.slow
 def test_importing_the_application_loads_no_waitress_no_psycopg_and_no_command() -> None:
     loaded = loaded_by("import authsvc")
     unwanted = {"waitress", "web.server", "web.parser", "cli", *POSTGRESQL}
     assert [name for name in sorted(loaded) if is_within(name, unwanted)] == []
 
 
+@pytest.mark.slow
 def test_a_sqlite_database_loads_nothing_of_postgresql(tmp_path: Path) -> None:
     loaded = loaded_by("import authsvc, storage; storage.DB(sys.argv[1]).close()", str(tmp_path / "authsvc.db"))
     assert [name for name in sorted(loaded) if is_within(name, {"engines.postgres", *POSTGRESQL})] == []
@@ -241,7 +244,7 @@ def test_every_text_file_is_read_and_written_in_a_named_encoding() -> None:
     unnamed = [
         f"{module}:{node.lineno}"
         for module, tree in TREES.items()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Call)
         and re.search(r"(^|(?<!\bos)\.)(open|fdopen|read_text|write_text|NamedTemporaryFile)$", ast.unparse(node.func))
         and not any(word.arg == "encoding" for word in node.keywords)
@@ -278,7 +281,7 @@ def test_every_function_that_takes_a_statement_is_checked() -> None:
     functions = {
         node.name
         for module in STORAGE
-        for node in ast.walk(TREES[module])
+        for node in nodes_of(TREES[module])
         if isinstance(node, ast.FunctionDef) and "statement" in [argument.arg for argument in all_arguments(node)]
     }
     assert functions <= STATEMENT_FUNCTIONS
@@ -290,7 +293,7 @@ def all_arguments(function: ast.FunctionDef) -> list[ast.arg]:
 
 def statements_in(module: str) -> Iterator[ast.expr]:
     """Yield each expression in a module that is run as a statement, or kept in a variable of that name."""
-    for node in ast.walk(TREES[module]):
+    for node in nodes_of(TREES[module]):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func).rpartition(".")[2]
             if name in STATEMENT_FUNCTIONS and node.args:
@@ -377,9 +380,7 @@ def test_the_architecture_page_lists_every_file() -> None:
     assert all((HERE / name).exists() for name in listed)
 
 
-@pytest.mark.parametrize(
-    "page", sorted(HERE.glob("*.md")) + sorted((HERE / "docs").rglob("*.md")), ids=lambda p: p.name
-)
+@each("page", sorted(HERE.glob("*.md")) + sorted((HERE / "docs").rglob("*.md")))
 def test_a_link_of_a_document_leads_to_a_file_and_heading(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text())
     links += [(source, "") for source in re.findall(r'<img src="([^"]+)"', page.read_text())]
@@ -454,6 +455,7 @@ def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Ser
     assert printed == shown
 
 
+@pytest.mark.slow
 def test_the_product_stays_small() -> None:
     lines = counts()
     assert lines.pop("all") <= 5200

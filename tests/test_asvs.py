@@ -28,8 +28,9 @@ from mail import Mailer
 from settings import MAILBOX, Settings
 from storage import DB
 from tables.rate_limits import RateLimits
+from tests.cases import each
 from tests.conftest import HERE, Client, Clock, Service, raw_connection
-from tests.product import MODULES, TREES
+from tests.product import MODULES, TREES, nodes_of
 from web import forms
 
 BOB = {"email": "bob@x.io", "password": "b4l0u"}
@@ -45,7 +46,7 @@ def production(settings: Settings) -> Settings:
 def calls_in(module: str) -> dict[str, list[ast.Call]]:
     """Return the calls in a module, by the name of the function."""
     found: dict[str, list[ast.Call]] = {}
-    for node in ast.walk(TREES[module]):
+    for node in nodes_of(TREES[module]):
         if isinstance(node, ast.Call):
             found.setdefault(ast.unparse(node.func), []).append(node)
     return found
@@ -53,7 +54,7 @@ def calls_in(module: str) -> dict[str, list[ast.Call]]:
 
 def imported_by(module: str) -> set[str]:
     found = set()
-    for node in ast.walk(TREES[module]):
+    for node in nodes_of(TREES[module]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -64,7 +65,7 @@ def imported_by(module: str) -> set[str]:
 # How the modules are written
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_a_module_runs_no_program_and_no_generated_code(module: str) -> None:
     assert not calls_in(module).keys() & {"eval", "exec", "compile", "__import__", "os.system", "os.popen"}
     never = {"ctypes", "importlib", "marshal", "pickle", "pty", "runpy", "shelve", "subprocess", "yaml"}
@@ -75,7 +76,7 @@ def test_a_module_runs_no_program_and_no_generated_code(module: str) -> None:
     assert not any(word.arg == "secret" for call in cookies for word in call.keywords)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_every_regular_expression_is_a_constant(module: str) -> None:
     assigned = [ast.unparse(node) for node in TREES[module].body if isinstance(node, ast.Assign)]
     patterns = [
@@ -86,7 +87,7 @@ def test_every_regular_expression_is_a_constant(module: str) -> None:
         assert constant or isinstance(part, ast.Constant | ast.BinOp)  # BinOp: constants joined by +
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_a_module_uses_no_weak_random_numbers_or_hashes(module: str) -> None:
     assert not imported_by(module) & {"random", "numpy"}
     assert not calls_in(module).keys() & {"uuid.uuid1", "uuid.uuid3", "uuid.uuid5", "hashlib.md5", "hashlib.sha1"}
@@ -96,7 +97,7 @@ def test_sha_256_is_the_only_hash_but_for_one_time_codes() -> None:
     used = {
         (module, node.attr)
         for module, tree in TREES.items()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "hashlib"
     }
     assert {module for module, name in used if name != "sha256"} == {"credentials.totp"}
@@ -111,15 +112,15 @@ def test_all_cryptography_comes_from_known_modules_under_their_own_names() -> No
     known = {"bcrypt", "hashlib", "hmac", "secrets", "ssl", "uuid"}
     assert imported & {"crypt", "random"} == set()
     assert {name for name in imported if name.startswith("_")} == {"__future__"}
-    imports = [node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    imports = [node for tree in TREES.values() for node in nodes_of(tree) if isinstance(node, ast.Import)]
     assert not [alias for node in imports for alias in node.names if alias.name in known and alias.asname]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@each("module", MODULES)
 def test_a_module_compares_no_secret_in_python(module: str) -> None:
     compared = {
         ast.unparse(side).rpartition(".")[2]
-        for node in ast.walk(TREES[module])
+        for node in nodes_of(TREES[module])
         if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Eq | ast.NotEq)
         if ast.unparse(node.comparators[0]) != "NO_PASSWORD"  # it is not a secret
         for side in (node.left, *node.comparators)
@@ -186,7 +187,7 @@ def test_the_tables_have_no_columns_beyond_the_documented_ones(db: DB, settings:
     }
 
 
-@pytest.mark.parametrize("name", ["run.txt", "dev.txt", "pyz.txt", "release.txt"])
+@each("name", ["run.txt", "dev.txt", "pyz.txt", "release.txt"])
 def test_every_package_is_pinned_with_its_hash(name: str) -> None:
     text = re.sub(r" *#.*", "", (HERE / "requirements" / name).read_text()).replace("\\\n", " ")
     for line in filter(None, map(str.strip, text.splitlines())):
@@ -342,7 +343,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("parse", HOSTILE.values(), ids=HOSTILE.keys())
+@each("parse", HOSTILE.values())
 def test_hostile_text_is_parsed_in_linear_time(parse: Any) -> None:
     began = time.thread_time()
     with contextlib.suppress(ValueError):

@@ -44,6 +44,7 @@ three_sessions = accounts.three_sessions
 # Hashes and ids
 
 
+@pytest.mark.slow
 def test_a_password_is_hashed_with_bcrypt_of_cost_12() -> None:
     hashed = _hash_password(PASSWORD)
     assert type(hashed) is bytes

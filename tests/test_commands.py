@@ -881,11 +881,13 @@ def first_lines(people: Auth, path: Path, command: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_the_pipe_causes_no_error(people: Auth, path: Path) -> None:
     lines, errors = first_lines(people, path, "user list")
     assert (lines.split()[-1], errors) == ("eve@x.io", "")
 
 
+@pytest.mark.slow
 def test_an_export_whose_reader_closes_the_pipe_is_logged(people: Auth, path: Path) -> None:
     lines, errors = first_lines(people, path, "export -")
     logged = json.loads(errors)
@@ -972,6 +974,7 @@ def test_an_email_that_is_not_text_is_wrong_usage(run: Run, people: Auth, typed:
     assert "argument email: invalid" in result.err[-1]
 
 
+@pytest.mark.slow
 def test_a_backup_to_a_full_disk_is_refused_in_one_line(people: Auth, path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
@@ -1103,6 +1106,7 @@ def test_a_file_name_that_is_not_text_is_valid_json(run: Run, people: Auth) -> N
     assert record["file"] == "b?.db"
 
 
+@pytest.mark.slow
 def test_a_copy_that_fails_names_the_target_and_no_temporary_file(people: Auth, path: Path) -> None:
     people.close()
 

@@ -370,6 +370,7 @@ def test_a_silent_connection_stays_open_longer_than_that_of_any_proxy(
     assert channel.makes_room(now + 60) is not None  # but its place is for others who need it
 
 
+@pytest.mark.slow
 def test_a_client_that_lets_the_next_request_wait_by_reading_nothing_is_closed(
     server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +458,7 @@ def test_an_answer_that_nobody_reads_is_given_up(
 # Room for others
 
 
+@pytest.mark.slow
 def test_room_is_made_by_what_is_oldest(server: LocalServer, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(web.server, "MIN_AGE", 0.0)
     (old,) = begin(server, [half("203.0.113.5")])

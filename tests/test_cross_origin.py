@@ -11,6 +11,7 @@ import pytest
 import authsvc
 from auth import Auth
 from settings import Settings
+from tests.cases import each
 from tests.conftest import COST, Client
 from tests.production import (
     BOB,
@@ -45,8 +46,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield call
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
-@pytest.mark.parametrize(
+@each("method", ["POST", "PUT", "DELETE", "PATCH"])
+@each(
     ("fetch_site", "origin", "allowed"),
     [
         (None, None, True),  # curl and scripts

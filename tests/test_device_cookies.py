@@ -15,6 +15,7 @@ from credentials import device, passwords, totp
 from engines.errors import StorageUnavailable
 from settings import Settings
 from storage import DB
+from tests.cases import each
 from tests.conftest import COST, Answer, Client, Clock
 from tests.production import BOB, PASSWORD, production_settings
 
@@ -90,16 +91,14 @@ def test_a_token_belongs_to_one_user_one_key_and_one_secret() -> None:
     assert device.verified(found, b"another", 1, KEY, now=NOW, latest=NOW) is None
 
 
-@pytest.mark.parametrize("field", ["user_id", "issued_at", "kind", "nonce", "mac"])
+@each("field", ["user_id", "issued_at", "kind", "nonce", "mac"])
 def test_an_edited_token_is_not_accepted(field: str) -> None:
     (token,) = tokens(1, kind="reset")
     edited: dict[str, Any] = {"user_id": 11, "issued_at": NOW + 1, "kind": "full", "nonce": "A" * 16, "mac": "A" * 43}
     assert not is_accepted([token._replace(**{field: edited[field]})], user_id=11 if field == "user_id" else 1)
 
 
-@pytest.mark.parametrize(
-    ("age", "accepted"), [(-301, False), (-300, True), (0, True), (90 * DAY - 1, True), (90 * DAY, False)]
-)
+@each(("age", "accepted"), [(-301, False), (-300, True), (0, True), (90 * DAY - 1, True), (90 * DAY, False)])
 def test_a_token_is_accepted_for_90_days(age: int, accepted: bool) -> None:
     assert is_accepted(tokens(1), now=NOW + age) is accepted
 
@@ -115,7 +114,7 @@ def test_a_cookie_holds_the_newest_four_accounts() -> None:
     assert again in device.parse(cookie)
 
 
-@pytest.mark.parametrize("malform", [
+@each("malform", [
     lambda text: "",
     lambda text: text + "~",
     lambda text: "~".join([text] * 5),
@@ -377,6 +376,7 @@ def test_the_browsers_of_one_account_share_100_attempts(call: Client, owner: Bro
     assert guesses[401] == 100 + 20  # with the strangers' 20
 
 
+@pytest.mark.slow
 def test_one_network_with_many_people(call: Client, auth: Auth, clock: Clock, owner: Browser) -> None:
     """A stale client polls, somebody tries junk reset tokens, and 60 people sign in for the first time in a minute."""
     people = [f"person{number}@x.io" for number in range(60)]

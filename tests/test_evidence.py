@@ -16,8 +16,9 @@ import rate_limit
 from settings import Settings
 from storage import DB
 from tests import evidence
+from tests.cases import each
 from tests.conftest import HERE, Clock
-from tests.product import MODULES, TREES
+from tests.product import MODULES, TREES, nodes_of
 
 ENTRIES = evidence.load()
 EVIDENCE = evidence.PAGE.read_text()
@@ -211,7 +212,7 @@ def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock
     assert not any(in_development.values())
 
 
-@pytest.mark.parametrize("name", sorted(numbers().keys() - NO_LIMITS))
+@each("name", sorted(numbers().keys() - NO_LIMITS))
 def test_a_number_in_a_table_matches_the_code(name: str) -> None:
     if name == "AUTHSVC_BCRYPT_COST":
         assert "bcrypt of cost 12" in text_of(section("Passwords"))
@@ -233,7 +234,7 @@ def test_every_limit_in_a_table_exists_in_the_code() -> None:
 def test_every_field_of_a_form_is_documented() -> None:
     names = {
         node.value
-        for call in ast.walk(TREES["authsvc"])
+        for call in nodes_of(TREES["authsvc"])
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "_read_form"
         for node in ast.walk(call)
         if isinstance(node, ast.Constant)
@@ -250,7 +251,7 @@ def test_the_documented_mail_retries_match_the_code() -> None:
 def test_every_log_event_is_documented() -> None:
     events = {error.event for error in refusals(auth.AuthError) if error.event}
     for tree in TREES.values():
-        for node in ast.walk(tree):
+        for node in nodes_of(tree):
             if isinstance(node, ast.Call) and re.search(r"\b_?log(_event)?$", ast.unparse(node.func)) and node.args:
                 events |= set(re.findall("'([a-z]+_[a-z_]+)'", ast.unparse(node.args[0])))
     assert {event for row in rows("The log")[2:] for event in re.findall("`([a-z_]+)`", row[0])} == events
@@ -260,14 +261,14 @@ def test_the_inventory_of_cryptography_is_complete() -> None:
     used = {
         ast.unparse(node)
         for tree in TREES.values()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.Attribute)
         and ast.unparse(node.value) in ("bcrypt", "hashlib", "hmac", "random", "secrets", "ssl", "uuid")
     }
     named = {
         f"{node.module}.{alias.name}"
         for tree in TREES.values()
-        for node in ast.walk(tree)
+        for node in nodes_of(tree)
         if isinstance(node, ast.ImportFrom) and node.module in ("bcrypt", "hashlib", "hmac", "secrets", "ssl", "uuid")
         for alias in node.names
     }
@@ -275,7 +276,7 @@ def test_the_inventory_of_cryptography_is_complete() -> None:
     assert listed == used | named
 
 
-@pytest.mark.parametrize("words", IN_REFERENCE.values(), ids=IN_REFERENCE.keys())
+@each("words", IN_REFERENCE.values())
 def test_the_security_reference_documents_what_asvs_asks_for(words: str) -> None:
     assert words in text_of(REFERENCE)
 

@@ -567,10 +567,11 @@ def test_without_descriptors_open_connections_are_served(warm: Service) -> None:
 
 @pytest.mark.process
 def test_too_many_connections_take_no_memory_and_close_no_active_one(
-    warm: Service, caplog: pytest.LogCaptureFixture
+    warm: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service, before = warm, resident(warm)
-    caplog.set_level(logging.DEBUG, "urllib3")
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("urllib3.connectionpool"), "debug", lambda text, *_: said.append(text))
     for number in range(ROUNDS):
         with requests.Session() as kept:
             checked(kept.get(service.url, timeout=5))
@@ -579,7 +580,7 @@ def test_too_many_connections_take_no_memory_and_close_no_active_one(
                 form = account_form(f"connections{number}")
                 assert checked(kept.post(f"{service.url}/users", data=form, timeout=5)).status_code == 200
                 assert checked(kept.get(f"{service.url}/health", timeout=5)).status_code == 200
-                assert "Resetting dropped connection" not in caplog.text  # urllib3 would connect again
+                assert not any("Resetting dropped connection" in text for text in said)  # it would connect again
                 assert sockets(service) <= web.server.MAX_CONNECTIONS
                 assert resident(service) < before + 16 * 2**20
         assert ask(service, "POST", "/sessions", form, timeout=5) == 200

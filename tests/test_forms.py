@@ -16,6 +16,7 @@ import pytest
 import requests
 from multipart import MultipartError, MultipartParser
 
+from tests.cases import each
 from tests.conftest import Client
 from tests.routes import (
     BOB,
@@ -75,18 +76,18 @@ def multipart(pairs: Any, content_type: str = f"multipart/form-data; boundary={B
 # Fields, on the wire: each route reads its own fields, and each of them strictly
 
 
-@pytest.mark.parametrize(("method", "path", "field"), FIELDS)
+@each(("method", "path", "field"), FIELDS)
 def test_a_missing_field_is_refused(shared: SharedApp, method: str, path: str, field: str) -> None:
     form = {name: value for name, value in shared.form.items() if name != field}
     assert shared.refuses(400, method, path, form) == f"{field} is missing"
 
 
-@pytest.mark.parametrize(("method", "path", "field"), FIELDS)
+@each(("method", "path", "field"), FIELDS)
 def test_an_empty_field_is_refused(shared: SharedApp, method: str, path: str, field: str) -> None:
     assert shared.refuses(400, method, path, {**shared.form, field: ""}) == f"{field} is empty"
 
 
-@pytest.mark.parametrize(("method", "path", "field"), FIELDS)
+@each(("method", "path", "field"), FIELDS)
 def test_a_repeated_field_is_refused(shared: SharedApp, method: str, path: str, field: str) -> None:
     for again in ("", "other", shared.form[field]):
         for pairs in ([*shared.form.items(), (field, again)], [(field, again), *shared.form.items()]):
@@ -127,7 +128,7 @@ def test_nul_is_refused_in_all_fields_but_a_password(shared: SharedApp) -> None:
     assert read(b"email=bob@x.io&password=a%00b") == ("bob@x.io", "a\0b")
 
 
-@pytest.mark.parametrize(
+@each(
     ("otp", "reason"),
     [
         (None, "must be text"),
@@ -150,7 +151,7 @@ def test_more_than_8_fields_are_refused(shared: SharedApp) -> None:
         assert shared.refuses(400, "POST", "/sessions", **rest) in ("at most 8 fields", "malformed body")
 
 
-@pytest.mark.parametrize(("method", "path", "fields"), FORMS)
+@each(("method", "path", "fields"), FORMS)
 def test_the_query_string_never_counts(shared: SharedApp, method: str, path: str, fields: tuple[str, ...]) -> None:
     query = "&".join(f"{name}={value}" for name, value in shared.form.items())
     assert shared.refuses(400, method, f"{path}?{query}") == f"{fields[0]} is missing"
@@ -172,7 +173,7 @@ def test_the_type_of_a_form_may_have_parameters(content_type: str) -> None:
     assert read(b"email=bob@x.io&password=p", content_type) == ("bob@x.io", "p")
 
 
-@pytest.mark.parametrize(
+@each(
     "content_type",
     ["", "text/plain", "text/plain; charset=utf-8", "text/html", "application/xml", "application/octet-stream", "a"],
 )
@@ -181,7 +182,7 @@ def test_another_content_type_is_refused(shared: SharedApp, content_type: str) -
         shared.refuses(415, method, path, shared.form, content_type=content_type)
 
 
-@pytest.mark.parametrize(("method", "path", "fields"), FORMS)
+@each(("method", "path", "fields"), FORMS)
 def test_no_body_and_no_content_type_is_a_missing_field(
     shared: SharedApp, method: str, path: str, fields: tuple[str, ...]
 ) -> None:
@@ -191,12 +192,8 @@ def test_no_body_and_no_content_type_is_a_missing_field(
 # JSON
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
-@pytest.mark.parametrize(
-    "text",
-    [json.dumps(BOB), '{"email": "\\u0062ob@x.io", "password": "b4l0u", "n": [1, {}]}'],
-    ids=["plain", "with an escape and another field"],
-)
+@each("content_type", ["application/json", "application/json; charset=utf-8", "Application/JSON"])
+@each("text", [json.dumps(BOB), '{"email": "\\u0062ob@x.io", "password": "b4l0u", "n": [1, {}]}'])
 def test_a_json_object_is_accepted(content_type: str, text: str) -> None:
     assert read(text.encode(), content_type) == ("bob@x.io", "b4l0u")
 
@@ -207,7 +204,7 @@ def test_json_in_raw_utf_8_is_accepted_by_the_routes(call: Client) -> None:
     assert log_in(call, "é@x.io", "ü").status == 200
 
 
-@pytest.mark.parametrize(
+@each(
     "text",
     [
         "",
@@ -228,7 +225,6 @@ def test_json_in_raw_utf_8_is_accepted_by_the_routes(call: Client) -> None:
         "email=nobody&password=p",
         '\ufeff{"email": "nobody", "password": "p"}',
     ],
-    ids=lambda text: text[:20],
 )
 def test_json_that_is_no_object_is_refused(shared: SharedApp, text: str) -> None:
     assert shared.refuses(400, "POST", "/users", **as_json(text)) == "malformed body"
@@ -293,7 +289,7 @@ def test_a_malformed_length_is_refused(shared: SharedApp) -> None:
 # Multipart
 
 
-@pytest.mark.parametrize(
+@each(
     "content_type",
     [
         f"multipart/form-data; boundary={BOUNDARY}",
@@ -351,7 +347,7 @@ def test_a_file_in_another_field_is_ignored() -> None:
     assert read(**rest) == ("bob@x.io", "b4l0u")
 
 
-@pytest.mark.parametrize(
+@each(
     ("old", "new"),
     [
         (b"bob", b"\xff"),
@@ -395,7 +391,7 @@ def test_a_multipart_name_needs_no_quotes() -> None:
     assert read(rest["body"].replace(b'"', b""), rest["content_type"]) == ("bob@x.io", "b4l0u")
 
 
-@pytest.mark.parametrize(
+@each(
     ("old", "new"),
     [
         (b"", b""),
@@ -421,7 +417,7 @@ def test_multipart_may_be_spelled_in_every_way_of_its_standards(old: bytes, new:
         assert read(before + rest["body"].replace(old, new), rest["content_type"]) == ("bob@x.io", "b4l0u")
 
 
-@pytest.mark.parametrize("encoding", [b"base64", b"quoted-printable", b"7bit, 8bit", b"x-uue", b""])
+@each("encoding", [b"base64", b"quoted-printable", b"7bit, 8bit", b"x-uue", b""])
 def test_an_encoded_part_is_refused_by_the_name_of_the_header(encoding: bytes) -> None:
     rest = multipart(BOB.items())
     rest["body"] = rest["body"].replace(b"\r\n\r\n", b"\r\nContent-Transfer-Encoding: " + encoding + b"\r\n\r\n")
@@ -435,7 +431,7 @@ def test_a_part_in_another_charset_is_refused(charset: bytes, is_read: bool) -> 
     assert (read(**rest) == tuple(BOB.values())) if is_read else (refusal(**rest) == (400, "charset must be utf-8"))
 
 
-@pytest.mark.parametrize(
+@each(
     "head",
     [
         b";" * 16_000,
@@ -446,7 +442,6 @@ def test_a_part_in_another_charset_is_refused(charset: bytes, is_read: bool) -> 
         b';a="' + b"\\" * 16_000,
         b"\r\n " * 5000,
     ],
-    ids=range(7),
 )
 def test_multipart_is_refused_in_linear_time(head: bytes) -> None:
     body = b"--b\r\nContent-Disposition: form-data" + head + b"\r\n\r\n\r\n--b--"
@@ -468,7 +463,7 @@ CASES = sorted(path.parent for path in multipart_form_data_conformance.get_tests
 LENIENT = {"061-lf-only-lenient", "062-mixed-endings", "208-duplicate-headers"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@each("case", CASES)
 def test_multipart_is_read_as_the_conformance_tests_say(case: Path) -> None:
     content_type = json.loads((case / "headers.json").read_text())["content-type"]
     expected = json.loads((case / "test.json").read_text(encoding="utf-8"))["expected"]
@@ -495,6 +490,7 @@ def fields_of_another(body: bytes) -> list[tuple[str, str | None]] | None:
     return None
 
 
+@pytest.mark.slow
 def test_accepted_multipart_is_read_as_another_parser_does() -> None:
     body = b'--b\r\nContent-Disposition: form-data; name="e"\r\n\r\nv\r\n--b\r\nX: y\r\nContent-Disposition: '
     body += b"form-data; x=z; name=p\r\n\r\n\r\n--b--\r\n"
@@ -509,13 +505,13 @@ def test_accepted_multipart_is_read_as_another_parser_does() -> None:
     assert compared > 700
 
 
-@pytest.mark.parametrize("length", [0, 1, 60, 150])
+@each("length", [0, 1, 60, 150])
 def test_truncated_multipart_is_refused(length: int) -> None:
     rest = multipart(BOB.items())
     assert refusal(rest["body"][:length], rest["content_type"]) == (400, "malformed body")
 
 
-@pytest.mark.parametrize("parameters", ["", ";", "; boundary=", '; boundary=""', "; boundary=other", "; charset=utf-8"])
+@each("parameters", ["", ";", "; boundary=", '; boundary=""', "; boundary=other", "; charset=utf-8"])
 def test_multipart_without_its_boundary_is_refused(parameters: str) -> None:
     assert refusal(**multipart(BOB.items(), f"multipart/form-data{parameters}")) == (400, "malformed body")
 

@@ -10,6 +10,7 @@ import pytest
 from auth import Auth
 from authsvc import create_app
 from storage import DB
+from tests.cases import each
 from tests.conftest import Client, Clock, Service
 from tests.crowd import written_log
 from tests.production import (
@@ -43,7 +44,7 @@ def call(database: str, db: DB, clock: Clock) -> Client:
     return Client(create_app(settings, Auth(db, settings, clock)))
 
 
-@pytest.mark.parametrize(
+@each(
     ("peer", "proto", "status"),
     [
         (PROXY, "http", 403),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.cases import each
 from tests.conftest import Service
 from tests.production import OTHER_ORIGIN, PUBLIC_URL, proxied_service, send
 
@@ -96,7 +97,7 @@ AMBIGUOUS = {
 }
 
 
-@pytest.mark.parametrize("request_text", AMBIGUOUS.values(), ids=AMBIGUOUS)
+@each("request_text", AMBIGUOUS.values())
 def test_an_ambiguous_request_gets_exactly_one_refusal(proxied: Service, request_text: str) -> None:
     answer = send(proxied.address, request_text.encode() + f"GET /smuggled HTTP/1.1\r\n{HOST}\r\n".encode())
     assert answer.count(b"HTTP/1.") == 1
@@ -107,7 +108,7 @@ def test_an_ambiguous_request_gets_exactly_one_refusal(proxied: Service, request
     assert b"\r\nStrict-Transport-Security: max-age=31536000\r\n" in head
 
 
-@pytest.mark.parametrize(
+@each(
     "request_text",
     [
         f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n",
@@ -123,9 +124,7 @@ def test_a_well_formed_request_is_served(proxied: Service, request_text: str) ->
     assert re.match(rb"HTTP/1\.[01] 200 ", send(proxied.address, request_text.encode()))
 
 
-@pytest.mark.parametrize(
-    "target", ["/pro%fffile", "//profile", "/profile/", "http://x//profile", "/%70rofile", "/./profile"]
-)
+@each("target", ["/pro%fffile", "//profile", "/profile/", "http://x//profile", "/%70rofile", "/./profile"])
 def test_a_path_must_match_its_route_character_by_character(proxied: Service, target: str) -> None:
     answer = send(proxied.address, f"GET {target} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n".encode())
     assert b" 404 " in answer.partition(b"\r\n")[0]

@@ -15,6 +15,7 @@ from auth import Auth
 from authsvc import create_app
 from settings import Settings
 from storage import DB
+from tests.cases import each
 from tests.conftest import COST, Answer, Client, raw_connection
 from web.middleware import SecurityMiddleware, is_direct
 
@@ -72,7 +73,7 @@ def assert_complete(answer: Answer) -> None:
 # Headers of every answer
 
 
-@pytest.mark.parametrize(
+@each(
     ("status", "method", "path", "options"),
     [
         (200, "GET", "/", {}),
@@ -156,7 +157,7 @@ def test_a_refusal_of_a_head_request_has_no_body() -> None:
 # Paths. A server has normalized each of the requested ones to the path beside it.
 
 
-@pytest.mark.parametrize(
+@each(
     ("requested", "path"),
     [
         ("/pro%fffile", "/pro\xfffile"),
@@ -186,7 +187,7 @@ def test_undecodable_bytes_in_a_path_are_not_dropped(shared_client: Client, cook
     assert shared_client("GET", "/pro\xfffile", cookie=cookie).status == 404
 
 
-@pytest.mark.parametrize("requested", ["/profile", "/profile?x=1", "/profile?", "/profile?next=//evil/#x?y"])
+@each("requested", ["/profile", "/profile?x=1", "/profile?", "/profile?next=//evil/#x?y"])
 def test_a_query_is_not_part_of_the_path(shared_client: Client, cookie: str, requested: str) -> None:
     answer = shared_client("GET", "/profile", cookie=cookie, REQUEST_URI=requested)
     assert (answer.status, answer.json) == (200, {"email": "bob@x.io"})
@@ -204,7 +205,7 @@ LOCAL = ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1", "localhost"]
 REMOTE = ["", "10.0.0.1", "0.0.0.0", "::", "::ffff:10.0.0.1", "2001:db8::1", "128.0.0.1", "evil", "127.0.0.1.evil"]
 
 
-@pytest.mark.parametrize("address", LOCAL)
+@each("address", LOCAL)
 def test_requests_from_this_machine_are_accepted(address: str) -> None:
     assert Client(SecurityMiddleware(greet, SETTINGS))("GET", "/", REMOTE_ADDR=address).status == 200
 
@@ -213,7 +214,7 @@ def test_a_peer_without_an_address_is_accepted() -> None:
     assert Client(SecurityMiddleware(greet, SETTINGS))("GET", "/").status == 200
 
 
-@pytest.mark.parametrize("address", REMOTE)
+@each("address", REMOTE)
 def test_requests_from_another_machine_are_refused(address: str) -> None:
     answer = Client(SecurityMiddleware(greet, SETTINGS))("GET", "/", REMOTE_ADDR=address)
     assert (answer.status, list(answer.json)) == (403, ["message"])
@@ -225,7 +226,7 @@ def test_a_client_without_an_address_is_named_unknown(environ: dict[str, Any]) -
     assert Client(SecurityMiddleware(greet, production))("GET", "/", **environ).body == b"unknown"
 
 
-@pytest.mark.parametrize(
+@each(
     ("client", "environ"),
     [
         ("192.0.2.1", {"REMOTE_ADDR": "::ffff:192.0.2.1"}),
@@ -246,13 +247,13 @@ def test_a_forwarded_address_does_not_make_a_peer_local() -> None:
     assert client("GET", "/", REMOTE_ADDR="10.0.0.1", HTTP_X_FORWARDED_FOR="127.0.0.1").status == 403
 
 
-@pytest.mark.parametrize("address", REMOTE)
+@each("address", REMOTE)
 def test_unsafe_listen_accepts_every_peer(address: str) -> None:
     client = Client(SecurityMiddleware(greet, Settings(unsafe_listen=True)))
     assert client("GET", "/", REMOTE_ADDR=address).status == 200
 
 
-@pytest.mark.parametrize(
+@each(
     ("direct", "environ"),
     [
         *((True, {"REMOTE_ADDR": address}) for address in LOCAL),
@@ -276,7 +277,7 @@ def test_only_a_local_peer_without_a_proxy_is_direct(direct: bool, environ: dict
 HOST_NAMES = ["localhost", "LocalHost", "127.0.0.1", "127.0.0.2", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]"]
 
 
-@pytest.mark.parametrize(
+@each(
     ("host", "direct"),
     [
         *((host + port, True) for host in HOST_NAMES for port in ("", ":5000")),

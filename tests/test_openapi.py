@@ -5,6 +5,7 @@ schemathesis generates requests from the document and checks each answer against
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -15,10 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import openapi_spec_validator
 import pytest
 import yaml
-from openapi_schema_validator import OAS31Validator, oas31_format_checker
 
 import authsvc
 from auth import AuthError
@@ -82,7 +81,13 @@ def test_no_answer_has_undocumented_fields(document: Any) -> None:
     assert all(schema["additionalProperties"] is False for schema in objects([answers, named]))
 
 
+# Importing the validators takes three seconds, as they compile the grammar of URLs.
+
+
+@pytest.mark.slow
 def test_the_document_is_valid(document: Any) -> None:
+    import openapi_spec_validator
+
     openapi_spec_validator.validate(document)
 
 
@@ -90,6 +95,9 @@ class CheckedClient:
     """Sends requests with the cookie that it was last given, and checks each answer against the document."""
 
     def __init__(self, document: Any, call: Client) -> None:
+        from openapi_schema_validator import OAS31Validator, oas31_format_checker
+
+        self.validator = functools.partial(OAS31Validator, format_checker=oas31_format_checker)
         self.document, self.call = document, call
         self.cookie: str | None = None
         self.seen: Counter[tuple[str, str, int]] = Counter()
@@ -100,7 +108,7 @@ class CheckedClient:
         route = re.sub("/sessions/[0-9a-f]{16}", "/sessions/{id}", path.partition("?")[0])
         documented = self._resolve(self.document["paths"][route][method.lower()]["responses"][str(status)])
         schema = {**self.document, **documented["content"]["application/json"]["schema"]}
-        OAS31Validator(schema, format_checker=oas31_format_checker).validate(answer.json)
+        self.validator(schema).validate(answer.json)
         header = self._resolve(documented["headers"].get("Set-Cookie", {}))
         if cookie := answer.headers.get("Set-Cookie"):
             assert re.search(header["schema"]["pattern"], cookie)
@@ -116,6 +124,7 @@ class CheckedClient:
         return self.document["components"][kind][name]
 
 
+@pytest.mark.slow
 @pytest.mark.both_engines
 def test_every_successful_answer_is_as_documented(document: Any, call: Client, clock: Clock) -> None:
     send = CheckedClient(document, call)

@@ -7,6 +7,7 @@ import time
 import pytest
 from waitress.buffers import OverflowableBuffer
 
+from tests.cases import each
 from tests.parsers import LIMITS, describe, feed, is_accepted
 from web.parser import SINGLE_HEADERS, StrictChunkedReceiver, StrictParser
 
@@ -30,7 +31,7 @@ def status(stream: bytes, size: int = 0) -> int | None:
 # The request line
 
 
-@pytest.mark.parametrize(
+@each(
     "line",
     [
         b"GET / HTTP/0.9",
@@ -72,14 +73,14 @@ def test_a_malformed_request_line_is_refused(line: bytes) -> None:
 UNPRINTABLE = [bytes([byte]) for byte in (*range(33), *range(127, 256))]
 
 
-@pytest.mark.parametrize("target", [b"/a%bc", b"/?a%bc", b"http://a/b%bc", b"http://a/%b?c"], ids=range(4))
+@each("target", [b"/a%bc", b"/?a%bc", b"http://a/b%bc", b"http://a/%b?c"])
 def test_a_target_has_printable_characters_of_ascii_only(target: bytes) -> None:
     for byte in UNPRINTABLE:
         assert status(b"GET " + target.replace(b"%b", byte) + b" HTTP/1.1\r\nHost: a\r\n\r\n") == 400, byte
     assert status(b"GET " + target.replace(b"%b", b"b") + b" HTTP/1.1\r\nHost: a\r\n\r\n") is None
 
 
-@pytest.mark.parametrize(
+@each(
     ("target", "path", "query"),
     [
         (b"/a?b=c?d", "/a", "b=c?d"),
@@ -94,8 +95,8 @@ def test_a_target_is_split_into_path_and_query(target: bytes, path: str, query: 
     assert (parser.error, parser.path, parser.query, parser.request_uri) == (None, path, query, target.decode())
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-@pytest.mark.parametrize(
+@each("version", [b"1.0", b"1.1"])
+@each(
     ("target", "host", "uri"),
     [
         (b"http://b/health", b"b", "/health"),
@@ -117,8 +118,8 @@ def test_a_target_in_absolute_form_has_the_authority_of_host(
     assert f"{parser.path}?{parser.query}".removesuffix("?") == uri
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-@pytest.mark.parametrize(
+@each("version", [b"1.0", b"1.1"])
+@each(
     ("target", "host"),
     [
         (b"http://b/", b"a"),
@@ -144,7 +145,7 @@ def test_a_target_of_another_authority_than_host_is_refused(target: bytes, host:
     assert status(b"GET " + target + b" HTTP/" + version + b"\r\n" + fields + b"\r\n") == 400
 
 
-@pytest.mark.parametrize("blank", [b" ", b"\t", b"\v", b"\f", b"\n", b"\r", b"\0", b"\x1c", b"\x85", b"\xa0", b"\r\n "])
+@each("blank", [b" ", b"\t", b"\v", b"\f", b"\n", b"\r", b"\0", b"\x1c", b"\x85", b"\xa0", b"\r\n "])
 def test_a_blank_before_the_request_line_is_refused(blank: bytes) -> None:
     assert status(blank + HEAD + b"\r\n") == 400
 
@@ -167,7 +168,7 @@ def once(name: str) -> bytes:
     return b"POST / HTTP/1.1\r\n" + host + name.replace("_", "-").encode() + b": " + value + b"\r\n"
 
 
-@pytest.mark.parametrize("name", sorted(SINGLE_HEADERS))
+@each("name", sorted(SINGLE_HEADERS))
 def test_a_repeated_header_is_refused_where_it_matters_which_one_counts(name: str) -> None:
     again = once(name).rpartition(b"\r\n")[0].rpartition(b"\r\n")[2].lower()
     assert status(once(name) + b"\r\n") is None
@@ -178,9 +179,7 @@ def test_any_other_header_may_be_repeated() -> None:
     assert parsed(HEAD + b"X-A: b\r\nx-a:c\r\nX-A:\r\n\r\n").headers["X_A"] == "b, c, "
 
 
-@pytest.mark.parametrize(
-    "line", [b"X\r\n", b": a\r\n", b"X : a\r\n", b" X: a\r\n", b"X: a\r\n b\r\n", b"X: a\r\n\tb\r\n"]
-)
+@each("line", [b"X\r\n", b": a\r\n", b"X : a\r\n", b" X: a\r\n", b"X: a\r\n b\r\n", b"X: a\r\n\tb\r\n"])
 def test_a_malformed_or_folded_header_is_refused(line: bytes) -> None:
     assert status(HEAD + line + b"\r\n") == 400
 
@@ -199,9 +198,7 @@ def test_only_the_bytes_of_the_grammar_stand_in_a_header(template: bytes, allowe
         assert status(stream) == (None if byte in allowed else 400), byte
 
 
-@pytest.mark.parametrize(
-    ("line", "value"), [(b"X:a", "a"), (b"X: \t a b\t ", "a b"), (b"X:", ""), (b"x: \xa0\xff", "\xa0\xff")]
-)
+@each(("line", "value"), [(b"X:a", "a"), (b"X: \t a b\t ", "a b"), (b"X:", ""), (b"x: \xa0\xff", "\xa0\xff")])
 def test_spaces_and_tabs_around_a_value_do_not_belong_to_it(line: bytes, value: str) -> None:
     assert parsed(HEAD + line + b"\r\n\r\n").headers["X"] == value
 
@@ -211,7 +208,7 @@ def test_a_name_with_an_underscore_is_dropped_as_it_could_stand_for_another() ->
     assert (parser.completed, parser.headers) == (True, {"HOST": "a"})
 
 
-@pytest.mark.parametrize("value", [b" " * 15_000 + b"b", b" " * 15_000 + b"\0", b"b " * 7000 + b"\0", b"\t" * 15_000])
+@each("value", [b" " * 15_000 + b"b", b" " * 15_000 + b"\0", b"b " * 7000 + b"\0", b"\t" * 15_000])
 def test_a_head_of_spaces_is_parsed_in_linear_time(value: bytes) -> None:
     began = time.process_time()
     parsed(HEAD + b"X:" + value + b"\r\n\r\n")
@@ -223,8 +220,8 @@ def test_a_request_has_at_most_100_headers(count: int, expected: int | None) -> 
     assert status(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a:b\r\n" * (count - 1) + b"\r\n") == expected
 
 
-@pytest.mark.parametrize("size", [0, 1000])
-@pytest.mark.parametrize(("length", "expected"), [(16_383, None), (16_384, 431), (20_000, 431)])
+@each("size", [0, 1000])
+@each(("length", "expected"), [(16_383, None), (16_384, 431), (20_000, 431)])
 def test_a_head_of_16_kib_is_refused(length: int, expected: int | None, size: int) -> None:
     head = (HEAD + b"X: ").ljust(length - 4, b"a") + b"\r\n\r\n"
     assert status(head, size) == expected
@@ -249,13 +246,13 @@ ODD_HOSTS = [
 ]
 
 
-@pytest.mark.parametrize("host", HOSTS)
+@each("host", HOSTS)
 def test_a_name_or_an_address_is_a_host(host: bytes) -> None:
     assert status(b"GET / HTTP/1.1\r\nHost: " + host + b"\r\n\r\n") is None
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-@pytest.mark.parametrize("host", ODD_HOSTS)
+@each("version", [b"1.0", b"1.1"])
+@each("host", ODD_HOSTS)
 def test_an_odd_host_is_refused(host: bytes, version: bytes) -> None:
     assert status(b"GET / HTTP/" + version + b"\r\nHost: " + host + b"\r\n\r\n") == 400
 
@@ -265,8 +262,8 @@ def test_only_http_1_0_may_lack_a_host() -> None:
     assert status(b"GET / HTTP/1.1\r\nX-A: b\r\n\r\n") == 400
 
 
-@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-@pytest.mark.parametrize(
+@each("version", [b"1.0", b"1.1"])
+@each(
     ("lines", "option"),
     [
         (b"Connection: close", "close"),
@@ -288,14 +285,12 @@ def test_the_option_of_a_connection_is_found_in_a_list(lines: bytes, option: str
 # The length of a body
 
 
-@pytest.mark.parametrize(
-    "length", [b"", b"+1", b"-1", b"1_0", b"0x1", b"1, 1", b"1.0", b"1e1", b"a", b"\xb2", b"9" * 19, b"9" * 5000]
-)
+@each("length", [b"", b"+1", b"-1", b"1_0", b"0x1", b"1, 1", b"1.0", b"1e1", b"a", b"\xb2", b"9" * 19, b"9" * 5000])
 def test_a_malformed_length_is_refused(length: bytes) -> None:
     assert status(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + length + b"\r\n\r\n") == 400
 
 
-@pytest.mark.parametrize(
+@each(
     ("head", "expected"),
     [
         (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked", 400),
@@ -326,7 +321,7 @@ def test_an_encoding_is_read_in_any_letter_case() -> None:
     assert describe(parsed(stream))["body"] == b"hi"
 
 
-@pytest.mark.parametrize(
+@each(
     ("length", "refusal", "expects"),
     [(b"5", None, True), (b"16384", None, True), (b"16385", 413, False), (b"0", None, False)],
 )
@@ -344,8 +339,8 @@ def test_100_continue_is_only_sent_for_a_body_that_is_accepted(
 # Chunked bodies
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 7])
-@pytest.mark.parametrize(
+@each("size", [0, 1, 2, 3, 7])
+@each(
     ("stream", "body"),
     [
         (b"0\r\n\r\n", b""),
@@ -353,7 +348,6 @@ def test_100_continue_is_only_sent_for_a_body_that_is_accepted(
         (b"00000002\r\n\r\n\r\na\r\n" + b"b" * 10 + b"\r\n0\r\n\r\n", b"\r\n" + b"b" * 10),
         (b"0A\r\n0\r\n\r\n1\r\n\r\n\r\n1\r\nx\r\n0\r\n\r\n", b"0\r\n\r\n1\r\n\r\nx"),
     ],
-    ids=["nothing", "one", "two", "data that look like chunks"],
 )
 def test_a_chunked_body_is_read(stream: bytes, body: bytes, size: int) -> None:
     parser = StrictParser(LIMITS)
@@ -364,7 +358,7 @@ def test_a_chunked_body_is_read(stream: bytes, body: bytes, size: int) -> None:
     assert parser.headers["CONTENT_LENGTH"] == str(len(body))
 
 
-@pytest.mark.parametrize(
+@each(
     "stream",
     [
         b"\n",
@@ -434,7 +428,7 @@ def test_many_small_chunks_are_read_in_linear_time(size: int) -> None:
 # A request that is refused
 
 
-@pytest.mark.parametrize(
+@each(
     ("stream", "command"),
     [
         (b"HEAD / HTTP/9\r\n\r\n", "HEAD"),
@@ -476,7 +470,7 @@ BYTES = b"aA0\x80\x85\xa0\xff" + bytes(byte for byte in range(128) if not chr(by
 FEW_BYTES = b"aA0\0\t\n\v\r\x1c :-_/\x7f\x85\xa0"
 
 
-@pytest.mark.parametrize("request_bytes", ACCEPTED, ids=range(len(ACCEPTED)))
+@each("request_bytes", ACCEPTED)
 def test_an_accepted_request_is_understood_as_waitress_does(request_bytes: bytes) -> None:
     assert is_accepted(request_bytes)
     replacements = BYTES if request_bytes == ACCEPTED[0] else FEW_BYTES
@@ -488,7 +482,7 @@ def test_an_accepted_request_is_understood_as_waitress_does(request_bytes: bytes
             is_accepted(before + bytes([byte]) + request_bytes[at:])
 
 
-@pytest.mark.parametrize("request_bytes", ACCEPTED, ids=range(len(ACCEPTED)))
+@each("request_bytes", ACCEPTED)
 def test_a_request_is_understood_alike_in_pieces_of_any_size(request_bytes: bytes) -> None:
     for stream in (
         request_bytes,

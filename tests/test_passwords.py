@@ -13,6 +13,7 @@ import bcrypt
 import pytest
 
 from credentials import passwords
+from tests.cases import each
 from tests.conftest import COST
 
 PLAIN = re.compile(rb"\$2b\$04\$[./A-Za-z0-9]{53}")
@@ -62,19 +63,19 @@ def verifies(password: str, stored: str | bytes | None) -> bool:
     return passwords.verify(password, stored, COST)
 
 
-@pytest.mark.parametrize("password", ["a" * 71, "a" * 72, "é" * 36, " ", "b4l0u"])
+@each("password", ["a" * 71, "a" * 72, "é" * 36, " ", "b4l0u"])
 def test_passwords_up_to_72_bytes_are_stored_as_plain_bcrypt(password: str) -> None:
     stored = hashed(password)
     assert PLAIN.fullmatch(stored)
     assert bcrypt.checkpw(password.encode(), stored)
 
 
-@pytest.mark.parametrize("password", ["a" * 73, "a" * 74, "é" * 36 + "a", "a\0", "\0", CYRILLIC, "a" * 1024])
+@each("password", ["a" * 73, "a" * 74, "é" * 36 + "a", "a\0", "\0", CYRILLIC, "a" * 1024])
 def test_passwords_over_72_bytes_or_with_nul_are_stored_as_bcrypt_sha256(password: str) -> None:
     assert LONG.fullmatch(hashed(password))
 
 
-@pytest.mark.parametrize("length", [1, 71, 72, 73, 74, 1023, 1024])
+@each("length", [1, 71, 72, 73, 74, 1023, 1024])
 def test_every_byte_of_a_password_counts(length: int) -> None:
     password = "a" * length
     stored = hashed(password)
@@ -90,7 +91,7 @@ def test_the_last_letter_of_a_long_cyrillic_password_counts() -> None:
     assert not verifies(CYRILLIC[:-1] + "я", stored)
 
 
-@pytest.mark.parametrize(
+@each(
     ("password", "other"),
     [
         ("a", "a\0a"),  # bcrypt repeats its key, with a NUL in between, so it cannot tell these two apart
@@ -124,6 +125,7 @@ def test_a_hash_verifies_as_text_and_as_bytes(password: str) -> None:
     assert verifies(password, stored.decode())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [PASSLIB, PASSLIB_FIRST])
 def test_a_hash_made_by_passlib_verifies(stored: str) -> None:
     assert passwords.verify("password", stored, COST)
@@ -138,8 +140,8 @@ def in_first_version(password: str, version: str = "2b") -> str:
     return f"$bcrypt-sha256${version},{COST}${plain[7:29]}${plain[29:]}"
 
 
-@pytest.mark.parametrize("version", ["2a", "2b"])
-@pytest.mark.parametrize("length", [1, 72, 73, 1024])
+@each("version", ["2a", "2b"])
+@each("length", [1, 72, 73, 1024])
 def test_every_byte_counts_in_the_first_version_of_a_passlib_hash(version: str, length: int) -> None:
     stored = in_first_version("a" * length, version)
     assert verifies("a" * length, stored)
@@ -147,6 +149,7 @@ def test_every_byte_counts_in_the_first_version_of_a_passlib_hash(version: str, 
 
 
 # Hashes of passlib 1.5.2, of a password and with unused bits in the salt, from its issue 25; and one of BCrypt.Net.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("password", "stored"),
     [
@@ -187,7 +190,7 @@ def test_a_marked_hash_matches_a_longer_password_by_its_first_72_bytes() -> None
     assert passwords.verify("a" + "é" * 40, stored, COST, passwords.salt_of(stored))
 
 
-@pytest.mark.parametrize("salt", [None, "", "." * 22, CUT[7:28] + "P", CUT[7:28]])
+@each("salt", [None, "", "." * 22, CUT[7:28] + "P", CUT[7:28]])
 def test_a_hash_that_is_not_marked_matches_no_longer_password(salt: str | None) -> None:
     for password in "a" * 73, "a" * 72 + "\0":
         assert not passwords.verify(password, CUT, COST, salt)
@@ -213,26 +216,24 @@ def test_a_bcrypt_hash_made_elsewhere_verifies(prefix: str) -> None:
     assert not verifies("U*V", prefix + CRYPT_BLOWFISH)
 
 
-@pytest.mark.parametrize("stored", UNREADABLE)
+@each("stored", UNREADABLE)
 def test_no_password_matches_an_unreadable_hash(stored: bytes) -> None:
     assert verifies("", stored) is False
     assert verifies("password", stored) is False
     assert verifies("password", stored.decode("latin-1")) is False
 
 
-@pytest.mark.parametrize("password", ["", "a", "\0", "." * 53, "a" * 73])
+@each("password", ["", "a", "\0", "." * 53, "a" * 73])
 def test_no_password_matches_a_missing_hash(password: str) -> None:
     assert verifies(password, None) is False
 
 
-@pytest.mark.parametrize(
-    ("password", "why"), [("", "empty"), ("a" * 1025, "1024 bytes"), ("é" * 513, "1024 bytes"), ("a\ud800", "text")]
-)
+@each(("password", "why"), [("", "empty"), ("a" * 1025, "1024 bytes"), ("é" * 513, "1024 bytes"), ("a\ud800", "text")])
 def test_an_empty_too_long_or_invalid_password_is_refused_with_the_reason(password: str, why: str) -> None:
     assert why in (passwords.length_error(password) or "")
 
 
-@pytest.mark.parametrize("password", ["a", " ", "\0", "b4l0u", "a" * 1024, "é" * 512, CYRILLIC])
+@each("password", ["a", " ", "\0", "b4l0u", "a" * 1024, "é" * 512, CYRILLIC])
 def test_any_text_up_to_1024_bytes_can_be_a_password(password: str) -> None:
     assert passwords.length_error(password) is None
 
@@ -330,7 +331,7 @@ def test_at_most_one_hash_per_core_runs_at_once(monkeypatch: pytest.MonkeyPatch)
     assert not too_many
 
 
-@pytest.mark.parametrize(
+@each(
     ("stored", "cost"),
     [
         (PASSLIB, 12),

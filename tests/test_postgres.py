@@ -28,6 +28,7 @@ from settings import Settings
 from storage import DB, User
 from tables.rate_limits import CONSUME, EMPTY, Bucket
 from tests import postgres
+from tests.cases import each
 from tests.conftest import HERE, clean_environ
 from tests.stored_users import (
     HASH,
@@ -645,7 +646,7 @@ UNREACHABLE = {
 }
 
 
-@pytest.mark.parametrize("reason", UNREACHABLE)
+@each("reason", UNREACHABLE)
 def test_an_unreachable_database_is_named_without_its_password(reason: str) -> None:
     url, name = UNREACHABLE[reason]
     with pytest.raises(DatabaseRefused, match=rf"\Acannot open the database {re.escape(name)}: [^\n]+\Z") as refusal:

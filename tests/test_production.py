@@ -21,6 +21,7 @@ from authsvc import create_app
 from credentials import totp
 from settings import Settings
 from storage import DB
+from tests.cases import each
 from tests.conftest import COST, HERE, Client, Clock, Service, clean_environ
 from tests.crowd import written_log
 from tests.production import (
@@ -145,7 +146,7 @@ def test_a_session_id_that_a_client_chose_is_never_used(call: Client) -> None:
     assert ask(call, "GET", "/profile", cookie=chosen).status == 403
 
 
-@pytest.mark.parametrize("path", ["/", "/profile", "/nowhere", "/users", "//"])
+@each("path", ["/", "/profile", "/nowhere", "/users", "//"])
 def test_every_answer_carries_hsts(site: Client, path: str) -> None:
     assert ask(site, "GET", path).headers["Strict-Transport-Security"] == "max-age=31536000"
 
@@ -162,7 +163,7 @@ def test_secrets_have_256_random_bits(auth: Auth, bob: None) -> None:
     assert len(set(secrets)) == 40
 
 
-@pytest.mark.parametrize("email", [BOB, "BOB@x.io", "nobody@x.io", "nope", "é@x.io", "a@x, evil@y", " ", "a" * 300])
+@each("email", [BOB, "BOB@x.io", "nobody@x.io", "nope", "é@x.io", "a@x, evil@y", " ", "a" * 300])
 def test_a_reset_request_gets_the_same_answer_for_every_email(site: Client, email: str) -> None:
     answer = ask(site, "POST", "/reset_password", {"email": email}, REMOTE_ADDR="127.0.0.1")
     assert (answer.status, answer.json) == (200, {"message": "if the email has an account, a mail is on its way"})

@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlencode
 
 import pytest
 
+from tests.cases import each
 from tests.conftest import HERE
 from tests.proxies import APP, AUTH, PASSWORD, PROXIES, Site
 from web.forms import MAX_BODY_BYTES
@@ -275,7 +276,7 @@ def test_the_two_files_for_caddy_differ_only_in_the_names_of_the_buffers() -> No
     assert version.sub("", newest) == version.sub("", debian)
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "line"),
     [
         ("nginx.conf", "    client_max_body_size 20k;"),

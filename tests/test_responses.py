@@ -7,10 +7,11 @@ import re
 
 import pytest
 
+from tests.cases import each
 from web.responses import HSTS, SECURITY_HEADERS, common_headers, json_body, json_response, new_request_id, status_line
 
 
-@pytest.mark.parametrize("text", ["", "é", "\u2028", '"\\/', "\r\n\0", "\ud800", "</script>"])
+@each("text", ["", "é", "\u2028", '"\\/', "\r\n\0", "\ud800", "</script>"])
 def test_a_json_body_is_ascii_and_reads_back_equal(text: str) -> None:
     content = {"message": text, "nested": [{"text": text, "number": 1, "flag": True, "nothing": None}]}
     body = json_body(content)

@@ -18,6 +18,7 @@ from auth import Auth, AuthError
 from engines import sqlite
 from settings import Settings
 from storage import DB
+from tests.cases import each
 from tests.conftest import Answer, Client, raw_connection
 from tests.routes import (
     BOB,
@@ -136,8 +137,8 @@ def test_every_route_is_open_or_needs_a_session() -> None:
     assert sorted([*OPEN_ROUTES, *SESSION_ROUTES, account_page]) == sorted([*routes, ("GET", "/pages/script.js")])
 
 
-@pytest.mark.parametrize(("method", "path"), SESSION_ROUTES)
-@pytest.mark.parametrize("cookie", [None, "", "session_id=", "session_id=00000000-0000-4000-8000-000000000000"])
+@each(("method", "path"), SESSION_ROUTES)
+@each("cookie", [None, "", "session_id=", "session_id=00000000-0000-4000-8000-000000000000"])
 def test_without_a_session_it_is_refused(shared: SharedApp, method: str, path: str, cookie: str | None) -> None:
     assert shared.refuses(403, method, path, shared.form, cookie=cookie) == "not logged in"
 
@@ -161,7 +162,7 @@ def test_every_answer_states_its_type_and_text_its_charset(
 # Paths and methods that no route has
 
 
-@pytest.mark.parametrize(
+@each(
     "path",
     [
         *("/nowhere", "/users/", "/users/1", "/Users", "/profile/..", "/authsvc.db"),
@@ -175,7 +176,7 @@ def test_another_path_is_not_found(shared: SharedApp, path: str) -> None:
     assert shared.refuses(404, "GET", path) == "not found"
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "allowed"),
     [
         ("/", {"GET"}),
@@ -197,7 +198,7 @@ def test_another_method_is_not_allowed(shared: SharedApp, path: str, allowed: se
         assert set(shared.call(method, path).headers["Allow"].split(",")) - {"HEAD"} == allowed
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "statuses"),
     [
         ("/", (200, 200)),
@@ -211,7 +212,7 @@ def test_another_method_is_not_allowed(shared: SharedApp, path: str, allowed: se
         *((path, (200, 302 if path == "/account" else 200)) for path in PAGES),
     ],
 )
-@pytest.mark.parametrize("signed_in", [True, False])
+@each("signed_in", [True, False])
 def test_head_answers_as_get_without_a_body(
     shared: SharedApp, path: str, statuses: tuple[int, int], signed_in: bool
 ) -> None:
@@ -340,10 +341,8 @@ def test_the_account_page_needs_a_session(shared: SharedApp) -> None:
             assert (answer.status, answer.headers["Location"]) == (302, "/login")
 
 
-@pytest.mark.parametrize(("path", "kind"), PAGES.items())
-@pytest.mark.parametrize(
-    "rest", [{}, {"HTTP_ACCEPT": "application/json"}, {"form": BOB}, {"HTTP_HOST": "evil.example"}]
-)
+@each(("path", "kind"), PAGES.items())
+@each("rest", [{}, {"HTTP_ACCEPT": "application/json"}, {"form": BOB}, {"HTTP_HOST": "evil.example"}])
 def test_a_page_is_the_same_for_every_client(shared: SharedApp, path: str, kind: str, rest: dict[str, Any]) -> None:
     first, *others = (
         shared.call("GET", f"{path}{query}", cookie=cookie, **rest)
@@ -360,7 +359,7 @@ def test_a_page_is_the_same_for_every_client(shared: SharedApp, path: str, kind:
         assert "evil" not in str(answer.headers)
 
 
-@pytest.mark.parametrize("path", [path for path, kind in PAGES.items() if kind == HTML])
+@each("path", [path for path, kind in PAGES.items() if kind == HTML])
 def test_each_page_names_itself_and_has_its_section(shared: SharedApp, path: str) -> None:
     text = shared.call("GET", path, cookie=shared.cookie).body.decode()
     assert f'<body data-page="{path[1:]}" data-domain="">' in text
@@ -375,7 +374,7 @@ def test_a_page_loads_only_the_files_that_are_served(shared: SharedApp) -> None:
     assert not re.search(r"<style|<script(?! src=)| style=| on[a-z]+=", text)  # its policy would block these
 
 
-@pytest.mark.parametrize("path", PAGES)
+@each("path", PAGES)
 def test_a_page_carries_the_headers_with_a_policy_of_its_own(shared: SharedApp, path: str) -> None:
     headers = shared.call("GET", path, cookie=shared.cookie).headers
     assert headers == headers | dict(SECURITY_HEADERS) | {"Content-Security-Policy": authsvc.PAGE_POLICY}

@@ -14,6 +14,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from mail import Mailer
 from settings import Settings, SettingsError, read_password, redacted
+from tests.cases import each
 
 DEFAULTS = {
     "listen": "127.0.0.1:5000",
@@ -123,7 +124,7 @@ def test_the_environment_is_read_when_settings_are_created(monkeypatch: pytest.M
     assert Settings.from_environ().bcrypt_cost == 5
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "text", "value"),
     [
         ("AUTHSVC_LISTEN", "127.0.0.1:0", "127.0.0.1:0"),
@@ -147,7 +148,7 @@ def test_a_variable_sets_its_own_field_only(name: str, text: str, value: object)
     assert expected != DEFAULTS
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@each("name", NUMBERS)
 def test_a_number_outside_its_range_is_refused(name: str) -> None:
     least, most = NUMBERS[name]
     field = name.removeprefix("AUTHSVC_").lower()
@@ -157,32 +158,32 @@ def test_a_number_outside_its_range_is_refused(name: str) -> None:
         assert re.search(rf"{name}\b.*\b{least}\b.*\b{most}\b", refusal({name: str(number)}))
 
 
-@pytest.mark.parametrize("text", NO_NUMBERS)
+@each("text", NO_NUMBERS)
 def test_text_that_is_not_a_number_is_refused(text: str) -> None:
     for name in NUMBERS:
         assert name in refusal({name: text})
 
 
-@pytest.mark.parametrize(("text", "value"), [("on", True), ("1", True), ("off", False), ("0", False)])
-@pytest.mark.parametrize("name", ["AUTHSVC_THROTTLE", "AUTHSVC_UNSAFE_LISTEN"])
+@each(("text", "value"), [("on", True), ("1", True), ("off", False), ("0", False)])
+@each("name", ["AUTHSVC_THROTTLE", "AUTHSVC_UNSAFE_LISTEN"])
 def test_a_switch_is_on_or_off(name: str, text: str, value: bool) -> None:
     assert asdict(Settings.from_environ({name: text}))[name.removeprefix("AUTHSVC_").lower()] is value
 
 
-@pytest.mark.parametrize("text", ["", " ", "On", "OFF", "of", "true", "yes", "no", "2", "01", "١", "on ", "1\n"])
+@each("text", ["", " ", "On", "OFF", "of", "true", "yes", "no", "2", "01", "١", "on ", "1\n"])
 def test_a_misspelt_switch_is_refused(text: str) -> None:
     for name in "AUTHSVC_THROTTLE", "AUTHSVC_UNSAFE_LISTEN":
         assert name in refusal({name: text})
 
 
-@pytest.mark.parametrize(
+@each(
     "name", ["AUTHSVC_", "AUTHSVC_BCRYPTCOST", "AUTHSVC_Listen", "AUTHSVC_LISTEN ", "AUTHSVC_ADDRESS", "AUTHSVC_DEBUG"]
 )
 def test_an_unknown_variable_is_refused(name: str) -> None:
     assert refusal({name: "1"}).startswith(f"{name} ")
 
 
-@pytest.mark.parametrize(
+@each(
     "name",
     [
         "AUTHSVC_PUBLIC_URL",
@@ -198,7 +199,7 @@ def test_an_empty_variable_is_refused(name: str) -> None:
     assert refusal({name: ""}).startswith(f"{name} is set but empty")
 
 
-@pytest.mark.parametrize("name", ["AUTHSVC_URL", "AUTHSVCX", "authsvc_listen", "LISTEN", "XAUTHSVC_LISTEN"])
+@each("name", ["AUTHSVC_URL", "AUTHSVCX", "authsvc_listen", "LISTEN", "XAUTHSVC_LISTEN"])
 def test_variables_of_other_programs_are_ignored(name: str) -> None:
     assert Settings.from_environ({name: "nonsense"}) == Settings()
 
@@ -227,7 +228,7 @@ SERVICE_LINKS = {
 }
 
 
-@pytest.mark.parametrize("name", SERVICE_LINKS)
+@each("name", SERVICE_LINKS)
 def test_the_variables_of_a_service_of_our_name_are_ignored(name: str) -> None:
     assert Settings.from_environ({name: SERVICE_LINKS[name]}) == Settings()
 
@@ -240,13 +241,13 @@ def test_the_environment_of_a_linked_container_is_ignored_where_there_is_a_link(
         assert re.match(r"AUTHSVC_(ENV_AUTHSVC_DATABASE|NAME|ENVIRONMENT) is not a setting", refusal(environ | name))
 
 
-@pytest.mark.parametrize("name", SERVICE_LINKS)
+@each("name", SERVICE_LINKS)
 def test_a_variable_of_a_service_with_another_value_is_refused(name: str) -> None:
     for value in "on", "", f"{SERVICE_LINKS[name]}\n", "https://x":
         assert re.match(rf"{name}\b", refusal({name: value}))
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "value"),
     [
         ("AUTHSVC_PORT", "tcp://user:canary@host"),
@@ -271,7 +272,7 @@ def test_a_port_or_a_host_is_refused_with_a_hint_at_the_setting_for_both(name: s
     assert refusal({name: value}) == f"{name} is not a setting; {hint}"
 
 
-@pytest.mark.parametrize(
+@each(
     ("listen", "host", "port"),
     [
         ("127.0.0.1:5000", "127.0.0.1", 5000),
@@ -287,7 +288,7 @@ def test_loopback_addresses_are_accepted(listen: str, host: str, port: int) -> N
     assert (str(address), chosen_port) == (host, port)
 
 
-@pytest.mark.parametrize("listen", REACHABLE)
+@each("listen", REACHABLE)
 def test_listening_beyond_loopback_needs_the_override(listen: str) -> None:
     environ = {"AUTHSVC_LISTEN": listen}
     for switched_off in {}, {"AUTHSVC_UNSAFE_LISTEN": "0"}:
@@ -297,7 +298,7 @@ def test_listening_beyond_loopback_needs_the_override(listen: str) -> None:
     assert Settings.from_environ(environ | {"AUTHSVC_UNSAFE_LISTEN": "1"}).listen == listen
 
 
-@pytest.mark.parametrize("listen", NO_ADDRESSES)
+@each("listen", NO_ADDRESSES)
 def test_an_invalid_address_is_refused_even_with_the_override(listen: str) -> None:
     for override in {}, {"AUTHSVC_UNSAFE_LISTEN": "1"}:
         assert refusal({"AUTHSVC_LISTEN": listen} | override).startswith("AUTHSVC_LISTEN=")
@@ -317,7 +318,7 @@ MALFORMED_URLS = [
 ]
 
 
-@pytest.mark.parametrize("database", ["", *MALFORMED_URLS])
+@each("database", ["", *MALFORMED_URLS])
 def test_a_malformed_database_url_is_refused_without_showing_it(database: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings(database=database)
@@ -342,21 +343,19 @@ FOREIGN_URLS = [
 ]
 
 
-@pytest.mark.parametrize("database", FOREIGN_URLS)
+@each("database", FOREIGN_URLS)
 def test_what_is_neither_a_path_nor_our_url_is_refused_without_showing_it(database: str) -> None:
     message = refusal({"AUTHSVC_DATABASE": database})
     assert message.startswith("AUTHSVC_DATABASE must ")
     assert "canary" not in message
 
 
-@pytest.mark.parametrize(
-    "path", ["a b@c.db", "/data/a:b.db", "./a:b@c.db", "/x=1/y.db", "données.db", "\udcff.db", "O'x'"]
-)
+@each("path", ["a b@c.db", "/data/a:b.db", "./a:b@c.db", "/x=1/y.db", "données.db", "\udcff.db", "O'x'"])
 def test_the_path_of_a_database_may_have_unusual_characters(path: str) -> None:
     assert redacted(Settings.from_environ({"AUTHSVC_DATABASE": path}).database) == path
 
 
-@pytest.mark.parametrize("name", ["SMTP_URL", "MAIL_FROM", "SMTP_PASSWORD_FILE", "DATABASE_PASSWORD_FILE"])
+@each("name", ["SMTP_URL", "MAIL_FROM", "SMTP_PASSWORD_FILE", "DATABASE_PASSWORD_FILE"])
 def test_a_password_in_the_wrong_setting_is_not_shown(name: str) -> None:
     for value in "canary", "canary ", "u:canary", "postgresql://u:x@db/x?password=can@canary":
         environ = {"AUTHSVC_SMTP_URL": "smtps://mail.example.com", "AUTHSVC_MAIL_FROM": "a@x"}
@@ -364,7 +363,7 @@ def test_a_password_in_the_wrong_setting_is_not_shown(name: str) -> None:
             assert "canary" not in refusal(environ | {f"AUTHSVC_{name}": value})
 
 
-@pytest.mark.parametrize("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS if "_file" not in name])
+@each("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS if "_file" not in name])
 def test_a_url_in_the_wrong_setting_is_refused_without_its_password(name: str) -> None:
     for value in "https://user:can/ary@host", "user:canary@host\n", "postgres:host/db?a=1&password=can/ary#":
         with pytest.raises(SettingsError, match=name) as caught:
@@ -395,7 +394,7 @@ STRAY = [
 ]
 
 
-@pytest.mark.parametrize("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS])
+@each("name", [f"AUTHSVC_{name.upper()}" for name in DEFAULTS])
 def test_a_value_with_stray_characters_is_refused(name: str) -> None:
     default = getattr(Settings(), name.removeprefix("AUTHSVC_").lower())
     values = {"AUTHSVC_SMTP_URL": "smtps://mail.example.com", "AUTHSVC_PUBLIC_URL": "https://auth.example.com"}
@@ -412,7 +411,7 @@ def test_a_stray_character_is_refused_in_settings_from_the_constructor(database:
         Settings(database=database)
 
 
-@pytest.mark.parametrize("database", MALFORMED_URLS)
+@each("database", MALFORMED_URLS)
 def test_a_malformed_database_url_has_no_name_to_show(database: str) -> None:
     assert redacted(database) == "PostgreSQL"
 
@@ -468,9 +467,7 @@ def test_a_password_file_that_cannot_be_used_is_refused(
     assert str(refused.value) == f"{name} {reason}"
 
 
-@pytest.mark.parametrize(
-    "host", ["127.0.0.1", "127.1.2.3:2525", "localhost", "[::1]:25", "[::ffff:127.0.0.1]", "u@[::1]"]
-)
+@each("host", ["127.0.0.1", "127.1.2.3:2525", "localhost", "[::1]:25", "[::ffff:127.0.0.1]", "u@[::1]"])
 def test_a_relay_on_this_machine_needs_no_tls(host: str) -> None:
     assert Settings(smtp_url=f"smtp://{host}", mail_from="a@x").smtp_server
     with pytest.raises(SettingsError, match="or smtp:// to this machine"):
@@ -482,8 +479,8 @@ def test_a_byte_order_mark_is_no_part_of_a_password(tmp_path: Path) -> None:
     assert read_password("AUTHSVC_SMTP_PASSWORD_FILE", str(tmp_path / "password")) == "p4sswörd"
 
 
-@pytest.mark.parametrize("public_url", ["", "https://auth.example.com"])
-@pytest.mark.parametrize(
+@each("public_url", ["", "https://auth.example.com"])
+@each(
     ("url", "warned"),
     [
         ("postgresql://u@db.example.com/x?sslmode=require", True),
@@ -544,7 +541,7 @@ URLS = {
 }
 
 
-@pytest.mark.parametrize("url", URLS)
+@each("url", URLS)
 def test_a_database_url_is_accepted_and_its_password_never_shown(url: str) -> None:
     name, accepted = URLS[url]
     settings = Settings(database=url)
@@ -559,7 +556,7 @@ def test_a_database_url_is_accepted_and_its_password_never_shown(url: str) -> No
         assert message == "AUTHSVC_DATABASE would connect without TLS: add ?sslmode=verify-full"
 
 
-@pytest.mark.parametrize(
+@each(
     "values",
     [
         {"bcrypt_cost": 3},
@@ -587,16 +584,14 @@ def test_settings_are_immutable() -> None:
             setattr(settings, field.name, None)
 
 
-@pytest.mark.parametrize(
-    "text", ["127.0.0.1", "127.0.0.1, 10.20.0.0/16,2001:db8::/48", "::ffff:10.20.0.0/112", "8.0.0.0/16"]
-)
+@each("text", ["127.0.0.1", "127.0.0.1, 10.20.0.0/16,2001:db8::/48", "::ffff:10.20.0.0/112", "8.0.0.0/16"])
 def test_trusted_proxies_are_addresses_and_networks(text: str) -> None:
     settings = Settings.from_environ({"AUTHSVC_TRUSTED_PROXY": text})
     assert settings.trusted_proxy == text
     assert settings.warnings() == []
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "reason"),
     [
         ("proxy", "must list IP addresses and networks, and 'proxy' is neither"),
@@ -618,7 +613,7 @@ def test_a_trusted_proxy_that_is_refused_is_named(text: str, reason: str) -> Non
         Settings(trusted_proxy=text)
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "networks"),
     [
         ("10.0.0.0/8", ["10.0.0.0/8"]),
@@ -643,7 +638,7 @@ def test_only_production_warns_of_a_missing_proxy() -> None:
     assert missing.endswith("the limits per client of the queues for password hashing and reset mails are off")
 
 
-@pytest.mark.parametrize(
+@each(
     ("public_url", "trusted_proxy", "address", "apart"),
     [
         ("", "127.0.0.1", "203.0.113.5", False),
@@ -654,7 +649,6 @@ def test_only_production_warns_of_a_missing_proxy() -> None:
         ("https://auth.example.com", "127.0.0.1", "10.0.0.5", True),
         ("https://auth.example.com", "127.0.0.1", None, True),
     ],
-    ids=["development", "internet", "this machine", "private network", "unknown", "proxy: private", "proxy: unknown"],
 )
 def test_clients_are_told_apart_unless_all_have_the_address_of_a_proxy(
     public_url: str, trusted_proxy: str, address: str | None, apart: bool
@@ -663,7 +657,7 @@ def test_clients_are_told_apart_unless_all_have_the_address_of_a_proxy(
     assert settings.tells_clients_apart(address) == apart
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "origin"),
     [
         ("https://auth.example.com:443", "https://auth.example.com"),
@@ -680,7 +674,7 @@ def test_the_public_url_is_written_as_browsers_write_an_origin(url: str, origin:
     assert replace(settings).public_url == origin
 
 
-@pytest.mark.parametrize(
+@each(
     ("url", "domain"),
     [
         ("https://auth.example.co.uk", "example.co.uk"),

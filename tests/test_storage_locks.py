@@ -60,6 +60,7 @@ def test_a_reader_cannot_write(db: DB, bob: User) -> None:
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files in /proc")
 
 
+@pytest.mark.slow
 @needs_proc
 def test_the_readers_of_50_ended_threads_are_closed(db: DB, bob: User, path: Path) -> None:
     db.find_user_by(id=1)

@@ -20,6 +20,7 @@ from auth import _check_email
 from cli import user_files
 from cli.user_files import Record, UnknownFormat
 from storage import User
+from tests.cases import each
 
 NOW = 1_800_000_000
 HASH = "$2b$12$" + "a" * 21 + "e" + "b" * 31
@@ -52,7 +53,7 @@ def user(**fields: Any) -> User:
 # Parsing lines
 
 
-@pytest.mark.parametrize(
+@each(
     ("path", "chosen", "form"),
     [
         ("users.csv", None, "csv"),
@@ -71,13 +72,13 @@ def test_the_format_is_chosen_or_detected_by_the_name(path: str, chosen: str | N
     assert user_files.detect_format(path, chosen) == form
 
 
-@pytest.mark.parametrize("path", ["users.txt", "users", "csv", "users.csv.gz"])
+@each("path", ["users.txt", "users", "csv", "users.csv.gz"])
 def test_an_unknown_name_is_refused_with_a_hint_at_the_option(path: str) -> None:
     with pytest.raises(UnknownFormat, match="--format"):
         user_files.detect_format(path, None)
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "line"),
     [
         ("email,hashed_password\nbob@x.io,h\n", 2),
@@ -105,20 +106,20 @@ def test_an_unknown_name_is_refused_with_a_hint_at_the_option(path: str) -> None
         ('email;hash;note\n"bob@x.io";h;"a\r\nb;c"', 3),
     ],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+@each("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
 def test_a_csv_header_names_the_columns(text: str, line: int, encoding: str) -> None:
     text = "\ufeff" + text.removeprefix("\ufeff") if encoding[6:] else text
     ((number, record),) = records(text.encode(encoding), "csv")
     assert (number, record["email"], record["hashed_password"]) == (line, "bob@x.io", "h")
 
 
-@pytest.mark.parametrize("text", ["", "\n", "sep=;", "bob@x.io,h\n", '"email"x,hash\n', "email:hash\n", "name,hash"])
+@each("text", ["", "\n", "sep=;", "bob@x.io,h\n", '"email"x,hash\n', "email:hash\n", "name,hash"])
 def test_a_csv_file_without_a_column_of_emails_is_refused(text: str) -> None:
     with pytest.raises(UnknownFormat, match="email and hashed_password"):
         records(text, "csv")
 
 
-@pytest.mark.parametrize(
+@each(
     ("names", "reason"),
     [
         (["email", "EMAIL", "hash"], "email is named twice"),
@@ -152,9 +153,9 @@ def test_a_repeated_name_in_json_is_refused() -> None:
     assert refusal(record) == "email is named twice"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize(
+@each("encoding", ["utf-8-sig", "utf-16"])
+@each("end", ["\n", "\r\n", "\r"])
+@each(
     ("form", "lines"),
     [
         ("csv", ["email;hash", "é@x.io;h", "", "ж@x.io;h"]),
@@ -172,8 +173,8 @@ def test_a_file_is_read_in_each_encoding_and_with_each_end_of_a_line(
     ]
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "htpasswd"])
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
+@each("form", ["csv", "jsonl", "htpasswd"])
+@each("encoding", ["utf-16-le", "utf-16-be", "utf-32"])
 def test_a_file_of_another_encoding_is_refused_by_name(form: str, encoding: str) -> None:
     with pytest.raises(UnknownFormat, match="convert it to UTF-8"):
         records("email,hash\nbob@x.io,h".encode(encoding), form)
@@ -213,7 +214,7 @@ def test_each_htpasswd_line_is_a_user() -> None:
     ]
 
 
-@pytest.mark.parametrize("more", ["", ":", ":Bob Smith:bob@y.io", ":1000:1000::/home/bob::userdb_quota=1:x"])
+@each("more", ["", ":", ":Bob Smith:bob@y.io", ":1000:1000::/home/bob::userdb_quota=1:x"])
 def test_further_fields_of_an_htpasswd_line_are_ignored(more: str) -> None:
     assert records(f"bob@x.io:{HASH}{more}\n", "htpasswd") == [(1, {"email": "bob@x.io", "hashed_password": HASH})]
 
@@ -238,9 +239,7 @@ def test_arbitrary_bytes_never_crash_the_parser(content: bytes, form: str) -> No
 # Parsing users
 
 
-@pytest.mark.parametrize(
-    "hashed", [HASH, HASH.replace("$2b", "$2a"), HASH.replace("$2b", "$2y"), LONG, FIRST_LONG, DIRTY, "!"]
-)
+@each("hashed", [HASH, HASH.replace("$2b", "$2a"), HASH.replace("$2b", "$2y"), LONG, FIRST_LONG, DIRTY, "!"])
 def test_a_hash_is_imported_unchanged(hashed: str) -> None:
     assert user(hashed_password=hashed) == User(0, "bob@x.io", hashed, created_at=NOW)
 
@@ -250,7 +249,7 @@ def test_the_name_of_the_scheme_before_a_hash_is_taken_off(scheme: str) -> None:
     assert user(hashed_password=f" {scheme}{HASH}\t").hashed_password == HASH
 
 
-@pytest.mark.parametrize(
+@each(
     ("fields", "reason"),
     [
         ({"email": ""}, "blank"),
@@ -306,9 +305,7 @@ def test_an_invalid_user_is_refused_with_the_reason(fields: dict[str, Any], reas
     assert reason in refusal({"email": "bob@x.io", "hashed_password": HASH, **fields})
 
 
-@pytest.mark.parametrize(
-    "secret", [SEED, SEED.lower(), SEED[:16], "JBSW Y3DP EHPK 3PXP JBSW", HASH[1:], LONG, FIRST_LONG, MD5, SHA]
-)
+@each("secret", [SEED, SEED.lower(), SEED[:16], "JBSW Y3DP EHPK 3PXP JBSW", HASH[1:], LONG, FIRST_LONG, MD5, SHA])
 def test_no_refusal_shows_a_hash_or_a_seed_even_in_the_wrong_column(secret: str) -> None:
     harms = ["", "\0", "!", *(["@x.io"] if len(secret) >= 24 else [])]  # a word of 16 letters with an @ is an email
     for name, harm in itertools.product(user_files.FIELDS, harms):
@@ -324,7 +321,7 @@ def test_a_refusal_shows_the_value_of_an_email_and_not_all_of_a_long_one() -> No
     assert len(refusal({"email": "bob@x.io " * 1000, "hashed_password": HASH})) < 160
 
 
-@pytest.mark.parametrize(
+@each(
     ("disabled", "since"),
     [
         *((value, NOW) for value in (True, 1, "TRUE", "True", "t", "T", "1", "yes", "Y", "on", "ON", " true\t")),
@@ -344,7 +341,7 @@ def test_a_second_factor_is_imported() -> None:
     assert user(totp_secret=SEED[:26]).totp_secret == SEED[:26] + "======"
 
 
-@pytest.mark.parametrize(
+@each(
     "shown",
     [
         SEED[:26].lower(),
@@ -359,7 +356,7 @@ def test_a_seed_of_128_bits_is_imported_as_apps_show_it(shown: str) -> None:
     assert user(totp_secret=shown).totp_secret == SEED[:26] + "======"
 
 
-@pytest.mark.parametrize("missing", [{"hashed_password": value} for value in ("", None, "null", "NULL", r"\N", " ")])
+@each("missing", [{"hashed_password": value} for value in ("", None, "null", "NULL", r"\N", " ")])
 def test_a_user_without_a_password_waits_for_an_invitation(missing: dict[str, Any]) -> None:
     assert user(**missing) == User(0, "bob@x.io", "!", created_at=NOW)
 
@@ -376,7 +373,7 @@ def test_an_email_is_imported_as_it_is() -> None:
     assert [record["email"] for _, record in records('email,hash\n Bob ,h\n" Bob ",h', "csv")] == [" Bob ", " Bob "]
 
 
-@pytest.mark.parametrize(
+@each(
     "created",
     [
         *("2020-01-01T00:00:00Z", "2020-01-01 00:00:00", "2020-01-01T01:00:00+01:00", "2020-01-01t00:00:00z"),
@@ -428,6 +425,7 @@ formulas = st.from_regex(r"[ ']{0,3}[=+@;,'＝－ -]{1,3}[a-z\"]{0,3}", fullmatc
 texts = st.one_of(words, formulas).filter(str.strip)
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.builds(
@@ -460,7 +458,7 @@ def test_an_unconfirmed_seed_is_not_exported() -> None:
     assert text == f"email,hashed_password,created,disabled,totp_secret,cut_at_72\nbob@x.io,{HASH},,,,\n"
 
 
-@pytest.mark.parametrize("email", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "'=1", "＝1", "＠SUM"])
+@each("email", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "'=1", "＝1", "＠SUM"])
 def test_an_exported_value_is_no_formula_and_is_imported_as_it_was(email: str) -> None:
     text, *_ = written("csv", User(1, email, HASH))
     assert list(csv.reader(io.StringIO(text, newline="")))[1][0] == f"'{email}"

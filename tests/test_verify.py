@@ -18,6 +18,7 @@ from auth import Auth
 from engines.sqlite import SQLiteEngine
 from settings import Settings
 from storage import DB
+from tests.cases import each
 from tests.conftest import Answer, Client, Clock
 from tests.routes import (
     SharedApp,
@@ -79,7 +80,7 @@ def test_a_valid_session_is_answered_with_its_user(shared: SharedApp) -> None:
     assert "Set-Cookie" not in answer.headers
 
 
-@pytest.mark.parametrize(
+@each(
     "cookie",
     [
         None,
@@ -206,7 +207,7 @@ def test_two_users_never_have_the_same_name(call: Client, one: str, other: str) 
     assert len(names) == 2
 
 
-@pytest.mark.parametrize(
+@each(
     "claim",
     [
         {"HTTP_REMOTE_USER": "eve@x.io", "HTTP_REMOTE_EMAIL": "eve@x.io", "REMOTE_USER": "eve@x.io"},
@@ -221,7 +222,6 @@ def test_two_users_never_have_the_same_name(call: Client, one: str, other: str) 
         {"form": {"email": "eve@x.io", "session_id": "x"}},
         {"body": b"\xff" * 20_000, "content_type": "text/plain"},
     ],
-    ids=lambda claim: next(iter(claim)),
 )
 def test_only_the_cookie_says_which_user_it_is(shared: SharedApp, claim: dict[str, Any]) -> None:
     for query in ("", "?email=eve@x.io", f"?{shared.cookie}", "?Remote-User=eve@x.io"):
@@ -241,15 +241,13 @@ FORWARDED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(
-    "query", ["", "login", "login=", "login=0", "login=2", "login=1&", "login=1&x=1", "x=1&login=1", "LOGIN=1"]
-)
+@each("query", ["", "login", "login=", "login=0", "login=2", "login=1&", "login=1&x=1", "x=1&login=1", "LOGIN=1"])
 def test_only_the_query_login_1_is_answered_with_a_redirect(shared: SharedApp, query: str) -> None:
     assert_no_user(shared.call("GET", f"/verify?{query}", **FORWARDED))
     assert_no_user(shared.call("GET", f"/verify?{query.replace('1', '%31')}", **FORWARDED))
 
 
-@pytest.mark.parametrize(
+@each(
     "uri",
     [
         "/",
@@ -264,7 +262,6 @@ def test_only_the_query_login_1_is_answered_with_a_redirect(shared: SharedApp, q
         "/\t\x00\x7f\xe9 \"<script>'",
         "/" + "a" * 8000,
     ],
-    ids=lambda uri: ascii(uri)[:20],
 )
 def test_the_redirect_carries_the_return_address(shared: SharedApp, uri: str) -> None:
     answer = assert_no_user(shared.call("GET", "/verify?login=1", **{**FORWARDED, "HTTP_X_FORWARDED_URI": uri}), 302)
@@ -275,8 +272,8 @@ def test_the_redirect_carries_the_return_address(shared: SharedApp, uri: str) ->
     assert answer.json == {"message": "not logged in"}
 
 
-@pytest.mark.parametrize("absent", [*((name,) for name in FORWARDED), tuple(FORWARDED)])
-@pytest.mark.parametrize("emptied", [True, False])
+@each("absent", [*((name,) for name in FORWARDED), tuple(FORWARDED)])
+@each("emptied", [True, False])
 def test_an_incomplete_address_gives_no_return_address(
     shared: SharedApp, absent: tuple[str, ...], emptied: bool
 ) -> None:
