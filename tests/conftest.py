@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import bcrypt
+import hypothesis
 import pytest
 
 import log
@@ -46,6 +47,8 @@ def _checkpw(password: bytes, hashed_password: bytes) -> bool:
 
 
 bcrypt.checkpw = _checkpw
+hypothesis.settings.register_profile("no deadline", deadline=None)  # an example takes long on a busy machine
+hypothesis.settings.load_profile("no deadline")
 os.environ["LANGUAGE"] = "C"  # or argparse looks for translations at each of its texts
 
 for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
@@ -223,6 +226,8 @@ def pytest_collection_finish() -> None:
     # Modules and tests stay until the end: the garbage collector need not look at them again, and less often.
     gc.set_threshold(50_000, 20, 100)
     gc.freeze()
+    # Only this process is measured: one that a test starts would take twice as long to start.
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 
 def pytest_runtest_setup() -> None:  # no fixture for all tests, as that takes a millisecond for each

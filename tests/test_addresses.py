@@ -332,7 +332,7 @@ def test_a_hop_may_carry_a_port_or_a_zone(hop: str, client: str) -> None:
     st.ip_addresses(network="203.0.113.0/24") | st.ip_addresses(network="2001:db9::/32"),
     st.lists(st.sampled_from(["127.0.0.1", "10.20.3.4:80", "2001:db8::9", "[2001:db8::9]:80", "::ffff:10.20.0.1"])),
 )
-@hypothesis_settings(derandomize=True, database=None, deadline=None)
+@hypothesis_settings(derandomize=True, database=None)
 def test_forged_hops_on_the_left_are_ignored(forged: str, stranger: object, proxies: list[str]) -> None:
     hops = ", ".join([forged, str(stranger), *proxies[: MAX_HOPS - 1]])
     assert client_address(PROXY, hops, PROXIES) == str(stranger)
@@ -398,7 +398,7 @@ def test_the_path_of_an_address_leads_from_the_widest_network_to_one_client(
 
 @pytest.mark.slow
 @given(st.ip_addresses())
-@hypothesis_settings(derandomize=True, database=None, deadline=None)
+@hypothesis_settings(derandomize=True, database=None)
 def test_the_networks_of_an_address_contain_it(address: object) -> None:
     parsed = parse_address(str(address))
     for network in *client_networks(str(address)), *network_path(str(address)):

@@ -49,11 +49,7 @@ SECONDS = 60 + REQUESTS * 0.03  # for each test; one that takes longer hangs
 BATCH = 500  # examples of one seed; hypothesis slows down as it remembers them all
 
 REPEATABLE = hypothesis_settings(
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=(Phase.generate, Phase.shrink),
-    suppress_health_check=list(HealthCheck),
+    derandomize=True, database=None, phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck)
 )
 
 EMAIL, PASSWORD = "bob@example.com", "correct horse battery"
