@@ -443,7 +443,8 @@ def _flush(code: int) -> int:
 def _run(arguments: list[str] | None) -> int:
     from cli import commands
 
-    parser = commands.Parser(prog="authsvc.py", description=DESCRIPTION, epilog=EPILOG)
+    name = Path(sys.argv[0]).name.removesuffix(".pyz")  # the command "authsvc" of deploy/ starts authsvc.pyz
+    parser = commands.Parser(prog=name, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands.add_commands(parser)
     parsed, extra = parser.parse_known_args(arguments)

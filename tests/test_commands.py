@@ -83,6 +83,7 @@ def run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AUTHSVC_DATABASE", database)
     monkeypatch.setenv("AUTHSVC_BCRYPT_COST", str(COST))
+    monkeypatch.setattr(sys, "argv", [str(HERE / "authsvc.py")])
 
     def run_one(*arguments: str) -> Result:
         capsys.readouterr()
@@ -269,6 +270,19 @@ def test_help_is_printed(run: Run, command: list[str]) -> None:
     result = run(*command[: 2 if command[:1] in (["user"], ["sessions"]) else 1], "--help")
     assert result.code == 0
     assert result.out.startswith("usage: authsvc.py")
+
+
+@pytest.mark.parametrize(
+    ("started", "name"),
+    [
+        ("/root/.local/bin/authsvc", "authsvc"),  # installed by uv, pipx or pip
+        ("/opt/authsvc/authsvc.pyz", "authsvc"),  # as the command of deploy/ starts it
+        ("./authsvc.py", "authsvc.py"),
+    ],
+)
+def test_the_usage_names_the_command(run: Run, monkeypatch: pytest.MonkeyPatch, started: str, name: str) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    assert run("user", "list", "--help").out.startswith(f"usage: {name} user list ")
 
 
 def test_the_version_is_the_one_of_the_project(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
