@@ -24,6 +24,7 @@ ENTRIES = evidence.load()
 EVIDENCE = evidence.PAGE.read_text()
 SECURITY = (HERE / "SECURITY.md").read_text()
 REFERENCE = (HERE / "docs" / "security" / "reference.md").read_text()
+THREATS = (HERE / "docs" / "security" / "threats.md").read_text()
 
 # The operator holds the certificate.
 OPERATORS = {"V12.1.1", "V12.2.1", "V12.2.2"}
@@ -50,21 +51,21 @@ IN_REFERENCE = {
     "browser features": "`Sec-Fetch-Site` (browsers since 2023)",
     "context words": "**context words**",
     "ways into an account": "There are two: email and password",
-    "the second factor": "Who has a **second factor** also needs a one-time code",
-    "why seeds are kept in plain": "the seeds of second factors are kept in plain",
+    "the second factor": "A user with a **second factor** also needs a one-time code",
     "why sessions last so long": "At AAL2, which a second factor reaches, NIST recommends 24 hours",
-    "no other system has sessions": "sessions are made here alone",
-    "who may do what": "who has a live reset token and its email",
-    "which columns": "Written from outside: `email`",
+    "no other system has sessions": "Only this service makes sessions",
+    "who may do what": "a person with a live reset token and its email",
+    "which columns": "A client can write only these columns: `email`",
     "what decisions look at": "Decisions look at the client's address",
     "keys": "`AUTHSVC_SMTP_PASSWORD_FILE`, readable for the service's user only | once a year",
-    "how hashes move": "moves to a new one when its user next logs in",
+    "how hashes move": "is renewed when its user next signs in",
     "communications": "No input names a host or a file",
     "classes of data": "| secret | passwords, session ids, reset tokens |",
-    "what is costly": "What is costly is a password hash",
+    "what is costly": "Only a password hash is costly",
     "risky components": "Bottle (one maintainer",
     "dangerous functions": "handle hostile bytes",
 }
+IN_THREATS = {"why seeds are kept in plain": "the seeds of second factors are kept in plain text | The service must"}
 IN_SECURITY = {
     "times to fix": (
         "A critical vulnerability (an account or the database can be taken over) is fixed within 7 days, "
@@ -180,7 +181,7 @@ def test_the_page_begins_with_what_is_not_met_and_why() -> None:
         assert entry["reason"] in listed
 
 
-# docs/security/reference.md and SECURITY.md
+# docs/security/reference.md, docs/security/threats.md and SECURITY.md
 
 
 def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock: Clock) -> None:
@@ -279,6 +280,15 @@ def test_the_inventory_of_cryptography_is_complete() -> None:
 @each("words", IN_REFERENCE.values())
 def test_the_security_reference_documents_what_asvs_asks_for(words: str) -> None:
     assert words in text_of(REFERENCE)
+
+
+@pytest.mark.parametrize("words", IN_THREATS.values(), ids=IN_THREATS.keys())
+def test_the_threat_model_documents_what_asvs_asks_for(words: str) -> None:
+    assert words in text_of(THREATS)
+
+
+def test_security_md_is_short() -> None:
+    assert len(SECURITY.splitlines()) <= 120
 
 
 @pytest.mark.parametrize("words", IN_SECURITY.values(), ids=IN_SECURITY.keys())
