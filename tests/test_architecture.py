@@ -10,26 +10,23 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
-import requests
 from packaging.requirements import Requirement
 
 import authsvc
 from settings import FOREIGN, Settings
 from tests.cases import each
-from tests.conftest import HERE, Service, clean_environ
-from tests.crowd import UNMEASURED
+from tests.conftest import HERE, clean_environ
 from tests.product import MODULES, TREES, counts, nodes_of
 
 README = (HERE / "README.md").read_text()
 API = (HERE / "docs/api.md").read_text()
 SETTINGS = (HERE / "docs/settings.md").read_text()
 ARCHITECTURE = (HERE / "docs" / "architecture.md").read_text()
-OPERATIONS = (HERE / "docs" / "operations.md").read_text()
 
 LEAVES = {"settings", "addresses", "fair_queue", "log", "engines.errors"}
 
@@ -406,53 +403,6 @@ def test_the_nginx_lines_of_the_readme_are_those_that_the_proxy_tests_run() -> N
     shown = README.partition("```nginx\n")[2].partition("```")[0]
     run = (HERE / "deploy/nginx.conf").read_text()
     assert {line.strip() for line in shown.splitlines()} <= {line.strip() for line in run.splitlines()}
-
-
-# Ids, tokens and times, which differ in each run.
-CHANGING = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]{8}T[0-9]{6}")
-
-
-def transcript(block: str, cwd: Path, **environ: str) -> tuple[list[str], list[str]]:
-    """Run the commands of a console block; return the lines that they print, and the lines that the block shows."""
-    lines = block.strip().splitlines()
-    commands = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    script = "shopt -s expand_aliases\n" + "\n".join(f"{command}; echo" for command in commands)
-    done = subprocess.run(
-        ["bash", "-e"], input=script, text=True, capture_output=True, cwd=cwd, env=clean_environ() | environ, timeout=60
-    )
-    printed = [CHANGING.sub("…", line) for line in done.stdout.splitlines() if line]
-    return printed, [CHANGING.sub("…", line) for line in lines if not line.startswith("$ ")]
-
-
-def consoles(page: str, heading: str) -> list[str]:
-    """Return the console blocks of a section."""
-    section = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return [block.partition("```")[0] for block in section.split("```console\n")[1:]]
-
-
-def test_the_quick_start_prints_what_the_readme_shows(service: Service, tmp_path: Path) -> None:
-    host = service.url.removeprefix("http://")
-    _, session = consoles(README, "Quick start")
-    printed, shown = transcript(session.replace("127.0.0.1:5000", host), tmp_path)
-    assert printed == shown
-
-
-def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Service], tmp_path: Path) -> None:
-    service = start(AUTHSVC_DATABASE="authsvc.db")
-    host = service.url.removeprefix("http://")
-    environ = service.environ | {"AUTHSVC_LISTEN": host} | UNMEASURED
-    requests.post(f"{service.url}/users", data={"email": "bob@example.com", "password": "b4l0u"}, timeout=5)
-    (tmp_path / "authsvc.py").symlink_to(HERE / "authsvc.py")
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / ".venv/bin/python").chmod(0o755)
-    serving, stopped = (block.replace("127.0.0.1:5000", host) for block in consoles(OPERATIONS, "Day to day"))
-    printed, shown = transcript(serving, tmp_path, **environ)
-    assert printed == shown
-    assert (tmp_path / "authsvc.db").exists()  # relative to the working folder, not to the folder of the program
-    service.end()
-    printed, shown = transcript(serving.splitlines()[0] + "\n" + stopped, tmp_path, **environ)
-    assert printed == shown
 
 
 @pytest.mark.slow

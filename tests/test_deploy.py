@@ -22,8 +22,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from importlib import metadata
 from importlib.util import find_spec
@@ -38,8 +38,9 @@ from storage import DB
 from tests import postgres
 from tests.conftest import BOUND, HERE, Service, clean_environ
 from tests.crowd import written_log
+from tests.documents import commands_in
 from tests.product import MODULES, PACKAGES
-from tests.proxies import PASSWORD, Site
+from tests.proxies import PASSWORD, Site, program
 
 DEPLOY = HERE / "deploy"
 SERVICE, DAILY, TIMER = UNITS = tuple(
@@ -422,11 +423,18 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@contextmanager
+def environment_lock() -> Iterator[None]:
+    """Keep other tests from using make, which may install packages into the environment of these tests."""
+    with (Path(sys.prefix) / "pyvenv.cfg").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(tree: Path, *options: str, target: str = "pyz") -> Path:
     """Return the service as one file, which is built at the first call."""
     packed = tree / ("dist/authsvc-postgres.pyz" if "POSTGRES=1" in options else "dist/authsvc.pyz")
-    with (Path(sys.prefix) / "pyvenv.cfg").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # make may install packages into the environment of these tests
+    with environment_lock():
         done = subprocess.run(
             ["make", "-s", target, *options], cwd=tree, capture_output=True, text=True, timeout=300, env=clean_environ()
         )
@@ -526,8 +534,7 @@ class Machine:
 @pytest.mark.proxies
 def test_the_commands_of_the_readme_protect_an_application(tmp_path: Path, tree: Path) -> None:
     build(tree)
-    text = (DEPLOY / "README.md").read_text().partition("```console\n")[2].partition("```")[0]
-    commands = re.findall("^# (.*)$", text, re.MULTILINE)
+    commands = re.findall("^# (.*)$", commands_in("deploy/README.md", "# apt-get install"), re.MULTILINE)
     assert 5 <= len(commands) <= 10
     with closing(Machine(tmp_path, tree)) as machine:
         outputs = [machine.type(command) for command in commands]
@@ -542,6 +549,43 @@ def test_the_commands_of_the_readme_protect_an_application(tmp_path: Path, tree:
         assert site.request("GET", f"{site.app}/").status == 302
         reply = site.request("GET", f"{site.app}/", cookie=site.sign_in("you@example.com"))
         assert reply.json["headers"]["remote-user"] == ["you@example.com"]
+
+
+@pytest.mark.slow  # starts nginx
+@pytest.mark.process
+@pytest.mark.proxies
+def test_the_commands_for_cloudflare_write_settings_that_nginx_accepts(tmp_path: Path) -> None:
+    nginx, networks = program("nginx", "nginx-light"), {"ips-v4": "192.0.2.0/24", "ips-v6": "2001:db8::/32"}
+    conf_d, programs = tmp_path / "etc/nginx/conf.d", tmp_path / "bin"
+    conf_d.mkdir(parents=True)
+    programs.mkdir()
+    (tmp_path / "nginx.conf").write_text(
+        f"error_log stderr; pid {tmp_path}/pid; events {{}} http {{ include {conf_d}/*.conf; }}"
+    )
+    for name, line in {  # curl answers as Cloudflare does, without an end of line
+        "curl": "".join(
+            f'case "$2" in https://www.cloudflare.com/{name}) printf {networks[name]};; esac; ' for name in networks
+        ),
+        "nginx": f'exec {nginx} -c {tmp_path}/nginx.conf "$@"',
+        "systemctl": f'echo "$*" >{tmp_path}/called',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    lines = re.findall("^# (.*)$", commands_in("deploy/README.md", "# (curl -fsS"), re.MULTILINE)
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(lines).replace(" /etc/", f" {tmp_path}/etc/")],
+        cwd=tmp_path,
+        env={**clean_environ(), "PATH": f"{programs}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (conf_d / "cloudflare.conf").read_text().splitlines() == [
+        *(f"set_real_ip_from {network};" for network in networks.values()),
+        "real_ip_header CF-Connecting-IP;",
+    ]
+    assert (tmp_path / "called").read_text() == "reload nginx\n"
 
 
 # An installation of the first release: what its "make install" wrote, with a setting that the operator changed. Its
@@ -826,6 +870,9 @@ def test_a_package_without_a_licence_ends_the_build(tmp_path: Path) -> None:
 def test_a_release_names_its_packages_and_its_checksums(tree: Path) -> None:
     build(tree, target="release")
     dist = tree / "dist"
+    command = commands_in("SECURITY.md", "$ sha256sum -c").removeprefix("$ ").splitlines()
+    done = subprocess.run(["bash", "-c", command[0]], cwd=dist, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.splitlines()) == (0, command[1:])
     contents = json.loads((dist / "authsvc.cdx.json").read_text())
     assert contents["metadata"]["component"]["name"] == "authsvc"
     assert {component["name"] for component in contents["components"]} == {
@@ -914,7 +961,26 @@ def test_another_server_loads_the_installed_package(environment: Path, tmp_path:
     assert done.stdout.split() == ["authsvc", str(site_packages(environment) / "authsvc_app/auth.py")], done.stderr
 
 
-# The environment of make
+# make
+
+
+@pytest.mark.slow  # may install packages
+@pytest.mark.process
+def test_the_first_commands_of_the_readme_list_the_targets_and_serve(tmp_path: Path, tree: Path) -> None:
+    commands = [line.removeprefix("$ ").split() for line in commands_in("README.md", "$ make ").splitlines()]
+    alone, run = (command[: command.index("#")] for command in commands)
+
+    class Made(Service):
+        program = (*run, "-s", "-C", str(tree))
+
+    listed = subprocess.run(alone, cwd=tree, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "make run" in listed
+    with environment_lock():
+        service = Made(tmp_path)
+    try:
+        use(service)
+    finally:
+        service.end()
 
 
 def make_environment(folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
