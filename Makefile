@@ -12,7 +12,7 @@ PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.tom
 	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
 
 # Everything the tests read. "make check" runs them again when one of these files is newer than the last run.
-SOURCES = $(PRODUCT) main.py $(wildcard *.md *.toml docs/*.* docs/security/* tests/*.*)
+SOURCES = $(PRODUCT) main.py $(wildcard *.md *.toml docs/*.* docs/security/* tests/*.* .pre-commit-config.yaml .github/*/*)
 
 # POSTGRES=1 adds psycopg and its libpq, about 5 MB, for AUTHSVC_DATABASE=postgresql://… "make install" adds them where
 # the installed file has them or the settings name such a database; "make install POSTGRES=" leaves them out.

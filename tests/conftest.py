@@ -198,6 +198,7 @@ def clean_environ() -> dict[str, str]:
 EXTRAS = {
     "test_pages.py": ("playwright", ".venv/browser"),
     "test_openapi.py": ("schemathesis", ".venv/fuzz"),
+    "test_contributing.py": ("yaml", ".venv/fuzz"),
     "test_half_sent.py": ("h2", ".venv/proxies"),
     "long/test_half_sent.py": ("h2", ".venv/proxies"),
 }
