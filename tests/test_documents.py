@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ TARGETS = set(re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text(), re.MULT
 CHANGING = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]{8}T[0-9]{6}")
 
 
+@functools.cache  # parses all tests
 def typed_blocks() -> set[tuple[str, str]]:
     """Return the page and the start of each block that a test types."""
     return {
@@ -71,6 +73,7 @@ def test_the_documents_name_targets_of_the_makefile(page: str) -> None:
     assert {words.split()[-1] for words in typed if words and "=" not in words.split()[-1]} <= TARGETS
 
 
+@pytest.mark.process
 def test_make_alone_lists_the_targets() -> None:
     listed = [
         subprocess.run(["make", "-s", *target], cwd=HERE, capture_output=True, text=True, check=True).stdout
