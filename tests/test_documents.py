@@ -22,13 +22,14 @@ TARGETS = set(re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text(), re.MULT
 CHANGING = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9]{8}T[0-9]{6}")
 
 
-@functools.cache  # parses all tests
+@functools.cache
 def typed_blocks() -> set[tuple[str, str]]:
     """Return the page and the start of each block that a test types."""
     return {
         (ast.literal_eval(call.args[0]), ast.literal_eval(call.args[1]))
-        for path in (HERE / "tests").glob("test_*.py")
-        for call in ast.walk(ast.parse(path.read_text()))
+        for text in (path.read_text() for path in (HERE / "tests").glob("test_*.py"))
+        if "commands_in(" in text
+        for call in ast.walk(ast.parse(text))
         if isinstance(call, ast.Call)
         and ast.unparse(call.func) == "commands_in"
         and isinstance(call.args[0], ast.Constant)
