@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
+from tests.cases import each
 from tests.conftest import HERE
 from tests.test_documents import TARGETS
 
@@ -47,7 +47,7 @@ def test_the_workflow_uses_other_code_by_its_commit_only() -> None:
     assert all(re.fullmatch("[a-z/-]+@[0-9a-f]{40}", name) for name in used)
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+@each("template", TEMPLATES)
 def test_a_template_of_an_issue_has_a_name_and_a_purpose(template: Path) -> None:
     _, head, body = template.read_text().split("---\n", 2)
     assert yaml.safe_load(head).keys() == {"name", "about"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.cases import each
 from tests.conftest import HERE, Service, clean_environ
 from tests.crowd import UNMEASURED
 from tests.documents import PAGES, blocks, commands_in
@@ -55,7 +56,7 @@ def add_environment(folder: Path) -> None:
     (folder / ".venv/bin/python").chmod(0o755)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@each("page", PAGES)
 def test_each_block_of_commands_is_typed_by_a_test_or_says_why_not(page: str) -> None:
     typed = {start for named, start in typed_blocks() if named == page}
     found = [one for one in blocks(page) if one.has_commands]
@@ -68,7 +69,7 @@ def test_every_block_of_commands_that_a_test_types_exists() -> None:
         assert commands_in(page, start)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@each("page", PAGES)
 def test_the_documents_name_targets_of_the_makefile(page: str) -> None:
     typed = re.findall(r"(?:`|^[$#] )make((?: \w+=\S*)*(?: [a-z]+)?)", PAGES[page].read_text(), re.MULTILINE)
     assert {words.split()[-1] for words in typed if words and "=" not in words.split()[-1]} <= TARGETS

@@ -282,7 +282,7 @@ def test_the_security_reference_documents_what_asvs_asks_for(words: str) -> None
     assert words in text_of(REFERENCE)
 
 
-@pytest.mark.parametrize("words", IN_THREATS.values(), ids=IN_THREATS.keys())
+@each("words", IN_THREATS.values())
 def test_the_threat_model_documents_what_asvs_asks_for(words: str) -> None:
     assert words in text_of(THREATS)
 
