@@ -236,8 +236,6 @@ class Auth:
         known = self._known_device(found, device)
         nonce = known.nonce if known else None
         buckets = self._count(address, lambda client: self._limiter.login(email, client, nonce))
-        if known:
-            self._count_priority(email, address)
         checked_since = None  # of the second factor whose code was checked
         factors = "password"
         for _ in range(LOGIN_TRIES):
@@ -366,7 +364,8 @@ class Auth:
         """Return whether a request with this device cookie goes before those of strangers, but not past a limit."""
         if found := self._known_browser(email, device):
             user, known = found
-            return self._goes_first(user, self._limiter.login_of_device(user.email, known.nonce)), str(user.id)
+            buckets = self._limiter.login_of_device(user.email, known.nonce)
+            return self._limiter.has_attempts(buckets), str(user.id)
         return False, _account_name(email)
 
     def rank_session(self, session_id: str | None) -> tuple[bool, str]:
@@ -375,7 +374,7 @@ class Auth:
             user, session = self._identify(session_id, enrolling=True)
         except SessionRequired:
             return False, ""
-        return self._goes_first(user, *self._limiter.session_password(session)), str(user.id)
+        return self._limiter.has_attempts(*self._limiter.session_password(session, user.email)), str(user.id)
 
     def rank_reset(self, email: str, reset_token: str) -> tuple[bool, str]:
         """Return whether this is a live reset token of this email; then it goes before others."""
@@ -647,8 +646,7 @@ class Auth:
         return user if right and user and not user.disabled_at else None
 
     def _reauthenticate(self, user: User, password: str, session: int, address: str | None) -> None:
-        buckets = self._count(address, lambda _: self._limiter.session_password(session))
-        self._count_priority(user.email, address)
+        buckets = self._count(address, lambda _: self._limiter.session_password(session, user.email))
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost, user.cut_salt):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
@@ -723,13 +721,6 @@ class Auth:
         if wait:
             raise TooManyAttempts(wait)
         return buckets
-
-    def _count_priority(self, email: str, address: str | None) -> None:
-        if address is not None:  # in the background, as it decides about later requests only
-            self._run_in_background(self._limiter.consume, [self._limiter.priority(email)])
-
-    def _goes_first(self, user: User, buckets: Buckets) -> bool:
-        return self._limiter.has_attempts([*buckets, *self._limiter.priority(user.email)])
 
     def _count_code(self, user: User, address: str | None, known: devices.Device | None) -> Buckets:
         return self._count(address, lambda _: self._limiter.code(user.email, known.kind if known else None))

@@ -28,7 +28,7 @@ LOGIN_ACCOUNT_AND_ADDRESS = 10, 60
 LOGIN_ACCOUNT_AND_SITE = 40, 60  # an IPv6 /48, as large as a provider gives to one customer
 LOGIN_STRANGERS = 20, 900  # one account, from all browsers without a device cookie
 LOGIN_ADDRESS = 30, 30
-LOGIN_PRIORITY = 30, 60  # hashes of one account that other requests wait for; never refunded
+LOGIN_PRIORITY = 30, 60  # hashes of one account that other requests wait for; refuses none, and is never refunded
 # At any moment three of a million one-time codes are good. An attacker who has the password and guesses codes for a
 # year has a chance of 3 %, or of 10 % with a copied device cookie.
 CODE_DEVICES = 5, 900
@@ -75,17 +75,14 @@ class RateLimiter:
             *(pair._replace(emptied=True) for pair in pairs),
             self._bucket(LOGIN_STRANGERS, "strangers", account),
             *self._by_network(LOGIN_ADDRESS, "login", networks),
+            *([] if device is None else [self._priority(account)]),  # it may have gone first nevertheless
         ]
 
     def login_of_device(self, email: str, device: str) -> Buckets:
         """Return the buckets of a login with a valid device cookie, given by its nonce."""
         account = email.casefold()
         own = self._bucket(LOGIN_DEVICE, "login of device", account, device)
-        return [own, self._bucket(LOGIN_DEVICES, "login of devices", account)]
-
-    def priority(self, email: str) -> Buckets:
-        """Return the bucket of the hashes of an account that go before others. Empty, it refuses none of them."""
-        return [self._bucket(LOGIN_PRIORITY, "priority", email.casefold())]
+        return [own, self._bucket(LOGIN_DEVICES, "login of devices", account), self._priority(account)]
 
     def code(self, email: str, device: str | None) -> list[Buckets]:
         """Return the buckets of a one-time code. ``device`` is the kind of a valid device cookie of the account."""
@@ -96,9 +93,9 @@ class RateLimiter:
             return [[self._bucket(CODE_RESETS, "code after resets", account)]]
         return [[self._bucket(CODE_STRANGERS, "code", account)]]
 
-    def session_password(self, session: int) -> list[Buckets]:
-        """Return the buckets of the current password in a session, given by the id of its row."""
-        return [[self._bucket(SESSION_PASSWORD, "session", str(session))]]
+    def session_password(self, session: int, email: str) -> list[Buckets]:
+        """Return the buckets of the current password in a session, given by the id of its row and its user's email."""
+        return [[self._bucket(SESSION_PASSWORD, "session", str(session)), self._priority(email.casefold())]]
 
     def registration(self, address: str) -> list[Buckets]:
         """Return the buckets of a registration."""
@@ -135,7 +132,7 @@ class RateLimiter:
     def refund(self, buckets: Buckets) -> None:
         """Give back an attempt that succeeded."""
         if buckets:
-            self._limits.refund(buckets)
+            self._limits.refund([bucket for bucket in buckets if bucket.refuses])
 
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""
@@ -145,6 +142,9 @@ class RateLimiter:
         buckets = [self._scaled(limit, kind, network) for network in networks]
         pairs = zip(buckets, NETWORK_FACTORS, strict=False)  # an IPv4 address is the only network of its client
         return [bucket._replace(size=bucket.size * factor) for bucket, factor in pairs]
+
+    def _priority(self, account: str) -> Bucket:
+        return Bucket(self._key("priority", account), *LOGIN_PRIORITY, refuses=False)
 
     def _scaled(self, limit: tuple[int, int], kind: str, counted: str) -> Bucket:
         bucket = self._bucket(limit, kind, counted)

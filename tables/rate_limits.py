@@ -19,6 +19,7 @@ class Bucket(NamedTuple):
     size: int  # attempts at once
     interval: int  # seconds until one attempt is refilled
     emptied: bool = False  # a refused attempt empties it, so that polling for each refill never succeeds
+    refuses: bool = True  # else an attempt that finds it empty is allowed, and does not consume from it
 
 
 # The generic cell rate algorithm (ITU-T I.371) keeps one number for a bucket: the time at which it is full again. If
@@ -28,21 +29,22 @@ class Bucket(NamedTuple):
 # NULL, which the column refuses. All statements lock the rows in the order in which they are given.
 ASKED = """
     WITH asked AS MATERIALIZED (
-        SELECT key, pause, most, emptied, place
-          FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :emptied::boolean[])
-               WITH ORDINALITY AS asked (key, pause, most, emptied, place)
+        SELECT key, pause, most, emptied, refuses, place
+          FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :emptied::boolean[], :refuses::boolean[])
+               WITH ORDINALITY AS asked (key, pause, most, emptied, refuses, place)
     )"""
 CONSUME = f"""
     {ASKED}, taken AS (
         INSERT INTO throttle (key, full_at)
         SELECT key, :now + pause FROM asked
          WHERE NOT EXISTS (SELECT 1 FROM throttle JOIN asked USING (key)
-                            WHERE full_at + pause > most AND full_at <= most + :tolerance)
+                            WHERE full_at + pause > most AND full_at <= most + :tolerance AND refuses)
          ORDER BY place
         ON CONFLICT (key) DO UPDATE SET full_at = (
-            SELECT least(greatest(throttle.full_at, :now) + pause, most) FROM asked
-             WHERE asked.key = excluded.key
-               AND (throttle.full_at + pause <= most OR throttle.full_at > most + :tolerance))
+            SELECT CASE WHEN throttle.full_at + pause <= most OR throttle.full_at > most + :tolerance
+                        THEN least(greatest(throttle.full_at, :now) + pause, most)
+                        WHEN NOT refuses THEN throttle.full_at END
+              FROM asked WHERE asked.key = excluded.key)
         RETURNING key
     ), swept AS (
         DELETE FROM throttle
@@ -54,7 +56,7 @@ CONSUME = f"""
 """
 WAIT = f"""
     {ASKED}
-    SELECT max(CASE WHEN full_at <= most + :tolerance THEN full_at + pause - most END),
+    SELECT max(CASE WHEN full_at <= most + :tolerance AND refuses THEN full_at + pause - most END),
            max(CASE WHEN emptied AND full_at < most THEN pause END)
       FROM asked JOIN throttle USING (key)
 """
@@ -107,12 +109,12 @@ class RateLimits:
             statement = "SELECT key, full_at FROM throttle WHERE key IN (SELECT value FROM json_each(:keys))"
             used = dict(db.execute(statement, {"keys": keys}).fetchall())
             consumed = [(bucket, *_consumed(bucket, used.get(bucket.key, now), now)) for bucket in buckets]
-            wait = max(wait for _, wait, _ in consumed)
+            wait = max((wait for bucket, wait, _ in consumed if bucket.refuses), default=0)
             if not wait:
                 statement = """
                     INSERT INTO throttle (key, full_at) VALUES (:key, :full_at)
                     ON CONFLICT (key) DO UPDATE SET full_at = :full_at"""
-                rows = [{"key": bucket.key, "full_at": full_at} for bucket, _, full_at in consumed]
+                rows = [{"key": bucket.key, "full_at": full_at} for bucket, empty, full_at in consumed if not empty]
                 db.executemany(statement, rows)
                 if len(used) < len(buckets):  # it deletes more rows than it has added
                     db.execute(DELETE_FULL["SQLite"], {"now": now, "limit": 10})
@@ -131,6 +133,7 @@ class RateLimits:
             "intervals": [bucket.interval for bucket in buckets],
             "fulls": [now + bucket.size * bucket.interval for bucket in buckets],
             "emptied": [bucket.emptied for bucket in buckets],
+            "refuses": [bucket.refuses for bucket in buckets],
             "now": now,
             "tolerance": CLOCK_TOLERANCE,
         }

@@ -508,6 +508,18 @@ def test_many_hashes_within_minutes_cost_an_account_its_place(
     assert goes_first()
 
 
+def test_a_known_browser_that_counts_as_a_stranger_uses_up_its_place_too(rank: Any, owner: Browser, auth: Auth) -> None:
+    change = {"password": "wrong", "new_password": NEW_PASSWORD}
+    owner.cookies["__Host-session_id"] = auth.create_session(BOB) or ""
+    for _ in range(9):
+        owner("PUT", "/password", **change)
+    assert [owner.log_in(password="wrong") for _ in range(20)] == [401] * 20  # ten of them from the strangers' limits
+    assert rank(owner, "PUT", "/password", **change) == (True, "1")
+    owner("PUT", "/password", **change)
+    owner.cookies["__Host-session_id"] = auth.create_session(BOB) or ""
+    assert rank(owner, "PUT", "/password", **change) == (False, "1")
+
+
 def test_without_a_database_a_request_goes_last(
     rank: Any, owner: Browser, db: DB, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,7 @@ def test_buckets_are_locked_in_the_order_given(db: DB, statement: str) -> None:
         "intervals": [60, 60],
         "fulls": [NOW + 300, NOW + 300],
         "emptied": [True, True],
+        "refuses": [True, True],
         "now": NOW,
         "tolerance": 300,
     }

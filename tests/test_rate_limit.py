@@ -67,8 +67,7 @@ LIMITS: dict[str, tuple[Attempt, int, int]] = {
     "code: account": (lambda limiter, n: limiter.code(BOB, None), 5, 3600),
     "code: account, after a reset": (lambda limiter, n: limiter.code(BOB, "reset"), 5, 3600),
     "code: account, known": (lambda limiter, n: limiter.code(BOB, "full"), 5, 900),
-    "session": (lambda limiter, n: limiter.session_password(1), 10, 900),
-    "priority": (lambda limiter, n: [limiter.priority(BOB)], 30, 60),
+    "session": (lambda limiter, n: limiter.session_password(1, BOB), 10, 900),
 }
 ALL_LIMITS = pytest.mark.parametrize(("attempt", "size", "interval"), LIMITS.values(), ids=LIMITS)
 # The arithmetic depends only on the number of buckets: here one, two and three.
@@ -193,8 +192,8 @@ def test_development_limits_are_higher_except_for_guesses_at_one_account(
         "login: address": [10, 20, 3000],
         "login: /56": [10, 40, 20, 3000, 12_000, 48_000],
         "login: /48": [10, 40, 20, 3000, 12_000, 48_000],
-        "login: device": [10, 100],
-        "login: devices": [10, 100],
+        "login: device": [10, 100, 30],
+        "login: devices": [10, 100, 30],
         "register: address": [2000],
         "register: /56": [2000, 8000, 32_000],
         "register: /48": [2000, 8000, 32_000],
@@ -209,8 +208,7 @@ def test_development_limits_are_higher_except_for_guesses_at_one_account(
         "code: account": [5],
         "code: account, after a reset": [5],
         "code: account, known": [5],
-        "session": [10],
-        "priority": [30],
+        "session": [10, 30],
     }
 
 
@@ -650,8 +648,7 @@ def test_different_limits_never_share_a_key(limiter: RateLimiter) -> None:
         *limiter.code(HOME, "full"),
         *limiter.code(HOME, None),
         *limiter.code(HOME, "reset"),
-        *limiter.session_password(int(HOME.replace(".", ""))),
-        limiter.priority(HOME),
+        *limiter.session_password(int(HOME.replace(".", "")), ""),
         *limiter.login(HOME + HOME, ""),
         *limiter.login("", HOME + HOME),
     ]

@@ -148,6 +148,17 @@ def test_an_attempt_counts_the_simultaneous_ones_that_were_faster(db: DB, other:
     assert full_at(other) == {"pair": NOW + 60}
 
 
+@pytest.mark.both_engines
+def test_a_bucket_that_does_not_refuse_is_consumed_until_it_is_empty(db: DB, other: Any) -> None:
+    counting = Bucket("counting", 2, 500, refuses=False)
+    assert [db.rate_limits.consume([TRIPLE, counting], NOW) for _ in range(4)] == [0, 0, 0, 60]
+    assert full_at(other) == {"triple": NOW + 180, "counting": NOW + 1000}
+    assert db.rate_limits.is_empty(counting, NOW)
+    for passed, full in (499, 1000), (500, 1500):
+        assert db.rate_limits.consume([counting], NOW + passed) == 0
+        assert full_at(other)["counting"] == NOW + full
+
+
 # Refunds
 
 
