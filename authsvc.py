@@ -114,9 +114,10 @@ class Handlers:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
             raise
-        _log("authn_login_success", user_id=user.id, factors=factors)
         answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
-        return self._with_device(answer, user, device)
+        answer = self._with_device(answer, user, device)
+        _log("authn_login_success", user_id=user.id, factors=factors)  # last: it wakes a thread, which delays the rest
+        return answer
 
     @_route("DELETE", "/sessions")
     def log_out(self) -> Response:

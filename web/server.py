@@ -23,12 +23,12 @@ import contextlib
 import functools
 import logging
 import os
-import queue
 import signal
 import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 from wsgiref.types import WSGIApplication, WSGIEnvironment
@@ -54,7 +54,6 @@ MAX_WAIT = 15.0  # seconds in the queue, then 503
 HASHING_NICENESS = 10
 WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other parses a form or sends an answer
 MAX_BACKGROUND_WRITES = 1000  # waiting; further ones are dropped, and the next request asks for them again
-BACKGROUND_PAUSE = 0.001  # seconds before each of them, in which the answer that caused it is sent
 SHUTDOWN_TIMEOUT = 8.0  # seconds from SIGTERM to the end of the last answer
 
 MAX_DISCARD_BYTES = 4 * 2**20  # of a body that are read and thrown away after a refusal
@@ -351,13 +350,13 @@ class Dispatcher:
         self._hashing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
         self._writing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
         # A queue of their own: they pile up while the database is locked, and a client's write must not wait for them.
-        self._background_queue: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._background: deque[Callable[[], object]] = deque()
+        self._answered = threading.Event()  # set after an answer, when there is one of them
         self._displaced: list[Channel] = []  # whose requests have lost their places
         self._stopping = False
         hashing = functools.partial(self._serve, self._hashing_queue, HASHING_NICENESS)
         writing = functools.partial(self._serve, self._writing_queue, 0)
-        background = functools.partial(_work, self._background_queue)
-        for target in [hashing] * cores + [writing] * WRITERS + [background]:
+        for target in [hashing] * cores + [writing] * WRITERS + [self._write]:
             threading.Thread(target=target, daemon=True).start()
 
     def add_task(self, channel: Channel) -> None:
@@ -375,14 +374,20 @@ class Dispatcher:
         return threading.get_ident() == self._io_thread
 
     def run_in_background(self, write: Callable[[], object]) -> None:
-        """Run a write soon, or drop it when too many are waiting."""
-        if self._background_queue.qsize() < MAX_BACKGROUND_WRITES:
-            self._background_queue.put(write)
+        """Run a write after this request has been answered, or drop it when too many are waiting."""
+        if len(self._background) < MAX_BACKGROUND_WRITES:
+            self._background.append(write)
+
+    def start_background(self) -> None:
+        """Start the writes that wait. The I/O thread calls it after each answer, which waking a thread would delay."""
+        if self._background:
+            self._answered.set()
 
     def finish(self, timeout: float) -> bool:
         """Wait up to ``timeout`` seconds for the background writes; return whether all are done."""
         done = threading.Event()
-        self._background_queue.put(done.set)
+        self._background.append(done.set)
+        self.start_background()
         return done.wait(timeout)
 
     def drain(self) -> None:
@@ -434,6 +439,13 @@ class Dispatcher:
             since, channel = waiting.get()
             too_late = time.monotonic() - since > MAX_WAIT
             _run(functools.partial(_refuse, channel) if too_late else channel.service)
+
+    def _write(self) -> None:
+        while True:
+            self._answered.wait()
+            self._answered.clear()
+            while self._background:
+                _run(self._background.popleft())
 
 
 class Server:
@@ -545,6 +557,7 @@ class Server:
         for channel, data in self.answers:
             channel.send_now(data)
         self.answers.clear()
+        self.dispatcher.start_background()
         self.dispatcher.refuse_displaced()
         if self._has_new:
             self._accept_all()
@@ -577,13 +590,6 @@ def _log_closing(channel: Channel, reason: str) -> None:
 def _refuse(channel: Any) -> None:
     channel.requests[0].error = Busy("")
     channel.service()
-
-
-def _work(tasks: queue.SimpleQueue[Callable[[], object]]) -> None:
-    while True:
-        task = tasks.get()
-        time.sleep(BACKGROUND_PAUSE)
-        _run(task)
 
 
 def _run(task: Callable[[], object]) -> None:
