@@ -19,7 +19,7 @@ import queue
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -44,6 +44,7 @@ class FairQueue(Generic[Item]):
         self.class_limit = class_limit
         # How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
         self._limits = (4, client_limit), (2, network_limit)
+        self._smallest = min(client_limit, network_limit)
         self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
         self._served = {True: _Served(), False: _Served()}  # by whether they were preferred
@@ -72,7 +73,6 @@ class FairQueue(Generic[Item]):
             limited: whether the limits of a client and of a network apply. They would do harm where all clients appear
                 to have one address, as behind a proxy that is not trusted.
         """
-        limits = (*(self._limits if limited else ()), (0, self.class_limit))
         client = path[-2]
         with self._lock:
             if preferred:
@@ -84,7 +84,8 @@ class FairQueue(Generic[Item]):
                 self._others.add((item, path), path)
             # One loss is enough: before this item, nothing had too many. The narrowest excess is the cause of the rest.
             crowd = (self._preferred,) if preferred else (self._others, self._newcomers)
-            for depth, limit in limits:
+            few = self._waiting <= min(self.class_limit, self._smallest)  # then nothing has too many
+            for depth, limit in () if few else (*(self._limits if limited else ()), (0, self.class_limit)):
                 if sum(top.count(path[:depth]) for top in crowd) > limit:
                     return [self._drop(path[:depth], crowd, self._served[preferred])]
         self._added.put(None)
@@ -167,15 +168,16 @@ class _Node(Generic[Item]):
     def __init__(self) -> None:
         self.waiting = 0
         self._children: OrderedDict[str, _Node[Item]] = OrderedDict()  # the next one to have its turn comes first
-        self._items: deque[tuple[Item, Path]] = deque()
+        self._items: list[tuple[Item, Path]] = []
 
     def add(self, item: tuple[Item, Path], path: Path) -> None:
         """Add an item to the account that the path leads to."""
         self.waiting += 1
-        if path:
-            self._children.setdefault(path[0], _Node()).add(item, path[1:])
-        else:
-            self._items.append(item)
+        node = self
+        for name in path:
+            node = node._children.get(name) or node._children.setdefault(name, _Node())
+            node.waiting += 1
+        node._items.append(item)
 
     def count(self, path: Path) -> int:
         """Return how many items wait below the node that the path leads to."""
@@ -187,12 +189,13 @@ class _Node(Generic[Item]):
         """Remove and return the item that has its turn. Then each of its nodes goes behind its siblings."""
         self.waiting -= 1
         if not self._children:
-            return self._items.popleft()
+            return self._items.pop(0)
         name, child = next(iter(self._children.items()))
-        self._children.move_to_end(name)
-        item = child.take()
-        self._remove_empty(name)
-        return item
+        if child.waiting > 1:
+            self._children.move_to_end(name)
+        else:
+            del self._children[name]
+        return child.take()
 
     def sizes(self) -> dict[str, int]:
         """Return how many items wait below each child."""
@@ -201,7 +204,7 @@ class _Node(Generic[Item]):
     def remove(self, condition: Callable[[Item], bool]) -> list[tuple[Item, Path]]:
         """Remove and return the items for which the condition holds."""
         removed = [entry for entry in self._items if condition(entry[0])]
-        self._items = deque(entry for entry in self._items if not condition(entry[0]))
+        self._items = [entry for entry in self._items if not condition(entry[0])]
         for name, child in list(self._children.items()):
             removed += child.remove(condition)
             self._remove_empty(name)
