@@ -96,7 +96,7 @@ class SQLiteEngine:
     ) -> Iterator[sqlite3.Connection]:
         del lock, values  # there is one writer at a time
         writer = connection or self._writer
-        with self._exclusive(), translated_errors():
+        with self._exclusive():
             try:
                 self.check()
                 # IMMEDIATE: a transaction that reads before it writes fails at once if another wrote in between.
@@ -105,9 +105,10 @@ class SQLiteEngine:
                 writer.execute("COMMIT")
                 self.check()  # again: no write into a file that was deleted meanwhile may count as done
             except BaseException:
-                if writer.in_transaction:  # some errors, such as a full disk, have rolled back already
-                    writer.execute("ROLLBACK")
-                raise
+                with translated_errors():
+                    if writer.in_transaction:  # some errors, such as a full disk, have rolled back already
+                        writer.execute("ROLLBACK")
+                    raise
 
     @contextmanager
     def own_connection(self) -> Iterator[sqlite3.Connection]:
