@@ -291,10 +291,10 @@ class Handlers:
     def _with_cookie(self, answer: Response, value: str, expiry: str = "") -> Response:
         # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
-        domain, host = self._settings.cookie_domain, urlsplit(self._settings.public_url).hostname
+        domain = self._settings.cookie_domain
         # A cookie of this host alone would be sent beside it. Where the domain is this host, some clients do not tell
         # the two apart (RFC 6265, 5.3), and would delete the new one.
-        if domain and not (value and domain == host):
+        if domain and not (value and domain == urlsplit(self._settings.public_url).hostname):
             own_host = self._cookie_attributes.removesuffix(f"; Domain={domain}")
             answer.headers.append(("Set-Cookie", f"{self._cookie_name}=; {own_host}; Max-Age=0"))
         return answer
