@@ -355,7 +355,7 @@ class Auth:
         """
         if not self._settings.production:
             return None
-        new = devices.issue(self._limiter.secret, user.id, user.device_key, kind, self._now())
+        new = devices.issue(self._limiter.keyed, user.id, user.device_key, kind, self._now())
         return devices.with_new(devices.parse(held), new)
 
     # Which request goes first when many wait. Each method also returns a short name of the account, for taking turns.
@@ -741,7 +741,7 @@ class Auth:
         if not user or not self._settings.production:
             return None
         found, window = devices.parse(cookie), self._window()
-        return devices.verified(found, self._limiter.secret, user.id, user.device_key, **window)
+        return devices.verified(found, self._limiter.keyed, user.id, user.device_key, **window)
 
     def _new_secret(self) -> str:
         # OWASP ASVS 7.2.3 asks for 128 random bits; a version-4 UUID has 122.

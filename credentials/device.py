@@ -11,7 +11,6 @@ all tokens of that user. Nothing is stored for a single token.
 from __future__ import annotations
 
 import functools
-import hashlib
 import hmac
 import re
 import secrets
@@ -38,10 +37,10 @@ class Device(NamedTuple):
         return ".".join(map(str, self))
 
 
-def issue(secret: bytes, user_id: int, device_key: str | None, kind: str, now: int) -> Device:
-    """Return a new token. ``secret`` is that of the database."""
+def issue(keyed: hmac.HMAC, user_id: int, device_key: str | None, kind: str, now: int) -> Device:
+    """Return a new token. ``keyed`` is an HMAC-SHA-256 with the secret of the database."""
     nonce = secrets.token_hex(8)
-    return Device(user_id, now, kind, nonce, _mac(secret, user_id, now, kind, nonce, device_key))
+    return Device(user_id, now, kind, nonce, _mac(keyed, user_id, now, kind, nonce, device_key))
 
 
 @functools.lru_cache(maxsize=16)  # a sign-in asks twice: for its limits, and for the new cookie
@@ -54,7 +53,7 @@ def parse(cookie: str | None) -> tuple[Device, ...]:
 
 
 def verified(
-    devices: Sequence[Device], secret: bytes, user_id: int, device_key: str | None, *, now: int, latest: int
+    devices: Sequence[Device], keyed: hmac.HMAC, user_id: int, device_key: str | None, *, now: int, latest: int
 ) -> Device | None:
     """Return the genuine token of this user, or None.
 
@@ -63,7 +62,7 @@ def verified(
     for device in devices:
         fresh = now - LIFETIME < device.issued_at <= latest
         if device.user_id == user_id and fresh:
-            mac = _mac(secret, user_id, device.issued_at, device.kind, device.nonce, device_key)
+            mac = _mac(keyed, user_id, device.issued_at, device.kind, device.nonce, device_key)
             if hmac.compare_digest(mac, device.mac):
                 return device
     return None
@@ -75,6 +74,8 @@ def with_new(devices: Sequence[Device], new: Device) -> str:
     return SEPARATOR.join(map(str, [new, *others][:MAX_ACCOUNTS]))
 
 
-def _mac(secret: bytes, *parts: str | int | None) -> str:
+def _mac(keyed: hmac.HMAC, *parts: str | int | None) -> str:
     # No part holds a dot. "device" tells it from the keys of the rate limits, which are made with the same secret.
-    return hmac.digest(secret, ".".join(map(str, ("device", *parts))).encode(), hashlib.sha256).hex()
+    mac = keyed.copy()
+    mac.update(".".join(map(str, ("device", *parts))).encode())
+    return mac.hexdigest()

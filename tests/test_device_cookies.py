@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from tests.production import BOB, PASSWORD, production_settings
 
 HOME, AWAY = "192.0.2.1", "198.51.100.7"
 NEW_PASSWORD = "une autre tarte flambée"
-SECRET, KEY, NOW, DAY = b"secret", "key", 1_800_000_000, 86_400
+SECRET, KEY, NOW, DAY = hmac.new(b"secret", digestmod=hashlib.sha256), "key", 1_800_000_000, 86_400
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_token_belongs_to_one_user_one_key_and_one_secret() -> None:
     assert not is_accepted([token._replace(user_id=2)], user_id=2)
     assert not is_accepted(found, key="another")
     assert not is_accepted(found, key=None)
-    assert device.verified(found, b"another", 1, KEY, now=NOW, latest=NOW) is None
+    assert device.verified(found, hmac.new(b"another", digestmod=hashlib.sha256), 1, KEY, now=NOW, latest=NOW) is None
 
 
 @each("field", ["user_id", "issued_at", "kind", "nonce", "mac"])
@@ -170,7 +171,7 @@ def test_development_knows_no_devices(database: str, db: DB, clock: Clock) -> No
     browser = Browser(Client(create_app(settings, auth)), "127.0.0.1")
     answer = browser("POST", "/sessions", email=BOB, password=PASSWORD)
     assert [cookie.partition("=")[0] for cookie in answer.set_cookies] == ["session_id"]
-    genuine = device.issue(auth._limiter.secret, user.id, user.device_key, "full", int(clock()))
+    genuine = device.issue(auth._limiter.keyed, user.id, user.device_key, "full", int(clock()))
     browser.cookies["__Host-device"] = str(genuine)
     assert [browser.log_in(password="wrong") for _ in range(11)] == [401] * 10 + [429]
     assert browser.log_in() == 429
