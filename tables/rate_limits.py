@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -68,6 +67,8 @@ EMPTY = f"""
      WHERE throttle.key = used.key AND throttle.full_at < most
 """
 
+FIND = "SELECT key, full_at FROM throttle WHERE key = :key"
+
 # A full bucket needs no row. On PostgreSQL a row that an attempt has locked is left alone, as in CONSUME.
 FULL = "SELECT key FROM throttle WHERE full_at <= :now LIMIT :limit"
 DELETE_FULL = {
@@ -100,14 +101,13 @@ class RateLimits:
 
     def is_empty(self, bucket: Bucket, now: int) -> bool:
         """Return whether a bucket has no attempt left."""
-        row = self._engine.read("SELECT full_at FROM throttle WHERE key = :key", {"key": bucket.key})
-        return row is not None and _consumed(bucket, row[0], now)[0] > 0
+        row = self._engine.read(FIND, {"key": bucket.key})
+        return row is not None and _consumed(bucket, row[1], now)[0] > 0
 
     def _consume_in_turn(self, buckets: Sequence[Bucket], now: int) -> int:
         with self._engine.transaction() as db:
-            keys = json.dumps([bucket.key for bucket in buckets])
-            statement = "SELECT key, full_at FROM throttle WHERE key IN (SELECT value FROM json_each(:keys))"
-            used = dict(db.execute(statement, {"keys": keys}).fetchall())
+            found = [db.execute(FIND, {"key": bucket.key}).fetchone() for bucket in buckets]
+            used = dict(row for row in found if row)
             consumed = [(bucket, *_consumed(bucket, used.get(bucket.key, now), now)) for bucket in buckets]
             wait = max((wait for bucket, wait, _ in consumed if bucket.refuses), default=0)
             if not wait:
