@@ -17,6 +17,7 @@ response; each refusal names its status. Knows no SQL.
   reset tokens, invitations and unconfirmed seeds. ``sessions end EMAIL`` and ``totp-off`` end the sessions of one user.
   ``sessions end`` also voids device cookies.
 - A one-time code works once, and only after the password. Nobody can sign in to a disabled account.
+- A session remembers when a second factor was last shown in it. Switching the factor off resets that.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
 - A time that is more than 300 s ahead of the clock is invalid: a clock that was set back extends nothing.
 """
@@ -33,7 +34,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from email.message import EmailMessage
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from addresses import network_path
@@ -42,9 +43,9 @@ from credentials import passwords, totp
 from engines.errors import AlreadyExists, StorageUnavailable
 from log import timestamp
 from mail import Mailer
-from rate_limit import Buckets, RateLimiter
+from rate_limit import CODE_MISSING, NEW_BROWSER, SUMMARY, Buckets, RateLimiter
 from settings import MAILBOX, Settings
-from storage import DB, NoResultFound, Session, User, public_id
+from storage import DB, LiveSession, NoResultFound, Session, User, public_id
 from tables.rate_limits import CLOCK_TOLERANCE
 
 MAX_EMAIL_BYTES = 254  # RFC 5321 4.5.3.1.3, without the angle brackets
@@ -53,6 +54,7 @@ RESET_INTERVAL = 300  # seconds between two reset mails to one user
 INVITATION_LIFETIME = 604_800  # seconds, 7 days: longer than a reset link, as the recipient does not expect it
 SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
 PRUNE_STEP = 200  # expired rows that are deleted in one transaction: 10 ms in which nobody else can write
+FACTOR_VALIDITY = 600  # seconds for which a second factor that a session has shown allows changes of the account
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
 NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; matches no password  # noqa: S105
@@ -130,8 +132,16 @@ class CodeRequired(AuthError, status=401, event="authn_code_required", message="
     """The password is right, but a one-time code must come with it."""
 
 
+class SessionCodeRequired(CodeRequired, status=403, event="authn_code_required", message="one-time code required"):
+    """The password is right, but the session has shown no second factor of late: a one-time code must come with it."""
+
+
 class SecondFactorRequired(AuthError, status=403, event="authz_fail", message="set up a second factor first"):
     """A second factor is required, and the user has none."""
+
+
+class SecondFactorNotShown(SessionRequired, status=403, event="authz_fail", message="sign in with your second factor"):
+    """A second factor is required. The user has one, but signed in to this session without it."""
 
 
 class SecondFactorRejected(AuthError, status=400, event="input_validation_fail"):
@@ -221,11 +231,13 @@ class Auth:
         device: str | None = None,
         replaced: str | None = None,
         user_agent: str = "",
+        remember: bool = False,
     ) -> tuple[User, str, str]:
         """Check the password, and the one-time or recovery code if the account has a second factor.
 
         Return the user, the id of a new session, and which factors were shown: "password", "password+totp" or
-        "password+recovery_code". ``replaced`` is the session that this client held; it ends.
+        "password+recovery_code". ``replaced`` is the session that this client held; it ends. ``remember`` is whether
+        the browser keeps the new one when it is closed. A sign-in from a new browser is told by mail.
 
         Raises:
             LoginFailed: wrong password, unknown email, disabled account or wrong code.
@@ -237,17 +249,21 @@ class Auth:
         nonce = known.nonce if known else None
         buckets = self._count(address, lambda client: self._limiter.login(email, client, nonce))
         checked_since = None  # of the second factor whose code was checked
-        factors = "password"
+        factors, factor_at = "password", None
+        agent = user_agent.replace("\0", "")[:MAX_USER_AGENT]  # PostgreSQL stores no NUL
+        details = {"address": address or "", "user_agent": agent, "remember": int(remember)}
         for _ in range(LOGIN_TRIES):
             user = self._verified(found, password)
             if not user:
                 break
             if user.totp_since != checked_since:
-                factors = self._check_code(user, otp, address, known, buckets)
-                checked_since = user.totp_since
+                factors = self._check_code(user, otp, address, known, buckets, agent)
+                checked_since, factor_at = user.totp_since, self._now() if user.totp_since else None
             user = self._with_current_hash(user, password)
-            if session_id := self._start_session(user, replaced, address, user_agent):
+            if session_id := self._start_session(user, replaced, factor_at=factor_at, **details):
                 self._run_in_background(self._limiter.refund, buckets)
+                if user.last_login_at is not None:
+                    self._tell_of_sign_in(user, known, NEW_BROWSER, address, agent)
                 return user, session_id, factors
             found = self._find_user(email)  # the password or the second factor has changed: compare again
         raise LoginFailed(user_id=found.id if found else None)
@@ -257,22 +273,34 @@ class Auth:
 
         Raises:
             SessionRequired: the session is not live.
+            SecondFactorNotShown: a second factor is required, and this session has not shown that of the user.
             SecondFactorRequired: a second factor is required, and the user has none.
         """
         return self._identify(session_id, enrolling=enrolling)[0]
 
-    def _identify(self, session_id: str | None, *, enrolling: bool = False) -> tuple[User, int]:
-        """Return the user of a live session, and the id of its row, which stays when the session is renewed."""
+    def _identify(self, session_id: str | None, *, enrolling: bool = False) -> tuple[User, LiveSession]:
+        """Return a live session with its user, if it has shown the second factor that is required."""
+        user, session = self._find_session(session_id)
+        shown = session.factor_at is not None or not self._settings.require_second_factor
+        if not shown and (user.totp_since or not enrolling):
+            raise SecondFactorNotShown if user.totp_since else SecondFactorRequired
+        return user, session
+
+    def _find_session(self, session_id: str | None) -> tuple[User, LiveSession]:
         session_hash, window = _digest(session_id), self._session_window()
         found = self._db.find_session(session_hash, **window) if session_id else None
         if not found:
             raise SessionRequired
-        user, session, last_seen_at = found
-        if last_seen_at <= window["now"] - min(SEEN_INTERVAL, self._settings.session_idle // 2):
+        if found[1].last_seen_at <= window["now"] - min(SEEN_INTERVAL, self._settings.session_idle // 2):
             self._run_in_background(self._db.touch_session, session_hash, window["now"])
-        if self._settings.require_totp and not user.totp_since and not enrolling:
-            raise SecondFactorRequired
-        return user, session
+        return found
+
+    def cookie_age(self, session_id: str) -> int | None:
+        """Return for how many seconds a browser keeps the cookie of a session; None: until it is closed."""
+        with contextlib.suppress(SessionRequired, StorageUnavailable):  # whatever was done is done
+            _, session = self._find_session(session_id)
+            return session.expires_at - self._now() if session.remember else None
+        return None
 
     def newest_session(self, session_ids: list[str]) -> str | None:
         """Return the newest live session of these; None if none is live, or if they are those of two users.
@@ -282,8 +310,7 @@ class Auth:
         live = []
         for session_id in session_ids:
             if found := self._db.find_session(_digest(session_id), **self._session_window()):
-                user, row_id, _ = found
-                live.append((row_id, user.id, session_id))
+                live.append((found[1].row_id, found[0].id, session_id))
         return max(live)[2] if len({user_id for _, user_id, _ in live}) == 1 else None
 
     def list_sessions(self, session_id: str | None) -> tuple[User, list[Session], str]:
@@ -321,7 +348,7 @@ class Auth:
         Raises:
             SessionRequired: the session is not live.
         """
-        user = self.identify(session_id, enrolling=True)
+        user, _ = self._find_session(session_id)
         if not self._db.end_session(_digest(session_id)):
             raise SessionRequired
         return user
@@ -374,7 +401,7 @@ class Auth:
             user, session = self._identify(session_id, enrolling=True)
         except SessionRequired:
             return False, ""
-        return self._limiter.has_attempts(*self._limiter.session_password(session, user.email)), str(user.id)
+        return self._limiter.has_attempts(*self._limiter.session_password(session.row_id, user.email)), str(user.id)
 
     def rank_reset(self, email: str, reset_token: str) -> tuple[bool, str]:
         """Return whether this is a live reset token of this email; then it goes before others."""
@@ -383,44 +410,59 @@ class Auth:
             return True, str(user.id)
         return False, _account_name(email)
 
-    # Changes by a signed-in user. The current password is checked, and counted for the session.
+    # Changes by a signed-in user. The current password is checked, and counted for the session. A code is checked as
+    # well if the user has a second factor that the session has not shown of late.
 
     def change_password(
-        self, session_id: str | None, password: str, new_password: str, *, address: str | None
+        self,
+        session_id: str | None,
+        password: str,
+        new: str,
+        otp: str = "",
+        *,
+        address: str | None,
+        device: str | None = None,
     ) -> tuple[User, str]:
         """Set a new password; return the user and the new id of this session. All other sessions end.
 
         Raises:
             PasswordRejected: the new password is not acceptable, as in create_account().
-            ReauthenticationFailed: the current password is wrong.
+            ReauthenticationFailed: the current password or the code is wrong.
+            SessionCodeRequired: the code is missing.
         """
         user, session = self._identify(session_id)
-        self._check_password(new_password, user.email)
-        self._reauthenticate(user, password, session, address)
-        new_hash, new_id = _hash_password(new_password, self._settings.bcrypt_cost), self._new_secret()
+        self._check_password(new, user.email)
+        self._reauthenticate(user, session, password, otp, address, device)
+        new_hash, new_id = _hash_password(new, self._settings.bcrypt_cost), self._new_secret()
         old, session_hash = user.hashed_password, _digest(session_id)
         if not self._db.change_password(user.id, old, new_hash, session_hash, _digest(new_id)):
             raise SessionRequired  # the session ended while we hashed
         self._notify(user, "Your password was changed")
         return self._reloaded(user), new_id
 
-    def delete_account(self, session_id: str | None, password: str, *, address: str | None) -> User:
+    def delete_account(
+        self, session_id: str | None, password: str, otp: str = "", *, address: str | None, device: str | None = None
+    ) -> User:
         """Delete the account with everything that belongs to it; return the former user.
 
         Raises:
-            ReauthenticationFailed: the password is wrong.
+            ReauthenticationFailed: the password or the code is wrong.
+            SessionCodeRequired: the code is missing.
         """
         user, session = self._identify(session_id)
-        self._reauthenticate(user, password, session, address)
+        self._reauthenticate(user, session, password, otp, address, device)
         if not self._db.delete_verified_user(user, _digest(session_id)):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
         return user
 
-    def begin_totp(self, session_id: str | None, password: str, *, address: str | None) -> tuple[str, str, str | None]:
+    def begin_totp(
+        self, session_id: str | None, password: str, *, address: str | None
+    ) -> tuple[str, str, str | None, str]:
         """Make a TOTP seed, which a code must confirm; return it in base32, as a link for an app, and as a QR code.
 
-        The QR code is an image URL, or None where the extra ``qr`` is not installed.
+        The QR code is an image URL, or None where the extra ``qr`` is not installed. The last of the four is the new id
+        of this session.
 
         Raises:
             ReauthenticationFailed: the password is wrong.
@@ -429,12 +471,12 @@ class Auth:
         user, session = self._identify(session_id, enrolling=True)
         if user.totp_since:
             raise SecondFactorRejected("a second factor is on already")
-        self._reauthenticate(user, password, session, address)
-        seed = totp.new_seed()
-        if not self._db.set_totp(user, seed, _digest(session_id)):
-            raise SessionRequired  # the session ended, or another setup began, while we hashed
+        self._reauthenticate(user, session, password, "", address, None)
+        seed, new_id = totp.new_seed(), self._new_secret()
+        if not self._db.set_totp(user, seed, _digest(session_id), _digest(new_id)):
+            raise SessionRequired  # the session ended, or a second factor was switched on, while we hashed
         uri = totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
-        return seed, uri, totp.qr_code(uri)
+        return seed, uri, totp.qr_code(uri), new_id
 
     def confirm_totp(
         self, session_id: str | None, otp: str, *, address: str | None, device: str | None = None
@@ -472,9 +514,8 @@ class Auth:
         user, session = self._identify(session_id)
         if not user.totp_since:
             raise SecondFactorRejected("no second factor is on")
-        self._reauthenticate(user, password, session, address)
-        if not self._spend_code(user, otp, address, self._known_device(user, device)):
-            raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
+        # The code is asked for in any case, as if none had been shown.
+        self._reauthenticate(user, session._replace(factor_at=None), password, otp, address, device)
         new_id = self._new_secret()
         if not self._db.remove_totp(user.id, _digest(session_id), _digest(new_id)):
             raise SessionRequired
@@ -570,6 +611,16 @@ class Auth:
         now = self._now()
         return self._db.prune(now=now, idle_since=now - self._settings.session_idle, limit=PRUNE_STEP)
 
+    def mail_summaries(self) -> None:
+        """Mail users how many sign-ins from new browsers no mail has told them of, at most once a day."""
+        for user_id, email, count in self._db.untold_logins():
+            refused, _ = (
+                self._limiter.consume(self._limiter.sign_in_mail(SUMMARY, user_id)) if self._mailer else (1, ())
+            )
+            if self._mailer and not refused and self._db.count_untold_logins(user_id, -count):
+                what = f"{count} more sign-in{'s' if count > 1 else ''} from new browsers"
+                self._mailer.enqueue(functools.partial(self._mailer.sign_in, email, what))
+
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""
         return self._limiter.tag(email)
@@ -629,6 +680,17 @@ class Auth:
         if self._mailer:
             self._mailer.enqueue(functools.partial(self._mailer.notice, user.email, what))
 
+    def _tell_of_sign_in(self, user: User, known: object, kind: str, address: str | None, user_agent: str) -> None:
+        if self._mailer and self._settings.production and not known:
+            seen = timestamp(self._now()), address, user_agent
+            self._run_in_background(self._enqueue_sign_in_mail, self._mailer, user, kind, seen)
+
+    def _enqueue_sign_in_mail(self, mailer: Mailer, user: User, kind: str, seen: tuple[object, ...]) -> None:
+        if not self._limiter.consume(self._limiter.sign_in_mail(kind, user.id))[0]:
+            mailer.enqueue(functools.partial(mailer.sign_in, user.email, kind, seen))
+        elif kind == NEW_BROWSER:
+            self._db.count_untold_logins(user.id, 1)
+
     def _add_user(self, email: str, hashed: str | bytes) -> User:
         try:
             return self._db.add_user(email, hashed, self._now())
@@ -645,20 +707,37 @@ class Auth:
         right = passwords.verify(password, hashed, self._settings.bcrypt_cost, cut_salt)
         return user if right and user and not user.disabled_at else None
 
-    def _reauthenticate(self, user: User, password: str, session: int, address: str | None) -> None:
-        buckets = self._count(address, lambda _: self._limiter.session_password(session, user.email))
+    def _reauthenticate(
+        self, user: User, session: LiveSession, password: str, otp: str, address: str | None, device: str | None
+    ) -> None:
+        """Check the password again, and the code if the session has shown no second factor for FACTOR_VALIDITY seconds.
+
+        Raises:
+            ReauthenticationFailed: the password or the code is wrong.
+            SessionCodeRequired: the code is missing.
+        """
+        buckets = self._count(address, lambda _: self._limiter.session_password(session.row_id, user.email))
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost, user.cut_salt):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
+        now = self._now()
+        if not user.totp_since or now - FACTOR_VALIDITY < (session.factor_at or 0) <= now + CLOCK_TOLERANCE:
+            return
+        if not otp:
+            raise SessionCodeRequired(user_id=user.id)
+        if not self._spend_code(user, otp, address, self._known_device(user, device)):
+            raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
+        self._run_in_background(self._db.record_factor, session.row_id, now)
 
     def _check_code(
-        self, user: User, otp: str, address: str | None, known: devices.Device | None, buckets: Buckets
+        self, user: User, otp: str, address: str | None, known: devices.Device | None, buckets: Buckets, agent: str
     ) -> str:
         """Check the code if the account has a second factor; return the factors that were shown."""
         if not user.totp_since:
             return "password"
         if not otp:
             self._run_in_background(self._limiter.refund, buckets)  # the password was right, so this was no guess
+            self._tell_of_sign_in(user, known, CODE_MISSING, address, agent)
             raise CodeRequired(user_id=user.id)
         if not self._spend_code(user, otp, address, known):
             raise LoginFailed("wrong one-time code", user_id=user.id)
@@ -691,13 +770,9 @@ class Auth:
         if reason:
             raise PasswordRejected(reason)
 
-    def _start_session(
-        self, user: User, replaced: str | None = None, address: str | None = None, user_agent: str = ""
-    ) -> str | None:
+    def _start_session(self, user: User, replaced: str | None = None, **details: Any) -> str | None:
         now, session_id = self._now(), self._new_secret()
-        expires_at = now + self._settings.session_lifetime
-        stored_agent = user_agent.replace("\0", "")[:MAX_USER_AGENT]  # PostgreSQL stores no NUL
-        session = Session(_digest(session_id), now, now, expires_at, address or "", stored_agent)
+        session = Session(_digest(session_id), now, now, now + self._settings.session_lifetime, **details)
         ended = _digest(replaced) if replaced else None
         idle_since, limit = now - self._settings.session_idle, self._settings.sessions_per_user
         started = self._db.add_session(user, session, replaced=ended, idle_since=idle_since, limit=limit)

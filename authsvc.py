@@ -48,7 +48,7 @@ PRUNE_REST = 10  # the pause after a step lasts this many times as long as the s
 
 PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
 PAGES = PROJECT / "web" / "pages"
-PAGE_NAMES = "login", "register", "forgot", "reset", "account"
+PAGE_NAMES = "login", "register", "forgot", "reset", "account", "logout"
 PAGE_FILES = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 # A page may load files from its own host and send requests to it. Only its one script runs.
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -58,6 +58,7 @@ SESSION_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
 DEVICE_TOKENS = re.compile("[A-Za-z0-9_.~-]{1,1024}", re.ASCII)
 MAX_COOKIES = 4  # different values of one cookie in a request, each of which is looked up
 DEVICE_COOKIE = "__Host-device"  # never shared with sibling hosts, even where the session is
+DEVICE_ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax; Secure"
 HEADER_TEXT = re.compile("[!-$&-~]+")  # an email that a header can hold unencoded; "%" begins an encoded character
 
 Handler = Callable[..., Response]
@@ -104,12 +105,12 @@ class Handlers:
 
     @_route("POST", "/sessions", hashes=True)
     def log_in(self) -> Response:
-        email, password, otp = _read_form("email", "password", optional=("otp",))
+        email, password, otp, remember = _read_form("email", "password", optional=("otp",), flags=("remember",))
         client, own, agent = _client(), self._cookie(), request.environ.get("HTTP_USER_AGENT", "")
         device = _device()
         arguments = {"address": client, "device": device, "replaced": own, "user_agent": agent}
         try:
-            user, session_id, factors = self._auth.log_in(email, password, otp, **arguments)
+            user, session_id, factors = self._auth.log_in(email, password, otp, remember=bool(remember), **arguments)
         except rules.LoginFailed as failure:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
@@ -121,13 +122,19 @@ class Handlers:
 
     @_route("DELETE", "/sessions")
     def log_out(self) -> Response:
-        user = self._auth.log_out(self._cookie())
-        with contextlib.suppress(rules.SessionRequired):  # older sessions of the user, in further cookies
-            while True:
-                self._auth.log_out(self._cookie())
-        _log("session_ended", user_id=user.id)
+        user, forget = None, self._settings.production and request.query_string == "forget=1"
+        with contextlib.suppress(rules.SessionRequired):
+            while True:  # older sessions of the user may be in further cookies
+                user = self._auth.log_out(self._cookie())
+        if user:
+            _log("session_ended", user_id=user.id)
+        elif not forget:
+            raise rules.SessionRequired
         # Not Bottle's redirect(): it answers 303 and copies the Host header into Location.
-        return self._without_cookie(json_response(302, ("Location", "/"), message="logged out"))
+        answer = self._without_cookie(json_response(302, ("Location", "/"), message="logged out"))
+        if forget:
+            answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}=; {DEVICE_ATTRIBUTES}; Max-Age=0"))
+        return answer
 
     @_route("GET", "/sessions")
     def sessions(self) -> Response:
@@ -165,7 +172,7 @@ class Handlers:
             user = self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
             _log("authz_verify_fail", reason=refusal.message)
-            if request.query_string != "login=1":
+            if request.query_string != "login=1" or _is_asked_by_script():
                 return json_response(401, message=refusal.message)
             return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)
         # Percent-encoded where a header cannot hold it. "%" is encoded, too, so that no two users get the same name.
@@ -177,7 +184,7 @@ class Handlers:
         # The page checks the return address when it uses it.
         forwarded = {part: request.environ.get(f"HTTP_X_FORWARDED_{part}", "") for part in ("PROTO", "HOST", "URI")}
         return_to = quote(f"{forwarded['PROTO']}://{forwarded['HOST']}{forwarded['URI']}", safe="")
-        page = "account" if isinstance(refusal, rules.SecondFactorRequired) else "login"
+        page = "account" if isinstance(refusal, rules.SecondFactorRequired) else "login"  # sets one up, or signs in
         return f"{self._settings.public_url}/{page}" + (f"?return={return_to}" if all(forwarded.values()) else "")
 
     @_route("GET", "/health")
@@ -187,15 +194,15 @@ class Handlers:
 
     @_route("DELETE", "/profile", hashes=True)
     def delete_account(self) -> Response:
-        (password,) = _read_form("password")
-        user = self._auth.delete_account(self._cookie(), password, address=_client())
+        password, otp = _read_form("password", optional=("otp",))
+        user = self._auth.delete_account(self._cookie(), password, otp, address=_client(), device=_device())
         _log("user_deleted", user_id=user.id)
         return self._without_cookie(json_response(200, email=user.email, message="account deleted"))
 
     @_route("PUT", "/password", hashes=True)
     def change_password(self) -> Response:
-        password, new_password = _read_form("password", "new_password")
-        user, session_id = self._auth.change_password(self._cookie(), password, new_password, address=_client())
+        fields = _read_form("password", "new_password", optional=("otp",))
+        user, session_id = self._auth.change_password(self._cookie(), *fields, address=_client(), device=_device())
         _log("authn_password_change", user_id=user.id)
         answer = self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
         return self._with_device(answer, user, _device())
@@ -203,8 +210,9 @@ class Handlers:
     @_route("POST", "/totp", hashes=True)
     def begin_totp(self) -> Response:
         (password,) = _read_form("password")
-        secret, uri, qr_code = self._auth.begin_totp(self._cookie(), password, address=_client())
-        return json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
+        secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, address=_client())
+        answer = json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
+        return self._with_cookie(answer, session_id)
 
     @_route("PUT", "/totp")
     def confirm_totp(self) -> Response:
@@ -242,7 +250,11 @@ class Handlers:
         _log("authn_password_change", user_id=user.id)
         return self._with_device(json_response(200, email=email, message="Password updated"), user, _device(), "reset")
 
-    @_route("GET", "/login", "/register", "/forgot", "/reset")
+    @_route("GET", "/.well-known/change-password")  # https://w3c.github.io/webappsec-change-password-url/
+    def change_password_url(self) -> Response:
+        return json_response(302, ("Location", "/account"), message="change the password here")
+
+    @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout")
     def page(self) -> Response:
         return _file("text/html; charset=utf-8", self._pages[request.path])
 
@@ -286,9 +298,11 @@ class Handlers:
         return self._auth.newest_session(found) if len(found) > 1 else found[0] if found else None
 
     def _without_cookie(self, answer: Response) -> Response:
-        return self._with_cookie(answer, "", "; Max-Age=0")
+        return self._with_cookie(answer, "")
 
-    def _with_cookie(self, answer: Response, value: str, expiry: str = "") -> Response:
+    def _with_cookie(self, answer: Response, value: str) -> Response:
+        age = self._auth.cookie_age(value) if value else 0
+        expiry = "" if age is None else f"; Max-Age={age}"
         # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
         domain = self._settings.cookie_domain
@@ -301,8 +315,8 @@ class Handlers:
 
     def _with_device(self, answer: Response, user: User, held: str | None, kind: str = "full") -> Response:
         if value := self._auth.device_cookie(user, held, kind):
-            attributes = f"HttpOnly; Path=/; SameSite=Lax; Secure; Max-Age={self._auth.device_lifetime}"
-            answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}={value}; {attributes}"))
+            expiry = f"; Max-Age={self._auth.device_lifetime}"
+            answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}={value}; {DEVICE_ATTRIBUTES}{expiry}"))
         return answer
 
 
@@ -361,6 +375,7 @@ def _start_pruning(auth: rules.Auth, stopping: threading.Event) -> threading.Thr
         while not stopping.wait(pause):
             began, pause = time.monotonic(), PRUNE_RETRY
             try:
+                auth.mail_summaries()
                 for _ in auth.prune():
                     if stopping.wait((time.monotonic() - began) * PRUNE_REST):
                         return
@@ -511,8 +526,14 @@ def _bind(settings: Settings) -> socket.socket:
         raise SettingsError(f"AUTHSVC_LISTEN={settings.listen}: {os.strerror(error.errno or 0).lower()}") from None
 
 
-def _read_form(*names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
-    return read_form(request.environ, *names, optional=optional)
+def _read_form(*names: str, optional: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> tuple[str, ...]:
+    return read_form(request.environ, *names, optional=optional, flags=flags)
+
+
+def _is_asked_by_script() -> bool:
+    # A script cannot follow a redirect to the sign-in page on another host: it only learns that something has failed.
+    mode = request.environ.get("HTTP_SEC_FETCH_MODE", "navigate")
+    return bool(mode != "navigate" or request.environ.get("HTTP_X_REQUESTED_WITH") == "XMLHttpRequest")
 
 
 def _file(content_type: str, content: bytes) -> Response:

@@ -1,4 +1,4 @@
-"""Outgoing mail: password resets and notices of account changes.
+"""Outgoing mail: password resets, and notices of sign-ins and of account changes.
 
 Requests never wait for the mail server. A request puts a task on a bounded queue, and a worker thread composes and
 sends the mail. Requests for unknown users do the same, so response times do not reveal whether an account exists. A
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import queue
+import re
 import smtplib
 import ssl
 import threading
@@ -54,6 +55,15 @@ NOTICE = """\
 
 If it was not you, someone knows your password, can read your mail or had a reset link. Change the password of your
 mailbox first. Then reset your password here, unless your account was deleted. Tell the operator of {host}.
+"""
+
+SIGN_IN = """\
+{what}: {email} at {host}.{seen}
+
+If it was you, ignore this mail. If not, someone knows your password: change it. That signs out all other browsers. This
+page also lists where you are signed in:
+
+{link}
 """
 
 Task = Callable[[], EmailMessage | None]
@@ -113,6 +123,16 @@ class Mailer:
     def notice(self, email: str, what: str) -> EmailMessage:
         """Return the mail that notifies a user of a change to their account. ``what`` becomes its subject."""
         return self._compose(email, what, NOTICE, what=what)
+
+    def sign_in(self, email: str, what: str, seen: tuple[object, ...] = ()) -> EmailMessage:
+        """Return the mail that notifies a user of sign-ins. ``what`` becomes its subject.
+
+        ``seen`` is the time, the address and the browser of one sign-in.
+        """
+        # A client can write a link to another site into the name of its browser.
+        lines = [re.sub("[^ -~]|://|@", "?", str(text)) or "unknown" for text in seen]
+        text = "".join(f"\n{name}: {line}" for name, line in zip(("\nTime", "Address", "Browser"), lines, strict=False))
+        return self._compose(email, what, SIGN_IN, what=what, seen=text, link=f"{self._settings.public_url}/account")
 
     def check(self) -> None:
         """Sign in to the mail server and name the sender, without sending anything.

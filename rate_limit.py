@@ -39,12 +39,17 @@ RESET_ACCOUNT = 3, 1200
 RESET_ADDRESS = 10, 360
 RESET_TOKEN_ADDRESS = 10, 60
 SESSION_PASSWORD = 10, 900  # the current password, asked again in one session
+NEW_BROWSER_MAILS = 5, 17_280  # to one user: 5 a day
+OTHER_SIGN_IN_MAILS = 1, 86_400  # to one user, of each kind
 
 # How much larger the limit of a network is than that of one client in it: an IPv6 /56 and /48.
 NETWORK_FACTORS = 1, 4, 16
 
 # In development all clients share one address, and test suites create accounts by the hundred.
 DEVELOPMENT_FACTOR = 100
+
+# Kinds of mails about sign-ins, and their subjects. The summary counts those that NEW_BROWSER_MAILS left out.
+NEW_BROWSER, CODE_MISSING, SUMMARY = "Sign-in from a new browser", "Sign-in without the one-time code", "summary"
 
 Buckets = Sequence[Bucket]
 
@@ -115,6 +120,10 @@ class RateLimiter:
     def unknown_token(self, address: str) -> list[Buckets]:
         """Return the buckets of a reset token that is not live."""
         return [self._by_network(RESET_TOKEN_ADDRESS, "confirm", client_networks(address))]
+
+    def sign_in_mail(self, kind: str, user_id: int) -> list[Buckets]:
+        """Return the buckets of a mail to a user about sign-ins."""
+        return [[self._bucket(NEW_BROWSER_MAILS if kind == NEW_BROWSER else OTHER_SIGN_IN_MAILS, kind, str(user_id))]]
 
     def consume(self, choices: Iterable[Buckets]) -> tuple[int, Buckets]:
         """Count an attempt; return 0 and the buckets it consumed from, or the seconds to wait and no buckets."""

@@ -20,12 +20,14 @@ CREATE TABLE users (
     device_key       TEXT,                               -- random; part of the MAC of the user's device cookies, so that
                                                          -- a new key voids them all; NULL until it is first replaced
     last_login_at    INTEGER,                            -- NULL: never, or before this column
-    cut_salt         TEXT                                -- the salt of an imported hash for which only the first 72
+    cut_salt         TEXT,                               -- the salt of an imported hash for which only the first 72
                                                          -- bytes of a password count; void once the hash is another
+    untold_logins    INTEGER NOT NULL DEFAULT 0          -- sign-ins from new browsers that no mail has told of yet
 ) STRICT;
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;
 CREATE INDEX users_reset_token ON users (reset_token) WHERE reset_token IS NOT NULL;
+CREATE INDEX users_untold_logins ON users (untold_logins) WHERE untold_logins > 0;
 
 CREATE TABLE sessions (
     id           INTEGER PRIMARY KEY AUTOINCREMENT,  -- ascending in the order of logins
@@ -35,7 +37,9 @@ CREATE TABLE sessions (
     last_seen_at INTEGER NOT NULL,                   -- may lag by up to a minute
     expires_at   INTEGER NOT NULL,                   -- valid while now < expires_at
     address      TEXT NOT NULL,                      -- IP address of the client at login
-    user_agent   TEXT NOT NULL                       -- User-Agent of the client at login, at most 200 characters
+    user_agent   TEXT NOT NULL,                      -- User-Agent of the client at login, at most 200 characters
+    remember     INTEGER NOT NULL DEFAULT 0,         -- 1: the browser keeps the cookie when it is closed
+    factor_at    INTEGER                             -- when a second factor was last shown in it; NULL: never
 ) STRICT;
 
 CREATE INDEX sessions_user_id ON sessions (user_id);

@@ -93,13 +93,13 @@ class Settings:
     public_url: str = ""  # https://…, the address that people use; setting it makes this a production service
     bcrypt_cost: int = 12  # log2 of the rounds: 0.24 s of a core, doubled by each step; at least 10 in production
     throttle: bool = True  # the rate limits; always on in production
-    sessions_per_user: int = 1  # simultaneous sessions; one more login ends the oldest
+    sessions_per_user: int = 1  # simultaneous sessions, 10 in production; one more login ends the oldest
     session_idle: int = 604_800  # seconds, 7 days; a session that is unused for this long expires
     session_lifetime: int = 2_592_000  # seconds, 30 days (NIST SP 800-63B-4 AAL1); expires even when in use
     reset_lifetime: int = 600  # seconds until a reset token expires
     password_min: int = 15  # minimum characters of a new password; production only
     registration: str = "open"  # who can create an account: anyone (open), invited people (invitation), no one (closed)
-    require_totp: bool = False  # if on, a session without two-factor authentication can only be used to set it up
+    require_second_factor: bool = False  # if on, a session that has not shown a second factor can only set one up
     trusted_proxy: str = ""  # IP addresses and networks that may send X-Forwarded-For and X-Forwarded-Proto
     cookie_domain: str = ""  # shares the session cookie with all hosts under this domain, which can read it; production
     smtp_url: str = ""  # smtp+starttls://user@host:587, smtps://user@host:465 or smtp://127.0.0.1:25; "": no mail
@@ -119,6 +119,7 @@ class Settings:
         except ImportError:
             raise SettingsError("this service runs on Linux and macOS; on Windows use WSL") from None
         readers = {PREFIX + one.name.upper(): one for one in fields(cls)}
+        readers["AUTHSVC_REQUIRE_TOTP"] = readers["AUTHSVC_REQUIRE_SECOND_FACTOR"]  # its former name
         values: dict[str, Any] = {}
         linked = _LINK.fullmatch(f"AUTHSVC_NAME={environ.get('AUTHSVC_NAME')}")
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):
@@ -131,7 +132,11 @@ class Settings:
                 remedy = listen if name in ("AUTHSVC_PORT", "AUTHSVC_HOST") else "docs/settings.md lists all settings"
                 raise SettingsError(f"{name} is not a setting; {remedy}")
             known = readers[name]
-            values[known.name] = _read(name, environ[name], type(known.default))
+            value = _read(name, environ[name], type(known.default))
+            if values.setdefault(known.name, value) != value:
+                raise SettingsError(f"{name} contradicts its new name {PREFIX}{known.name.upper()}: unset it")
+        if "public_url" in values:
+            values.setdefault("sessions_per_user", 10)  # people have several devices
         return cls(**values)
 
     def __post_init__(self) -> None:

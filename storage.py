@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from engines import Transaction, open_engine, operations
 from engines.errors import RolledBack
@@ -89,13 +89,25 @@ class Session:
     created_at: int
     last_seen_at: int
     expires_at: int
-    address: str
-    user_agent: str
+    address: str = ""
+    user_agent: str = ""
+    remember: int = 0  # 1: the browser keeps the cookie when it is closed
+    factor_at: int | None = None  # when a second factor was last shown in it
 
     @property
     def id(self) -> str:
         """The public id."""
         return public_id(self.session_hash)
+
+
+class LiveSession(NamedTuple):
+    """What the rules ask of a session at each request."""
+
+    row_id: int  # stays when the session is renewed
+    last_seen_at: int
+    expires_at: int
+    remember: int
+    factor_at: int | None
 
 
 def public_id(session_hash: str) -> str:
@@ -261,8 +273,10 @@ class DB:
         values |= {"totp_since": user.totp_since or 0, "idle_since": idle_since, "limit": limit}
         with self._user_transaction(user.id, replaced) as db:
             statement = """
-                INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
-                SELECT :session_hash, id, :created_at, :last_seen_at, :expires_at, :address, :user_agent
+                INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent,
+                                      remember, factor_at)
+                SELECT :session_hash, id, :created_at, :last_seen_at, :expires_at, :address, :user_agent,
+                       :remember, :factor_at
                   FROM users
                  WHERE id = :user_id AND hashed_password = :verified AND coalesce(totp_since, 0) = :totp_since
                    AND disabled_at IS NULL"""
@@ -282,23 +296,23 @@ class DB:
 
     def find_session(
         self, session_hash: str, *, now: int, idle_since: int, latest: int
-    ) -> tuple[User, int, int] | None:
-        """Return the user of a live session, the id of its row, which it keeps, and the time of its last use.
+    ) -> tuple[User, LiveSession] | None:
+        """Return a live session with its user.
 
         A session is live if it has not expired, was used after ``idle_since``, and has no time later than ``latest``.
         """
         statement = f"""
-            SELECT {USER_COLUMNS}, sessions.id, sessions.last_seen_at
+            SELECT sessions.id, last_seen_at, expires_at, remember, factor_at, {USER_COLUMNS}
               FROM sessions JOIN users ON users.id = sessions.user_id
              WHERE sessions.session_hash = :session_hash AND {IS_LIVE_SESSION}"""
         values = {"session_hash": session_hash, "now": now, "idle_since": idle_since, "latest": latest}
         row = self._engine.read(statement, values)
-        return row and (_user(row[:-2]), *row[-2:])
+        return row and (_user(row[5:]), LiveSession(*row[:5]))
 
     def list_sessions(self, user_id: int, *, now: int, idle_since: int, latest: int) -> list[Session]:
         """Return the live sessions of a user, newest first."""
         statement = f"""
-            SELECT session_hash, created_at, last_seen_at, expires_at, address, user_agent
+            SELECT session_hash, created_at, last_seen_at, expires_at, address, user_agent, remember, factor_at
               FROM sessions WHERE user_id = :user_id AND {IS_LIVE_SESSION} ORDER BY id DESC"""
         values = {"user_id": user_id, "now": now, "idle_since": idle_since, "latest": latest}
         return [Session(*row) for row in self._engine.read_all(statement, values)]
@@ -307,6 +321,10 @@ class DB:
         """Record the use of a session."""
         statement = "UPDATE sessions SET last_seen_at = :now WHERE session_hash = :session_hash AND last_seen_at < :now"
         self._engine.write(statement, {"session_hash": session_hash, "now": now})
+
+    def record_factor(self, row_id: int, now: int) -> None:
+        """Record that a second factor was shown in a session."""
+        self._engine.write("UPDATE sessions SET factor_at = :now WHERE id = :id", {"id": row_id, "now": now})
 
     def end_session(self, session_hash: str) -> bool:
         """End one session; return whether there was one."""
@@ -369,8 +387,8 @@ class DB:
 
     # Second factor
 
-    def set_totp(self, user: User, secret: str, session_hash: str) -> bool:
-        """Store an unconfirmed TOTP seed.
+    def set_totp(self, user: User, secret: str, session_hash: str, new_session_hash: str) -> bool:
+        """Store an unconfirmed TOTP seed; this session continues under a new hash.
 
         Return False and change nothing if TOTP is on, if the password is no longer that of ``user``, or if the session
         has ended.
@@ -380,7 +398,11 @@ class DB:
                 f"UPDATE users SET totp_secret = :secret, totp_step = 0 WHERE {IS_VERIFIED} AND totp_since IS NULL"
             )
             values = {"user_id": user.id, "verified": user.hashed_password, "session_hash": session_hash}
-            return db.execute(statement, values | {"secret": secret}).rowcount == 1
+            if not db.execute(statement, values | {"secret": secret}).rowcount:
+                return False
+            _renew_session(db, user.id, session_hash, new_session_hash)
+            _update_newest_session(db, user.id)
+            return True
 
     def confirm_totp(
         self, user: User, step: int, code_hashes: Iterable[str], *, now: int, session_hash: str, new_session_hash: str
@@ -401,6 +423,7 @@ class DB:
             statement = "INSERT INTO recovery_codes (user_id, code_hash) VALUES (:user_id, :code_hash)"
             db.executemany(statement, [{"user_id": user.id, "code_hash": code_hash} for code_hash in code_hashes])
             _revoke_credentials(db, user.id, session_hash, new_session_hash, devices=True)
+            db.execute("UPDATE sessions SET factor_at = :now WHERE user_id = :user_id", values)
             return True
         return False
 
@@ -429,8 +452,20 @@ class DB:
                 return False
             db.execute("DELETE FROM recovery_codes WHERE user_id = :user_id", {"user_id": user_id})
             _revoke_credentials(db, user_id, session_hash, new_session_hash)
+            db.execute("UPDATE sessions SET factor_at = NULL WHERE user_id = :user_id", {"user_id": user_id})
             return True
         return False
+
+    # Sign-ins that no mail has told of
+
+    def count_untold_logins(self, user_id: int, change: int) -> bool:
+        """Add to the number of a user's untold sign-ins; return False and change nothing if it were negative."""
+        statement = "UPDATE users SET untold_logins = untold_logins + :n WHERE id = :id AND untold_logins + :n >= 0"
+        return self._engine.write(statement, {"id": user_id, "n": change}) == 1
+
+    def untold_logins(self) -> list[tuple[int, str, int]]:
+        """Return id, email and number of untold sign-ins of each user who has any."""
+        return self._engine.read_all("SELECT id, email, untold_logins FROM users WHERE untold_logins > 0", {})
 
     # Retention
 
@@ -533,16 +568,17 @@ def _revoke_credentials(
     With ``devices`` the user's device cookies become void as well.
     The session of ``session_hash`` continues under a new hash. If it has ended, raise RolledBack.
     """
-    values: dict[str, Any] = {"user_id": user_id, "device_key": _new_device_key() if devices else None}
-    values |= {"session_hash": session_hash, "new_session_hash": new_session_hash}
+    values = {"user_id": user_id, "device_key": _new_device_key() if devices else None}
     db.execute(f"{REVOKE_PENDING}, device_key = coalesce(:device_key, device_key) WHERE id = :user_id", values)
     if session_hash is not None:
-        statement = """
-            UPDATE sessions SET session_hash = :new_session_hash
-             WHERE session_hash = :session_hash AND user_id = :user_id"""
-        if not db.execute(statement, values).rowcount:
-            raise RolledBack
+        _renew_session(db, user_id, session_hash, new_session_hash)
     _end_sessions(db, user_id, new_session_hash)
+
+
+def _renew_session(db: Transaction, user_id: int, session_hash: str, new_session_hash: str | None) -> None:
+    statement = "UPDATE sessions SET session_hash = :new WHERE session_hash = :old AND user_id = :user_id"
+    if not db.execute(statement, {"user_id": user_id, "old": session_hash, "new": new_session_hash}).rowcount:
+        raise RolledBack
 
 
 def _update_newest_session(db: Transaction, user_id: int, login_at: int | None = None) -> None:

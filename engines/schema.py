@@ -16,9 +16,12 @@ TABLES = {
     "users": (
         *("id", "email", "email_key", "hashed_password", "session_id", "reset_token", "reset_expires_at"),
         *("reset_created_at", "created_at", "disabled_at", "totp_secret", "totp_since", "totp_step"),
-        *("device_key", "last_login_at", "cut_salt"),
+        *("device_key", "last_login_at", "cut_salt", "untold_logins"),
     ),
-    "sessions": ("id", "session_hash", "user_id", "created_at", "last_seen_at", "expires_at", "address", "user_agent"),
+    "sessions": (
+        *("id", "session_hash", "user_id", "created_at", "last_seen_at", "expires_at", "address", "user_agent"),
+        *("remember", "factor_at"),
+    ),
     "recovery_codes": ("user_id", "code_hash"),
     "known_addresses": ("user_id", "address_hash", "seen_at"),
     "throttle": ("key", "full_at"),
@@ -50,6 +53,12 @@ SQLITE_MIGRATIONS: tuple[str, ...] = (
     DELETE FROM known_addresses;
     """,
     "ALTER TABLE users ADD COLUMN cut_salt TEXT;",
+    """
+    ALTER TABLE users ADD COLUMN untold_logins INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sessions ADD COLUMN remember INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sessions ADD COLUMN factor_at INTEGER;
+    CREATE INDEX users_untold_logins ON users (untold_logins) WHERE untold_logins > 0;
+    """,
 )
 SQLITE_VERSION = len(SQLITE_MIGRATIONS) + 1
 POSTGRES_MIGRATIONS: tuple[str, ...] = (
@@ -59,6 +68,12 @@ POSTGRES_MIGRATIONS: tuple[str, ...] = (
     DELETE FROM known_addresses;
     """,
     'ALTER TABLE users ADD COLUMN cut_salt text COLLATE "C";',
+    """
+    ALTER TABLE users ADD COLUMN untold_logins bigint NOT NULL DEFAULT 0;
+    ALTER TABLE sessions ADD COLUMN remember bigint NOT NULL DEFAULT 0;
+    ALTER TABLE sessions ADD COLUMN factor_at bigint;
+    CREATE INDEX users_untold_logins ON users (untold_logins) WHERE untold_logins > 0;
+    """,
 )
 POSTGRES_VERSION = len(POSTGRES_MIGRATIONS) + 1
 

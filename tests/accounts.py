@@ -144,15 +144,15 @@ def current_code(seed: str, clock: Clock, later: int = 0) -> str:
     return totp.code(seed, int(clock()) // totp.STEP + later)
 
 
-def begin(auth: Auth, session_id: str | None) -> str:
-    """Begin to set up a second factor; return the seed."""
-    return auth.begin_totp(session_id, PASSWORD, address=None)[0]
+def begin(auth: Auth, session_id: str | None) -> tuple[str, str]:
+    """Begin to set up a second factor; return the seed and the new id of the session."""
+    seed, *_, new_id = auth.begin_totp(session_id, PASSWORD, address=None)
+    return str(seed), str(new_id)
 
 
 def switch_on(auth: Auth, clock: Clock, email: str = EMAIL) -> Factor:
     """Switch a second factor on, and wait until the step of the code that confirmed it has passed."""
-    session_id = auth.create_session(email)
-    seed = begin(auth, session_id)
+    seed, session_id = begin(auth, auth.create_session(email))
     _, new_id, recovery_codes = auth.confirm_totp(session_id, current_code(seed, clock), address=None)
     clock.advance(totp.STEP)
     return Factor(seed, new_id, recovery_codes)

@@ -42,14 +42,18 @@ FIELDS = [(method, path, field) for method, path, fields in FORMS for field in f
 # The pages and their files, each with its content type.
 HTML = "text/html; charset=utf-8"
 PAGES = {
-    **dict.fromkeys(("/login", "/register", "/forgot", "/reset", "/account"), HTML),
+    **dict.fromkeys(("/login", "/register", "/forgot", "/reset", "/logout", "/account"), HTML),
     "/pages/style.css": "text/css; charset=utf-8",
     "/pages/script.js": "text/javascript; charset=utf-8",
 }
 
 # /verify is open: it answers a request without a session with 401.
 OPEN_ROUTES = [
-    *(("GET", path) for path in ("/", "/health", "/verify", *PAGES) if path != "/account"),
+    *(
+        ("GET", path)
+        for path in ("/", "/health", "/verify", "/.well-known/change-password", *PAGES)
+        if path != "/account"
+    ),
     *((method, path) for method, path, _ in FORMS[:4]),
 ]
 SESSION_ROUTES = [
@@ -118,6 +122,7 @@ class TotpUser:
     call: Client
     clock: Clock
     cookie: str = ""
+    former: str = ""  # the cookie before begin()
     seed: str = ""
     recovery_codes: tuple[str, ...] = ()
 
@@ -131,9 +136,9 @@ class TotpUser:
 
     def begin(self) -> Answer:
         """Sign in and request a new seed."""
-        self.cookie = cookie_of(self.log_in(REMOTE_ADDR="127.0.0.1"))
-        answer = self.call("POST", "/totp", {"password": "b4l0u"}, cookie=self.cookie)
-        self.seed = answer.json["secret"]
+        self.former = cookie_of(self.log_in(REMOTE_ADDR="127.0.0.1"))
+        answer = self.call("POST", "/totp", {"password": "b4l0u"}, cookie=self.former)
+        self.cookie, self.seed = cookie_of(answer), answer.json["secret"]
         return answer
 
     def confirm(self) -> Answer:

@@ -167,7 +167,7 @@ def spend_token(db: DB, token_hash: str = "token", now: int = NOW, new: bytes = 
 def begin_totp(db: DB, user_id: int, secret: str = "SEED") -> bool:
     """Store an unconfirmed seed, from the user's newest session."""
     user = db.find_user_by(id=user_id)
-    return db.set_totp(user, secret, user.session_id or "")
+    return db.set_totp(user, secret, user.session_id or "", user.session_id or "")
 
 
 def enable_totp(db: DB, user: User, session_hash: str, new_session_hash: str, *codes: str, now: int = NOW) -> bool:
@@ -184,7 +184,8 @@ def add_expiring_rows(other: Any, number: int = 1) -> None:
         moment = NOW + (index == number)
         other.execute("INSERT INTO throttle VALUES (?, ?)", (f"b{index}", moment))
         other.execute(
-            "INSERT INTO sessions VALUES (?, ?, 1, ?, ?, ?, '', '')", (100 + index, f"s{index}", NOW, NOW, moment)
+            "INSERT INTO sessions VALUES (?, ?, 1, ?, ?, ?, '', '', 0, NULL)",
+            (100 + index, f"s{index}", NOW, NOW, moment),
         )
 
 
@@ -205,6 +206,9 @@ LOOKUPS: dict[str, Callable[[DB], object]] = {
     "replace_hash": lambda db: db.replace_hash(1, HASH, HASH),
     "add_session": lambda db: add_session(db, db.find_user_by(id=1), "t", replaced="s"),
     "touch_session": lambda db: db.touch_session("s", NOW + 60),
+    "record_factor": lambda db: db.record_factor(1, NOW),
+    "count_untold_logins": lambda db: db.count_untold_logins(1, 1),
+    "untold_logins": lambda db: db.untold_logins(),
     "end_session": lambda db: db.end_session("t"),
     "end_sessions": lambda db: db.end_sessions(1),
     "set_reset_token": lambda db: set_reset_token(db, 1),

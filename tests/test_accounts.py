@@ -376,7 +376,7 @@ def test_guesses_at_the_current_password_are_counted_across_renewals_of_a_sessio
     for _ in range(3):
         for _ in range(4):
             guesses += is_compared(auth, mine)
-        seed, *_ = auth.begin_totp(mine, PASSWORD, address=None)
+        seed, _, _, mine = auth.begin_totp(mine, PASSWORD, address=None)
         code = totp.code(seed, int(clock()) // totp.STEP)
         _, mine, codes = auth.confirm_totp(mine, code, address=None)
         _, mine = auth.remove_totp(mine, PASSWORD, codes[0], address=None)

@@ -535,8 +535,7 @@ ATTEMPTS: dict[str, Attempt] = {
 def test_an_attempt_is_counted_for_every_address_but_none(
     auth: Auth, user: User, query: Query, attempt: Attempt, address: str | None
 ) -> None:
-    session_id = auth.create_session(EMAIL)
-    begin(auth, session_id)
+    _, session_id = begin(auth, auth.create_session(EMAIL))
     with suppress(AuthError):
         attempt(auth, session_id, address)
     assert (query("SELECT * FROM throttle") != []) is (address is not None)

@@ -104,7 +104,7 @@ def people(settings: Settings) -> Iterator[Auth]:
     auth.register_user("bob@x.io", "b4l0u")
     auth.register_user("eve@x.io", "3v3")
     session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="curl\x1b[2J\x07")[1]
-    seed, _, _ = auth.begin_totp(session_id, "b4l0u", address=None)
+    seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", address=None)
     auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), address=None)
     yield auth
     auth.close()

@@ -98,9 +98,9 @@ def fill(database: str) -> None:
     auth.register_user("Bob@x.io", "b4l0u")
     auth.register_user("ÉVE@x.io", "3v3")
     session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="tab\t, back\\slash, \\N, é, 🗝")[1]
-    seed, _, _ = auth.begin_totp(session_id, "b4l0u", address=None)
+    seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", address=None)
     auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), address=None)
-    auth.log_in("éve@x.io", "3v3", address="2001:db8::1", user_agent="")
+    auth.log_in("éve@x.io", "3v3", address="2001:db8::1", user_agent="", remember=True)
     auth.link_token(auth.find_user("éve@x.io"))
     auth.add_account("invited@x.io")
     auth.add_account("gone@x.io")
@@ -111,6 +111,7 @@ def fill(database: str) -> None:
         db._engine.write("INSERT INTO known_addresses SELECT id, 'address ' || id, 1 FROM users", {})
         old = db.add_user("old@x.io", HASH)  # a hash as text, and no time of creation, as in an old file
         db.disable_user(old.id, 1_700_000_000)
+        db.count_untold_logins(old.id, 3)
         db._engine.write("UPDATE users SET cut_salt = 'salt' WHERE id = :id", {"id": old.id})
         db.delete_user(db.find_user_by(email="gone@x.io").id)
         db.delete_user(db.add_user("last@x.io", b"$2b$04$bytes").id)  # its id is never used again

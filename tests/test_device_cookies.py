@@ -159,6 +159,18 @@ def test_the_cookie_is_not_shared_with_sibling_hosts(database: str, db: DB, cloc
     assert device.parse(browser.device)
 
 
+def test_signing_out_can_forget_the_browser(call: Client, owner: Browser) -> None:
+    forgotten = "__Host-device=; HttpOnly; Path=/; SameSite=Lax; Secure; Max-Age=0"
+    owner.log_in()
+    for query in ("", "?forget=0", "?forget=1&a=b", "?forget=1"):
+        answer = owner("DELETE", f"/sessions{query}")
+        assert (answer.status, answer.set_cookies[1:]) == (302, [forgotten] if query == "?forget=1" else [])
+        owner.log_in()
+    owner.sign_out()
+    assert owner("DELETE", "/sessions?forget=1").set_cookies[1:] == [forgotten]  # there is no session left to end
+    assert owner("DELETE", "/sessions?forget=0").status == 403
+
+
 def test_a_refused_request_sets_no_cookie(call: Client, owner: Browser) -> None:
     for form in ({"password": "wrong"}, {"password": PASSWORD, "email": "nobody@x.io"}):
         assert owner("POST", "/sessions", **{"email": BOB, **form}).set_cookies == []
@@ -171,6 +183,8 @@ def test_development_knows_no_devices(database: str, db: DB, clock: Clock) -> No
     browser = Browser(Client(create_app(settings, auth)), "127.0.0.1")
     answer = browser("POST", "/sessions", email=BOB, password=PASSWORD)
     assert [cookie.partition("=")[0] for cookie in answer.set_cookies] == ["session_id"]
+    assert len(browser("DELETE", "/sessions?forget=1").set_cookies) == 1
+    assert browser("DELETE", "/sessions?forget=1").status == 403
     genuine = device.issue(auth._limiter.keyed, user.id, user.device_key, "full", int(clock()))
     browser.cookies["__Host-device"] = str(genuine)
     assert [browser.log_in(password="wrong") for _ in range(11)] == [401] * 10 + [429]

@@ -239,7 +239,7 @@ def test_every_field_of_a_form_is_documented() -> None:
         for node in ast.walk(call)
         if isinstance(node, ast.Constant)
     }
-    assert names == {"email", "password", "new_password", "otp", "reset_token"}
+    assert names == {"email", "password", "new_password", "otp", "remember", "reset_token"}
     assert names <= {name for row in rows("Limits") for name in re.findall("`([a-z_]+)`", row[0])}
 
 

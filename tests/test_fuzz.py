@@ -301,7 +301,7 @@ class Target:
         session_id, seed = str(self.auth.create_session(EMAIL)), totp.new_seed()
         if self.rounds % 3:
             user = self.auth.find_user(EMAIL)
-            self.db.set_totp(user, seed, str(user.session_id))
+            self.db.set_totp(user, seed, str(user.session_id), str(user.session_id))
         if self.rounds % 3 == 2:
             _, session_id, _ = self.auth.confirm_totp(
                 session_id, totp.code(seed, int(self.clock()) // totp.STEP), address=None

@@ -25,6 +25,7 @@ import pytest
 import requests
 import trustme
 
+import authsvc
 import mail
 from auth import Auth, AuthError
 from authsvc import create_app
@@ -32,7 +33,7 @@ from cli import commands
 from credentials import totp
 from mail import ANSWER_FIRST, Mailer
 from settings import Settings, SettingsError
-from storage import DB
+from storage import DB, User
 from tests.conftest import Answer, Client, Clock, Service
 from tests.crowd import UNMEASURED, awaited
 from tests.mail_server import SMTP_PASSWORD, USER, MailServer, smtp_url
@@ -302,6 +303,122 @@ def test_a_refused_reset_sends_no_mail(call: Client, server: MailServer, mailer:
     assert count_mails(mailer, server) == 0
 
 
+def sign_in(auth: Auth, otp: str = "", **details: Any) -> tuple[User, str]:
+    """Sign Bob in, in a new browser unless ``details`` has a device cookie; return him and the session."""
+    user, session_id, _ = auth.log_in(BOB, PASSWORD, otp, **{"address": CLIENT, **details})
+    return user, session_id
+
+
+def with_factor(auth: Auth, clock: Clock) -> list[str]:
+    """Switch a second factor on and drop the mail about it; return the recovery codes."""
+    seed, _, _, session_id = auth.begin_totp(auth.create_session(BOB), PASSWORD, address=None)
+    return auth.confirm_totp(session_id, totp.code(seed, int(clock()) // totp.STEP), address=None)[2]
+
+
+@pytest.mark.both_engines
+def test_a_sign_in_from_a_new_browser_is_told_by_mail(
+    auth: Auth, clock: Clock, mailer: Mailer, server: MailServer
+) -> None:
+    user, _ = sign_in(auth)  # the first one of the account
+    device = auth.device_cookie(user, None)
+    sign_in(auth, device=device)
+    assert count_mails(mailer, server) == 0
+    sign_in(auth, device="1.1.full.0.0", address="2001:db8::1", user_agent="Brows\0er/1 <b>é http://evil.example a@b")
+    subject, text = next_notice(server)
+    assert subject == "Sign-in from a new browser"
+    assert text.startswith(f"Sign-in from a new browser: {BOB} at auth.example.com.\n")
+    assert "\nTime: 2027-01-15T08:00:00Z\nAddress: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil.example a?b\n" in text
+    assert f"\n{PUBLIC_URL}/account\n" in text
+    assert PASSWORD not in text
+    with pytest.raises(AuthError):
+        auth.log_in(BOB, "wrong", address=CLIENT)
+    assert count_mails(mailer, server) == 0
+
+
+@pytest.mark.parametrize("state", ["no mail server", "development"])
+def test_a_new_browser_is_not_told_where_it_cannot_be(
+    db: DB, settings: Settings, clock: Clock, mailer: Mailer, server: MailServer, state: str
+) -> None:
+    if state == "development":
+        settings = Settings(database=settings.database, bcrypt_cost=4)
+    auth = Auth(db, settings, clock, mailer=mailer if state == "development" else None)
+    auth.register_user(BOB, PASSWORD)
+    for _ in range(7):
+        sign_in(auth)
+    auth.mail_summaries()
+    assert count_mails(mailer, server) == 0
+    assert db.untold_logins() == []
+
+
+@pytest.mark.both_engines
+def test_beyond_five_new_browsers_a_day_a_summary_counts_the_rest(
+    auth: Auth, db: DB, settings: Settings, clock: Clock, mailer: Mailer, server: MailServer
+) -> None:
+    def told() -> list[str]:
+        return [next_notice(server)[0] for _ in range(count_mails(mailer, server))]
+
+    for _ in range(8):
+        sign_in(auth)
+    assert told() == ["Sign-in from a new browser"] * 5
+    restarted = Auth(db, settings, clock, mailer=mailer)
+    restarted.mail_summaries()
+    assert told() == ["2 more sign-ins from new browsers"]
+    sign_in(auth)
+    for _ in range(23):
+        clock.advance(3600)
+        restarted.mail_summaries()
+    assert told() == []  # one a day
+    clock.advance(3600)
+    restarted.mail_summaries()
+    _, text = next_notice(server)
+    assert text.startswith(f"1 more sign-in from new browsers: {BOB} at auth.example.com.\n\nIf it was you, ")
+    restarted.mail_summaries()
+    assert told() == []
+
+
+def test_the_hourly_round_mails_the_summary(
+    auth: Auth, mailer: Mailer, server: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(7):
+        sign_in(auth)
+    assert count_mails(mailer, server) == 5
+    stopping = threading.Event()
+    pruning = authsvc._start_pruning(auth, stopping)
+    subjects = [server.next()["Subject"] for _ in range(6)]
+    stopping.set()
+    pruning.join(5)
+    assert subjects[-1] == "1 more sign-in from new browsers at auth.example.com"
+
+
+def test_two_rounds_at_once_count_each_sign_in_once(auth: Auth, db: DB) -> None:
+    user, _ = sign_in(auth)
+    for change, done in [(3, True), (-3, True), (-3, False), (1, True), (-3, False), (-1, True)]:
+        assert db.count_untold_logins(user.id, change) is done
+    assert db.untold_logins() == []
+
+
+@pytest.mark.both_engines
+def test_a_right_password_without_its_code_is_told_once_a_day(
+    auth: Auth, clock: Clock, mailer: Mailer, server: MailServer
+) -> None:
+    codes = with_factor(auth, clock)
+    assert next_notice(server)[0] == "A second factor was switched on"
+    for otp in ("", "", "wrong"):
+        with pytest.raises(AuthError):
+            sign_in(auth, otp, user_agent="curl/8")
+    assert count_mails(mailer, server) == 1
+    subject, text = next_notice(server)
+    assert subject == "Sign-in without the one-time code"
+    assert "\nTime: 2027-01-15T08:00:00Z\nAddress: 192.0.2.1\nBrowser: curl/8\n" in text
+    clock.advance(86_400)
+    device = auth.device_cookie(sign_in(auth, codes[0])[0], None)
+    assert next_notice(server)[0] == "Sign-in from a new browser"
+    for known in (device, None):
+        with pytest.raises(AuthError):
+            sign_in(auth, device=known)
+    assert count_mails(mailer, server) == 1  # a browser that the account knows asks for the code each time
+
+
 def next_notice(server: MailServer) -> tuple[str, str]:
     """Return the subject, without the host, and the text of the next mail to Bob."""
     _, recipients, message = server.next_received()
@@ -314,7 +431,7 @@ def next_notice(server: MailServer) -> tuple[str, str]:
 def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock: Clock, server: MailServer) -> None:
     session_id = auth.create_session(BOB)
     _, session_id = auth.change_password(session_id, PASSWORD, NEW_PASSWORD, address=None)
-    seed, *_ = auth.begin_totp(session_id, NEW_PASSWORD, address=None)
+    seed, _, _, session_id = auth.begin_totp(session_id, NEW_PASSWORD, address=None)
     code = totp.code(seed, int(clock()) // totp.STEP)
     _, session_id, recovery = auth.confirm_totp(session_id, code, address=None)
     _, session_id = auth.remove_totp(session_id, NEW_PASSWORD, recovery[0], address=None)

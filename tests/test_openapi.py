@@ -135,8 +135,9 @@ def test_every_successful_answer_is_as_documented(document: Any, call: Client, c
         return totp.code(seed, int(clock()) // totp.STEP)
 
     send("GET", "/")
+    send("GET", "/.well-known/change-password", 302)
     send("POST", "/users", **login)
-    send("POST", "/sessions", **login)
+    send("POST", "/sessions", **login, remember="1")
     send("GET", "/health")
     send("GET", "/profile")
     send("GET", "/verify")

@@ -7,6 +7,7 @@ import email.message
 import json
 import os
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import requests
@@ -32,7 +33,7 @@ from tests.proxies import AUTH, PASSWORD, Site, accepts, program, reserve_port
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
 NEW_PASSWORD = "choucroute garnie du lundi"
-PAGES = "login", "register", "forgot", "reset", "account"
+PAGES = "login", "register", "forgot", "reset", "logout", "account"
 SCREENSHOTS = HERE / "docs" / "screenshots"
 TIMEOUT = 30_000  # milliseconds; only a machine with too much to do needs more than one second
 
@@ -285,6 +286,75 @@ def test_a_return_address_is_found_in_every_spelling(visit: Visit, site: Site) -
     }
     for given, target in spellings.items():
         bob.open_redirecting(f"/login?return={given}", target)
+
+
+def invite(site: Site, address: str) -> None:
+    """Create an account by an invitation, which no limit of registrations counts."""
+    fragment = parse_qs(urlsplit(site.command("invite", address).split()[-1]).fragment)
+    form = {"email": address, "reset_token": fragment["token"][0], "new_password": PASSWORD}
+    assert site.request("PUT", f"{site.auth}/reset_password", form).status == 200
+
+
+def test_a_visitor_stays_signed_in_only_if_they_ask_for_it(visit: Visit, site: Site) -> None:
+    invite(site, "stay@example.com")
+    bob = visit()
+
+    def expires() -> bool:
+        (cookie,) = [one for one in bob.context.cookies() if one["name"] == "__Secure-session_id"]
+        return cookie["expires"] > time.time() + 2_500_000
+
+    bob.open("/login")
+    bob.sign_in("stay@example.com")
+    assert not expires()
+    bob.page.get_by_role("button", name="Sign out").click()
+    bob.expect_url("/login")
+    bob.page.get_by_label("Keep me signed in").check()
+    bob.sign_in("stay@example.com")
+    assert expires()
+
+
+def test_the_sign_out_page_forgets_the_browser(visit: Visit, site: Site) -> None:
+    invite(site, "leave@example.com")
+    bob = visit()
+    bob.open("/login")
+    bob.sign_in("leave@example.com")
+    assert len(bob.context.cookies()) == 2
+    for choice, left in (False, {"__Host-device"}), (True, set()):
+        bob.open("/logout")
+        bob.page.get_by_label("Forget this browser").set_checked(choice)
+        bob.page.get_by_role("button", name="Sign out").click()
+        bob.expect_url("/login")
+        assert {cookie["name"] for cookie in bob.context.cookies()} == left
+    bob.open("/logout")
+    bob.page.get_by_role("button", name="Sign out").click()
+    bob.expect_status("leave", "You are not signed in.")
+
+
+def test_the_usual_address_to_change_a_password_leads_to_the_account(visit: Visit) -> None:
+    bob = visit()
+    bob.open("/.well-known/change-password")
+    bob.expect_url("/login")  # where the account page leads a visitor without a session
+    assert f"{bob.site.auth}/account" in bob.requests
+
+
+def test_a_change_asks_for_the_code_where_the_service_does(visit: Visit, site: Site) -> None:
+    bob = visit()
+    invite(site, "ask@example.com")
+    bob.open("/login")
+    bob.sign_in("ask@example.com")
+    _, codes = bob.set_up_two_factor()
+    bob.fill("password", password=PASSWORD, new_password=NEW_PASSWORD)  # the code was shown a moment ago
+    bob.expect_status("password", "Password changed. All other sessions have been signed out.")
+    expect(bob.page.locator("#password-otp")).to_be_hidden()
+    with closing(sqlite3.connect(site.folder / "authsvc.db")) as database, database:
+        database.execute("UPDATE sessions SET factor_at = factor_at - 600")
+    bob.fill("password", password=NEW_PASSWORD, new_password=PASSWORD)
+    bob.expect_status("password", "Enter the code from your authenticator app.")
+    expect(bob.page.locator("#password-otp")).to_be_focused()
+    bob.page.keyboard.type(codes[0])
+    bob.page.keyboard.press("Enter")
+    bob.expect_status("password", "Password changed. All other sessions have been signed out.")
+    expect(bob.page.locator("#password-otp")).to_be_hidden()
 
 
 def test_registration_returns_to_the_application(visit: Visit, site: Site) -> None:
@@ -628,7 +698,7 @@ def test_without_javascript_a_page_says_that_it_needs_it(visit: Visit) -> None:
 
 
 def test_an_invited_user_sets_up_a_required_second_factor(browser: Browser, tmp_path: Path) -> None:
-    settings = {"AUTHSVC_REGISTRATION": "invitation", "AUTHSVC_REQUIRE_TOTP": "on"}
+    settings = {"AUTHSVC_REGISTRATION": "invitation", "AUTHSVC_REQUIRE_SECOND_FACTOR": "on"}
     with closing(Site("nginx", tmp_path, settings)) as site, Visitor(browser, site) as bob:
         bob.open("/register")
         bob.fill("register", email="bob@example.com", password=PASSWORD)

@@ -108,8 +108,10 @@ def test_the_cookie_is_renewed_and_deleted_with_the_same_attributes(
     call = Client(create_app(settings, Auth(db, settings, clock)))
     attributes = f"; HttpOnly; Path=/; SameSite=Lax; Secure{domain}"
     ask(call, "POST", "/users", FORM)
-    session_id, new = ask(call, "POST", "/sessions", FORM).session_id, "choucroute du lundi"
-    seed = ask(call, "POST", "/totp", FORM, cookie=f"{name}={session_id}").json["secret"]
+    session_id, new = ask(call, "POST", "/sessions", {**FORM, "remember": "1"}).session_id, "choucroute du lundi"
+    begun = ask(call, "POST", "/totp", FORM, cookie=f"{name}={session_id}")
+    assert re.fullmatch(f"{name}=[A-Za-z0-9_-]{{43}}{attributes}; Max-Age=2592000", begun.headers["Set-Cookie"])
+    session_id, seed = begun.session_id, begun.json["secret"]
 
     def code() -> str:
         clock.advance(totp.STEP)
@@ -122,7 +124,9 @@ def test_the_cookie_is_renewed_and_deleted_with_the_same_attributes(
     ]:
         renewed = ask(call, method, path, form, cookie=f"{name}={session_id}")
         assert renewed.status == 200
-        assert re.fullmatch(f"{name}=[A-Za-z0-9_-]{{43}}{attributes}", renewed.headers["Set-Cookie"])
+        cookie, _, age = renewed.headers["Set-Cookie"].partition("; Max-Age=")
+        assert re.fullmatch(f"{name}=[A-Za-z0-9_-]{{43}}{attributes}", cookie)
+        assert int(age) == 2_592_000 - 60  # what remains of the session: the clock has moved for two codes
         assert ask(call, "GET", "/profile", cookie=f"{name}={session_id}").status == 403
         session_id = renewed.session_id
         assert ask(call, "GET", "/profile", cookie=f"{name}={session_id}").status == 200

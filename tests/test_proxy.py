@@ -74,6 +74,26 @@ def test_without_a_session_the_proxy_redirects_to_the_sign_in_page(site: Site, c
     assert site.application.request_count == before
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Mode": "cors"},
+        {"Sec-Fetch-Mode": "same-origin"},
+        {"X-Requested-With": "XMLHttpRequest"},
+        {"Sec-Fetch-Mode": "navigate", "X-Requested-With": "XMLHttpRequest"},
+        {"Sec-Fetch-Mode": "navigate"},
+        {"X-Requested-With": "org.example.app"},
+    ],
+)
+def test_a_script_of_the_application_is_not_redirected(site: Site, cookie: str, headers: dict[str, str]) -> None:
+    leads = headers in ({"Sec-Fetch-Mode": "navigate"}, {"X-Requested-With": "org.example.app"})
+    before = site.application.request_count
+    reply = site.request("GET", f"{site.app}/some/where", headers=headers)
+    assert (reply.status, "Location" in reply.headers) == ((302, True) if leads else (401, False))
+    assert site.application.request_count == before
+    assert site.request("GET", f"{site.app}/some/where", cookie=cookie, headers=headers).status == 200
+
+
 @pytest.mark.parametrize("form", ["{0}; {1}", "{1};{0}; {1}", "a=b; {0}; {1}; c=d", "{0}; a=b; {1}; {0}; {1}; {0}"])
 def test_the_application_sees_none_of_several_sessions(site: Site, cookie: str, form: str) -> None:
     other = site.sign_in(BOB)

@@ -313,7 +313,7 @@ class Phone:
     def __init__(self, auth: Auth, clock: Clock) -> None:
         self.session_id = auth.log_in(BOB, PASSWORD, address=HOME)[1]
         self._clock = clock
-        self._seed, *_ = auth.begin_totp(self.session_id, PASSWORD, address=None)
+        self._seed, _, _, self.session_id = auth.begin_totp(self.session_id, PASSWORD, address=None)
         user, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code(), address=None)
         self.device = auth.device_cookie(user, None)
 
@@ -403,7 +403,7 @@ def test_a_recovery_code_works_when_the_code_bucket_is_empty(auth: Auth, phone: 
 
 def test_guesses_at_the_confirming_code_are_limited_to_5(auth: Auth, bob: None, checked: list[str]) -> None:
     session_id = auth.create_session(BOB)
-    auth.begin_totp(session_id, PASSWORD, address=None)
+    *_, session_id = auth.begin_totp(session_id, PASSWORD, address=None)
     outcomes = [outcome(lambda: auth.confirm_totp(session_id, "12345", address=AWAY)) for _ in range(8)]
     assert outcomes == ["ReauthenticationFailed"] * 5 + ["TooManyAttempts"] * 3
     assert len(checked) == 5

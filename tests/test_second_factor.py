@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from auth import (
     CodeRequired,
     LoginFailed,
     ReauthenticationFailed,
+    SecondFactorNotShown,
     SecondFactorRejected,
     SecondFactorRequired,
+    SessionCodeRequired,
     SessionRequired,
     TokenRejected,
+    TooManyAttempts,
     _hash_password,
 )
 from credentials import totp
@@ -28,9 +32,11 @@ from tests.accounts import (
     ACCOUNT_CHANGES,
     DAY,
     EMAIL,
+    ENROLMENT,
     FOREIGN_ADDRESS,
     NEW_PASSWORD,
     OTHER,
+    OWN_ADDRESS,
     PASSWORD,
     SESSION_ACTIONS,
     Action,
@@ -63,7 +69,10 @@ WRONG_CODE = r"^wrong one-time code$"
 @pytest.mark.both_engines
 def test_a_second_factor_works_from_its_setup_to_its_removal(auth: Auth, clock: Clock, user: User, row: Row) -> None:
     mine = sign_in(auth)
-    seed, uri, qr_code = auth.begin_totp(mine, PASSWORD, address=None)
+    former = mine
+    seed, uri, qr_code, mine = auth.begin_totp(mine, PASSWORD, address=None)
+    assert live(auth, former, mine) == [False, True]
+    assert row().session_id == digest(mine)
     assert uri == totp.uri(seed, EMAIL, "authsvc")
     assert qr_code == totp.qr_code(uri)
     assert (row().totp_secret, row().totp_since) == (seed, None)
@@ -85,7 +94,7 @@ def test_a_second_factor_works_from_its_setup_to_its_removal(auth: Auth, clock: 
 
 def test_an_app_shows_the_host_of_a_production_service(db: DB, settings: Settings, clock: Clock, user: User) -> None:
     auth = Auth(db, in_production(settings), clock)
-    seed, uri, _ = auth.begin_totp(auth.create_session(EMAIL), PASSWORD, address=None)
+    seed, uri, *_ = auth.begin_totp(auth.create_session(EMAIL), PASSWORD, address=None)
     assert uri == totp.uri(seed, EMAIL, "auth.example.com")
 
 
@@ -97,7 +106,8 @@ def test_a_login_needs_no_code_before_the_seed_is_confirmed(auth: Auth, clock: C
 
 def test_a_new_seed_replaces_an_unconfirmed_one(auth: Auth, clock: Clock, user: User) -> None:
     mine = auth.create_session(EMAIL)
-    replaced, seed = begin(auth, mine), begin(auth, mine)
+    replaced, mine = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     with pytest.raises(ReauthenticationFailed):
         auth.confirm_totp(mine, current_code(replaced, clock), address=None)
     auth.confirm_totp(mine, current_code(seed, clock), address=None)
@@ -115,7 +125,7 @@ def test_a_second_factor_is_switched_on_only_with_a_right_code(
     auth: Auth, clock: Clock, user: User, row: Row, query: Query, later: int | None
 ) -> None:
     mine = auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     with pytest.raises(ReauthenticationFailed, match=WRONG_CODE):
         auth.confirm_totp(mine, "" if later is None else current_code(seed, clock, later), address=None)
     assert row().totp_since is None
@@ -146,7 +156,7 @@ def test_a_second_factor_that_is_not_on_cannot_be_switched_off(
     with pytest.raises(SecondFactorRejected, match=r"^no second factor is on$"):
         switch_off(auth, mine, "000000")
     assert hash_calls == []
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     with pytest.raises(SecondFactorRejected, match=r"^no second factor is on$"):
         switch_off(auth, mine, current_code(seed, clock))
 
@@ -158,7 +168,7 @@ def test_switching_it_on_or_off_leaves_this_session_alone_under_a_new_id(
     auth = three_sessions
     theirs = auth.create_session(OTHER)
     elsewhere, mine = auth.create_session(EMAIL), auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     assert live(auth, elsewhere, mine) == [True, True]
     _, new_id, _ = auth.confirm_totp(mine, current_code(seed, clock), address=None)
     assert live(auth, elsewhere, mine, new_id, theirs) == [False, False, True, True]
@@ -174,7 +184,7 @@ def test_switching_it_on_or_off_leaves_this_session_alone_under_a_new_id(
 @pytest.mark.both_engines
 def test_switching_it_on_or_off_revokes_a_reset_token(auth: Auth, clock: Clock, user: User) -> None:
     mine = auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     token = auth.get_reset_password_token(EMAIL)
     _, mine, _ = auth.confirm_totp(mine, current_code(seed, clock), address=None)
     with pytest.raises(TokenRejected):
@@ -215,7 +225,7 @@ def test_a_sign_out_during_a_confirmation_makes_it_fail(
     auth: Auth, clock: Clock, user: User, row: Row, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     after_code_check(monkeypatch, lambda: auth.log_out(mine))
     with pytest.raises(SessionRequired):
         auth.confirm_totp(mine, current_code(seed, clock), address=None)
@@ -228,7 +238,7 @@ def test_a_seed_replaced_while_its_code_is_checked_is_not_switched_on(
     auth: Auth, clock: Clock, user: User, row: Row, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     after_code_check(monkeypatch, lambda: begin(auth, mine))
     with pytest.raises(SessionRequired):
         auth.confirm_totp(mine, current_code(seed, clock), address=None)
@@ -290,7 +300,7 @@ def test_a_code_works_once(auth: Auth, clock: Clock, factor: Factor) -> None:
 @pytest.mark.both_engines
 def test_the_code_that_confirmed_the_setup_does_not_sign_in(auth: Auth, clock: Clock, user: User) -> None:
     mine = auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     code = current_code(seed, clock)
     auth.confirm_totp(mine, code, address=None)
     with pytest.raises(LoginFailed, match=WRONG_CODE):
@@ -382,7 +392,8 @@ def test_of_8_threads_with_one_code_one_signs_in(three_sessions: Auth, clock: Cl
 @pytest.mark.both_engines
 def test_of_8_concurrent_confirmations_one_succeeds(auth: Auth, clock: Clock, user: User, query: Query) -> None:
     mine = auth.create_session(EMAIL)
-    code = current_code(begin(auth, mine), clock)
+    seed, mine = begin(auth, mine)
+    code = current_code(seed, clock)
     results = at_once(8, lambda: auth.confirm_totp(mine, code, address=None))
     assert sum(isinstance(result, tuple) for result in results) == 1
     assert {type(result) for result in results} <= {tuple, SessionRequired, SecondFactorRejected}
@@ -397,7 +408,7 @@ def test_a_login_needs_a_code_if_the_factor_is_switched_on_meanwhile(
     auth: Auth, clock: Clock, user: User, query: Query, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = auth.create_session(EMAIL)
-    seed = begin(auth, mine)
+    seed, mine = begin(auth, mine)
     after_password_check(monkeypatch, lambda: auth.confirm_totp(mine, current_code(seed, clock), address=None))
     with pytest.raises(CodeRequired):
         sign_in(auth)
@@ -487,7 +498,7 @@ def test_a_recovery_code_switches_the_factor_off(auth: Auth, factor: Factor) -> 
 
 def test_a_recovery_code_does_not_confirm_a_setup(auth: Auth, factor: Factor) -> None:
     mine = switch_off(auth, factor.session_id, factor.recovery_codes[0])
-    begin(auth, mine)
+    _, mine = begin(auth, mine)
     with pytest.raises(ReauthenticationFailed):
         auth.confirm_totp(mine, factor.recovery_codes[1], address=None)
 
@@ -516,13 +527,121 @@ def test_the_repr_of_a_user_holds_no_seed(auth: Auth, factor: Factor, row: Row) 
     assert factor.seed not in repr(row())
 
 
+# Changes of the account: the code is asked for again
+
+SENSITIVE_CHANGES: dict[str, Callable[..., object]] = {
+    "change password": lambda auth, held, otp, **more: auth.change_password(
+        held, PASSWORD, NEW_PASSWORD, otp, **{"address": None, **more}
+    ),
+    "delete account": lambda auth, held, otp, **more: auth.delete_account(
+        held, PASSWORD, otp, **{"address": None, **more}
+    ),
+}
+sensitive = pytest.mark.parametrize("change", SENSITIVE_CHANGES.values(), ids=SENSITIVE_CHANGES)
+
+
+@pytest.mark.both_engines
+@sensitive
+@pytest.mark.parametrize("way", ["confirmed", "code", "recovery code"])
+def test_a_change_needs_no_code_for_ten_minutes_after_one(
+    auth: Auth, clock: Clock, factor: Factor, change: Callable[..., object], way: str
+) -> None:
+    clock.advance(-totp.STEP)
+    mine = factor.session_id
+    if way != "confirmed":
+        clock.advance(10_000)
+        mine = sign_in(auth, otp=current_code(factor.seed, clock) if way == "code" else factor.recovery_codes[0])
+    clock.advance(600)
+    with pytest.raises(SessionCodeRequired, match=r"^one-time code required$"):
+        change(auth, mine, "")
+    clock.advance(-1)
+    change(auth, mine, "")
+
+
+@sensitive
+def test_a_stolen_session_and_the_password_change_nothing_without_a_code(
+    three_sessions: Auth, clock: Clock, factor: Factor, row: Row, query: Query, change: Callable[..., object]
+) -> None:
+    auth = three_sessions
+    mine, unshown = factor.session_id, auth.create_session(EMAIL)  # the latter as from before an upgrade
+    clock.advance(600)
+    columns = "SELECT session_hash, factor_at FROM sessions"  # the last use of a session changes
+    before = row(), query(columns)
+    for held in (mine, unshown):
+        with pytest.raises(SessionCodeRequired):
+            change(auth, held, "")
+        for wrong in ("000000", "wrong", current_code(factor.seed, clock, 9)):
+            with pytest.raises(ReauthenticationFailed, match=WRONG_CODE):
+                change(auth, held, wrong)
+    assert (row(), query(columns)) == before
+    assert (SessionCodeRequired.status, ReauthenticationFailed.status) == (403, 403)
+
+
+@sensitive
+def test_wrong_codes_at_a_change_are_limited_like_those_at_a_sign_in(
+    auth: Auth, clock: Clock, factor: Factor, change: Callable[..., object]
+) -> None:
+    clock.advance(600)
+    for _ in range(5):
+        with pytest.raises(ReauthenticationFailed):
+            change(auth, factor.session_id, "000000", address=OWN_ADDRESS)
+    code = current_code(factor.seed, clock)
+    with pytest.raises(TooManyAttempts):
+        change(auth, factor.session_id, code, address=OWN_ADDRESS)
+    with pytest.raises(TooManyAttempts):
+        sign_in(auth, otp=code, address=FOREIGN_ADDRESS)
+
+
+def test_a_wrong_password_is_refused_before_the_code_is_asked_for(auth: Auth, clock: Clock, factor: Factor) -> None:
+    clock.advance(600)
+    for otp in ("", current_code(factor.seed, clock)):
+        with pytest.raises(ReauthenticationFailed, match=r"^wrong password$"):
+            auth.change_password(factor.session_id, "wrong", NEW_PASSWORD, otp, address=None)
+    sign_in(auth, otp=current_code(factor.seed, clock))  # the code was not spent
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize("recovery", [False, True])
+def test_a_code_that_a_change_asked_for_counts_for_the_next_change(
+    auth: Auth, clock: Clock, factor: Factor, recovery: bool
+) -> None:
+    clock.advance(600)
+    code = factor.recovery_codes[0] if recovery else current_code(factor.seed, clock)
+    _, mine = auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, code, address=None)
+    with pytest.raises(LoginFailed, match=WRONG_CODE):
+        sign_in(auth, NEW_PASSWORD, code)
+    clock.advance(599)
+    _, mine = auth.change_password(mine, NEW_PASSWORD, PASSWORD, address=None)
+    clock.advance(1)
+    with pytest.raises(SessionCodeRequired):
+        auth.delete_account(mine, PASSWORD, address=None)
+
+
+@pytest.mark.parametrize(("ahead", "counts"), [(300, True), (301, False)])
+def test_a_factor_shown_in_the_future_does_not_count(
+    auth: Auth, db: DB, clock: Clock, factor: Factor, ahead: int, counts: bool
+) -> None:
+    db.record_factor(1, int(clock()) + ahead)
+    with nullcontext() if counts else pytest.raises(SessionCodeRequired):
+        auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, address=None)
+
+
+def test_switching_it_off_needs_a_code_at_any_time(auth: Auth, clock: Clock, factor: Factor) -> None:
+    for seconds in (0, -30, -60):  # also at the time of the code that confirmed it, and where the clock was set back
+        clock.advance(seconds)
+        with pytest.raises(SessionCodeRequired):
+            switch_off(auth, factor.session_id, "")
+        with pytest.raises(ReauthenticationFailed, match=WRONG_CODE):
+            switch_off(auth, factor.session_id, "000000")
+
+
 # A required second factor
 
 
 @pytest.fixture
 def strict(db: DB, settings: Settings, clock: Clock, user: User) -> Auth:
     """The rules of a service where every user must have a second factor."""
-    return Auth(db, replace(settings, require_totp=True), clock)
+    return Auth(db, replace(settings, require_second_factor=True), clock)
 
 
 FORBIDDEN_ACTIONS: dict[str, Action] = {
@@ -543,6 +662,28 @@ def test_a_session_without_a_required_factor_can_only_set_one_up(strict: Auth, r
     assert strict.identify(mine, enrolling=True).email == EMAIL
 
 
+@pytest.mark.both_engines
+@pytest.mark.parametrize(
+    "act", [*FORBIDDEN_ACTIONS.values(), *ENROLMENT.values()], ids=[*FORBIDDEN_ACTIONS, *ENROLMENT]
+)
+def test_a_session_that_has_not_shown_the_required_factor_can_only_sign_out(
+    strict: Auth, clock: Clock, row: Row, act: Action
+) -> None:
+    factor = switch_on(strict, clock)
+    mine = strict.create_session(EMAIL)  # without the code, as a session from before an upgrade
+    before = row()
+    for _ in range(2):
+        with pytest.raises(SecondFactorNotShown, match=r"^sign in with your second factor$"):
+            act(strict, mine)
+        clock.advance(30)
+    assert row() == before
+    assert strict.get_user_from_session_id(mine) is None
+    strict.log_out(mine)
+    with pytest.raises(SessionRequired, match=r"^not logged in$"):
+        strict.identify(mine)
+    assert live(strict, sign_in(strict, otp=current_code(factor.seed, clock))) == [True]
+
+
 def test_a_session_without_a_required_factor_can_sign_out(strict: Auth, query: Query) -> None:
     strict.log_out(sign_in(strict))
     assert query("SELECT * FROM sessions") == []
@@ -551,7 +692,7 @@ def test_a_session_without_a_required_factor_can_sign_out(strict: Auth, query: Q
 @pytest.mark.both_engines
 def test_a_session_is_live_once_it_has_set_up_a_required_factor(strict: Auth, clock: Clock) -> None:
     mine = sign_in(strict)
-    seed = begin(strict, mine)
+    seed, mine = begin(strict, mine)
     assert live(strict, mine) == [False]  # an unconfirmed seed is not enough
     _, mine, _ = strict.confirm_totp(mine, current_code(seed, clock), address=None)
     assert live(strict, mine) == [True]

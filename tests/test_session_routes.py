@@ -174,6 +174,43 @@ def test_the_session_of_another_user_is_answered_as_an_unknown_one(call: Client)
     assert [profile_status(call, cookie) for cookie in (mine, eves)] == [200, 200]
 
 
+# Staying signed in
+
+
+@pytest.mark.both_engines
+def test_a_remembered_cookie_lasts_as_long_as_its_session(call: Client, clock: Clock) -> None:
+    form = {"email": "bob@x.io", "password": "b4l0u"}
+    plain, remembered = (call("POST", "/sessions", {**form, **more}) for more in ({}, {"remember": "1"}))
+    assert re.fullmatch(f"session_id=[0-9a-f-]{{36}}; {COOKIE_ATTRIBUTES}", plain.headers["Set-Cookie"])
+    assert re.fullmatch(
+        f"session_id=[0-9a-f-]{{36}}; {COOKIE_ATTRIBUTES}; Max-Age=2592000", remembered.headers["Set-Cookie"]
+    )
+    clock.advance(600_000)
+    change = {"password": "b4l0u", "new_password": "b4l0u"}
+    renewed = call("PUT", "/password", change, cookie=cookie_of(remembered))
+    assert renewed.headers["Set-Cookie"].endswith(f"; {COOKIE_ATTRIBUTES}; Max-Age=1992000")
+    clock.advance(600_000)
+    assert profile_status(call, cookie_of(renewed)) == 200
+    for _ in range(3):
+        clock.advance(464_000)
+        status = profile_status(call, cookie_of(renewed))
+    assert status == 403  # the cookie ends with the session, which the change has not prolonged
+
+
+@pytest.mark.parametrize("value", ["", "0", "2", "on", "true", "1 ", "11", "\u0661"])
+def test_remember_is_1_or_absent(call: Client, value: str) -> None:
+    answer = call("POST", "/sessions", {"email": "bob@x.io", "password": "b4l0u", "remember": value})
+    message = "remember must be 1" if value else "remember is empty"
+    assert (answer.status, answer.json) == (400, {"message": message})
+    assert "Set-Cookie" not in answer.headers
+
+
+def test_remember_is_given_once(call: Client) -> None:
+    pairs = [("email", "bob@x.io"), ("password", "b4l0u"), ("remember", "1"), ("remember", "1")]
+    answer = call("POST", "/sessions", pairs)
+    assert (answer.status, answer.json) == (400, {"message": "remember is given more than once"})
+
+
 # Several cookies of one name, as after the domain of the cookie was changed, or where a neighbour host has set one
 
 

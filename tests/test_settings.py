@@ -29,7 +29,7 @@ DEFAULTS = {
     "reset_lifetime": 600,
     "password_min": 15,
     "registration": "open",
-    "require_totp": False,
+    "require_second_factor": False,
     "trusted_proxy": "",
     "cookie_domain": "",
     "smtp_url": "",
@@ -146,6 +146,22 @@ def test_a_variable_sets_its_own_field_only(name: str, text: str, value: object)
     expected = DEFAULTS | {name.removeprefix("AUTHSVC_").lower(): value}
     assert asdict(Settings.from_environ({name: text})) == expected
     assert expected != DEFAULTS
+
+
+@pytest.mark.parametrize("name", ["AUTHSVC_REQUIRE_SECOND_FACTOR", "AUTHSVC_REQUIRE_TOTP"])
+def test_a_second_factor_is_required_under_the_new_and_the_former_name(name: str) -> None:
+    assert asdict(Settings.from_environ({name: "on"})) == DEFAULTS | {"require_second_factor": True}
+    both = {"AUTHSVC_REQUIRE_SECOND_FACTOR": "on", "AUTHSVC_REQUIRE_TOTP": "1"}
+    assert Settings.from_environ(both).require_second_factor is True
+    assert refusal({**both, name: "off"}) == (
+        "AUTHSVC_REQUIRE_TOTP contradicts its new name AUTHSVC_REQUIRE_SECOND_FACTOR: unset it"
+    )
+
+
+@pytest.mark.parametrize(("chosen", "number"), [({}, 10), ({"AUTHSVC_SESSIONS_PER_USER": "1"}, 1)])
+def test_in_production_a_user_has_ten_sessions_unless_set(chosen: dict[str, str], number: int) -> None:
+    environ = {"AUTHSVC_PUBLIC_URL": "https://auth.example.com", **chosen}
+    assert Settings.from_environ(environ).sessions_per_user == number
 
 
 @each("name", NUMBERS)

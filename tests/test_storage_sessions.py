@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import storage
-from storage import DB, Session, User, newest_session_time
+from storage import DB, LiveSession, Session, User, newest_session_time
 from tests import stored_users
 from tests.stored_users import (
     EVES_SESSIONS,
@@ -154,10 +154,12 @@ def test_the_user_of_a_session_is_found(db: DB, eve: User) -> None:
     assert add_session(db, eve, "s")
     user = db.find_user_by(id=2)
     assert user.session_id == "s"
-    assert db.find_session("s", now=NOW, idle_since=NOW - 1, latest=NOW) == (user, 1, NOW)
+    session = db.find_session("s", now=NOW, idle_since=NOW - 1, latest=NOW)
+    assert session == (user, LiveSession(1, NOW, NOW + 1000, remember=0, factor_at=None))
 
 
 RENEWALS: dict[str, Callable[[DB], object]] = {
+    "set_totp": lambda db: db.set_totp(db.find_user_by(id=1), "SEED", "bob1", "renewed"),
     "change_password": lambda db: db.change_password(1, HASH, NEW_HASH, "bob1", "renewed"),
     "confirm_totp": lambda db: enable_totp(db, db.find_user_by(id=1), "bob1", "renewed"),
     "remove_totp": lambda db: enable_totp(db, db.find_user_by(id=1), "bob1", "0") and db.remove_totp(1, "0", "renewed"),
@@ -170,10 +172,11 @@ def test_a_session_under_a_new_hash_keeps_the_id_of_its_row(db: DB, eve: User, b
     for user, name in (eve, "eve"), (bob, "bob1"), (bob, "bob2"):
         add_session(db, user, name)
     assert RENEWALS[change](db)
-    found = [
-        db.find_session(name, now=NOW, idle_since=NOW - 1, latest=NOW) for name in ("eve", "bob1", "bob2", "renewed")
-    ]
-    assert [one and one[:2] for one in found] == [(db.find_user_by(id=2), 1), None, None, (db.find_user_by(id=1), 2)]
+    names = "eve", "bob1", "bob2", "renewed"
+    found = [db.find_session(name, now=NOW, idle_since=NOW - 1, latest=NOW) for name in names]
+    others = (3,) if change == "set_totp" else ()  # a seed alone ends no session
+    assert [(one[0].id, one[1].row_id) for one in found if one] == [(2, 1), *((1, row_id) for row_id in others), (1, 2)]
+    assert (found[1], db.find_user_by(id=1).session_id) == (None, "bob2" if others else "renewed")
 
 
 @pytest.mark.both_engines
@@ -327,7 +330,7 @@ def test_the_live_sessions_of_a_user_are_listed_newest_first(db: DB, eve: User, 
 
 def test_a_listed_session_shows_all_but_its_secret(db: DB, bob: User) -> None:
     digest = "0123456789abcdef" * 4
-    session = Session(digest, NOW, NOW, NOW + 1000, "192.0.2.1", "curl/8")
+    session = Session(digest, NOW, NOW, NOW + 1000, "192.0.2.1", "curl/8", 1, NOW)
     db.add_session(bob, session, replaced=None, idle_since=NOW - 100, limit=5)
     (listed,) = db.list_sessions(1, now=NOW, idle_since=NOW - 100, latest=NOW)
     assert listed == session
@@ -356,7 +359,7 @@ def test_the_last_use_of_a_session_never_moves_back(db: DB, bob: User) -> None:
     db.touch_session("used", NOW + 60)
     db.touch_session("used", NOW + 30)
     found = [db.find_session(name, now=NOW, idle_since=0, latest=NOW + 60) for name in ("used", "unused")]
-    assert [one and one[2] for one in found] == [NOW + 60, NOW]
+    assert [one and one[1].last_seen_at for one in found] == [NOW + 60, NOW]
 
 
 def test_a_session_with_a_use_in_the_future_is_not_live(db: DB, bob: User) -> None:

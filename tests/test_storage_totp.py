@@ -63,7 +63,7 @@ def test_a_seed_needs_the_current_password_and_a_session(db: DB, eve: User, bob:
         reason, bob
     )
     session = {"an ended session": "ended", "a session of eve": "eve"}.get(reason, "bob")
-    assert not db.set_totp(user, "SEED", session)
+    assert not db.set_totp(user, "SEED", session, "new")
     assert not db.delete_verified_user(user, session)
     assert all_rows(other) == before
 

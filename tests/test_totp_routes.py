@@ -59,12 +59,13 @@ def bob(call: Client, clock: Clock) -> TotpUser:
 @pytest.mark.both_engines
 def test_setting_up_a_second_factor_ends_other_sessions(call: Client, clock: Clock) -> None:
     bob = TotpUser(call, clock)
-    answer = bob.begin()
+    old, answer = cookie_of(bob.log_in()), bob.begin()
     uri = f"otpauth://totp/authsvc%3Abob@x.io?secret={bob.seed}&issuer=authsvc"
     assert re.fullmatch("[A-Z2-7]{32}", bob.seed)
     assert answer.json["qr"].startswith("data:image/svg+xml")
     assert_200(answer, {"secret": bob.seed, "uri": uri, "qr": totp.qr_code(uri)})
-    assert "Set-Cookie" not in answer.headers
+    assert_new_id(call, answer, bob.former)
+    assert profile_status(call, old) == 200
     other = cookie_of(bob.log_in())  # no code is needed until the seed is confirmed
     old = bob.cookie
     answer = bob.confirm()
@@ -208,7 +209,7 @@ def test_a_password_reset_leaves_the_second_factor_on(bob: TotpUser) -> None:
 def test_where_a_second_factor_is_required_a_session_can_only_set_it_up(
     db: DB, settings: Settings, clock: Clock
 ) -> None:
-    settings = replace(settings, require_totp=True)
+    settings = replace(settings, require_second_factor=True)
     bob = TotpUser(Client(authsvc.create_app(settings, Auth(db, settings, clock))), clock)
     register(bob.call)
     bob.begin()

@@ -283,8 +283,27 @@ def test_an_incomplete_address_gives_no_return_address(
     assert answer.headers["Location"] == "/login"
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"HTTP_SEC_FETCH_MODE": "navigate"}, 302),
+        ({"HTTP_SEC_FETCH_MODE": "navigate", "HTTP_X_REQUESTED_WITH": "org.example.app"}, 302),
+        ({"HTTP_SEC_FETCH_MODE": "cors"}, 401),
+        ({"HTTP_SEC_FETCH_MODE": "same-origin"}, 401),
+        ({"HTTP_SEC_FETCH_MODE": "websocket"}, 401),
+        ({"HTTP_SEC_FETCH_MODE": ""}, 401),
+        ({"HTTP_X_REQUESTED_WITH": "XMLHttpRequest"}, 401),
+        ({"HTTP_SEC_FETCH_MODE": "navigate", "HTTP_X_REQUESTED_WITH": "XMLHttpRequest"}, 401),
+    ],
+)
+def test_a_script_is_not_led_to_the_sign_in_page(shared: SharedApp, headers: dict[str, Any], status: int) -> None:
+    answer = assert_no_user(shared.call("GET", "/verify?login=1", **FORWARDED, **headers), status)
+    assert ("Location" in answer.headers) is (status == 302)
+    assert shared.call("GET", "/verify?login=1", cookie=shared.cookie, **FORWARDED, **headers).status == 200
+
+
 def test_a_missing_required_second_factor_names_no_user(db: DB, settings: Settings, clock: Clock) -> None:
-    settings = replace(settings, require_totp=True)
+    settings = replace(settings, require_second_factor=True)
     bob = TotpUser(Client(authsvc.create_app(settings, Auth(db, settings, clock))), clock)
     register(bob.call)
     bob.begin()
@@ -298,6 +317,14 @@ def test_a_missing_required_second_factor_names_no_user(db: DB, settings: Settin
     assert answer.headers["Location"].startswith("/login?return=")
     bob.confirm()
     assert verified_name(bob.call("GET", "/verify", cookie=bob.cookie)) == "bob@x.io"
+    db._engine.write("UPDATE sessions SET factor_at = NULL", {})  # as after an upgrade
+    assert assert_no_user(bob.call("GET", "/verify", cookie=bob.cookie)).json == {
+        "message": "sign in with your second factor"
+    }
+    answer = assert_no_user(bob.call("GET", "/verify?login=1", cookie=bob.cookie, **FORWARDED), 302)
+    assert answer.headers["Location"].startswith("/login?return=")
+    answer = bob.call("GET", "/account", cookie=bob.cookie)
+    assert (answer.status, answer.headers["Location"]) == (302, "/login")
 
 
 # Writes

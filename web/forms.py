@@ -27,12 +27,14 @@ PART_HEADER = re.compile("(" + _TCHAR + r"++):[ \t]*+([^\r\n]*+)", re.ASCII)
 END = re.compile(rb"--[ \t]*+(?:\r\n|\Z)")
 
 
-def read_form(environ: WSGIEnvironment, *names: str, optional: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the values of the named fields, then of the optional ones; an optional field that is absent is "".
+def read_form(
+    environ: WSGIEnvironment, *names: str, optional: tuple[str, ...] = (), flags: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Return the values of the named fields, of the optional ones, and of the flags; one that is absent is "".
 
     Raises:
         Refusal: 413 the body is too large, 415 it is of another type, 400 it is malformed or a field is missing, empty,
-            repeated or no text.
+            repeated or no text, or a flag is not "1".
     """
     try:
         pairs = _parse(_read_body(environ), environ.get("CONTENT_TYPE", ""))
@@ -41,7 +43,11 @@ def read_form(environ: WSGIEnvironment, *names: str, optional: tuple[str, ...] =
     if len(pairs) > MAX_FIELDS:
         raise Refusal(400, f"at most {MAX_FIELDS} fields")
     absent = {name for name in optional if [value for key, value in pairs if key == name] in ([], [""])}
-    return tuple("" if name in absent else _field(pairs, name) for name in names + optional)
+    absent |= set(flags) - {key for key, _ in pairs}
+    for name in set(flags) - absent:
+        if _field(pairs, name) != "1":
+            raise Refusal(400, f"{name} must be 1")
+    return tuple("" if name in absent else _field(pairs, name) for name in names + optional + flags)
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:

@@ -39,8 +39,8 @@ def kinds(db: DB, auth: Auth) -> dict[str, Callable[[int], Form]]:
         session = auth.create_session(factor.email)
         assert session
         factor = db.find_user_by(id=factor.id)
-        assert db.set_totp(factor, "A" * 32, factor.session_id or "")
         held = factor.session_id or ""
+        assert db.set_totp(factor, "A" * 32, held, held)
         factor = db.find_user_by(id=factor.id)
         assert db.confirm_totp(factor, 1, [], now=int(auth._clock()), session_hash=held, new_session_hash=f"new{n}")
 

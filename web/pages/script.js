@@ -49,21 +49,15 @@ function destination() {
 // An action takes the fields of its form and returns the text to show. The message of an error is shown in red.
 const actions = {
   async login(fields) {
-    const response = await send("POST", "/sessions", fields);
-    if (response.message === "one-time code required") {
-      one("#login-code").hidden = false;
-      one("#login-otp").required = true;
-      one("#login-otp").focus();
-    }
-    requireSuccess(response);
-    await leaveLogin();
+    requireSuccess(await send("POST", "/sessions", fields));
+    await enter(destination());
   },
 
   async register(fields, form) {
     requireSuccess(await send("POST", "/users", fields));
     showStatus(form, text("registered"));
     requireSuccess(await send("POST", "/sessions", fields));
-    await leaveLogin();
+    await enter(destination());
   },
 
   async forgot(fields) {
@@ -82,11 +76,12 @@ const actions = {
     return text("set");
   },
 
+  async leave({forget}) {
+    await signOut(forget ? "/sessions?forget=1" : "/sessions");
+  },
+
   async logout() {
-    const response = await send("DELETE", "/sessions");
-    forgetUser();
-    requireSuccess(response);
-    location.assign("/login");
+    await signOut("/sessions");
   },
 
   async others() {
@@ -138,7 +133,14 @@ const actions = {
 // Returns a successful response, and throws an error with the text to show otherwise.
 function requireSuccess(response) {
   if (response.status >= 200 && response.status < 400) return response;
-  throw new Error(text(`:${response.message}`) ?? response.message);
+  throw new Error(text(`:${response.message}`) ?? response.message, {cause: response.message});
+}
+
+async function signOut(path) {
+  const response = await send("DELETE", path);
+  forgetUser();
+  requireSuccess(response);
+  location.assign("/login");
 }
 
 // Removes all that this page shows and stores about its user, also when the service cannot be reached. The form to sign
@@ -160,13 +162,23 @@ function listItem(...parts) {
   return created;
 }
 
+// Shows or hides the field for a one-time code, in a form that asks for it only where the service does.
+function showCode(form, shown) {
+  for (const code of all(".code", form)) {
+    code.hidden = !shown;
+    one("input", code).required = shown;
+    if (shown) one("input", code).focus();
+  }
+}
+
 function showFactor(state) {
   for (const form of all("[data-factor]")) form.hidden = form.dataset.factor !== state;
 }
 
 async function showAccount() {
   const {status, message, email = "", second_factor: factor = false, sessions = []} = await send("GET", "/sessions");
-  if (message === "not logged in") return location.reload(); // the service redirects to the sign-in page
+  // The service redirects to the sign-in page.
+  if (["not logged in", "sign in with your second factor"].includes(message)) return location.reload();
   one("#onward").hidden = !location.search || status !== 200;
   one("#onward a").href = destination();
   one("#who").textContent = status === 200 ? email : text(`:${message}`) ?? message;
@@ -188,8 +200,10 @@ function sessionItem(session) {
   return listItem(element("span", `${session.address} `), end, details);
 }
 
-// With login=1 the answer is a 302 for a visitor without a session. A browser would report a 401 in its console.
-const isSignedIn = async () => (await send("GET", "/verify?login=1")).status === 200;
+// The account page redirects a visitor without a session. A browser would report a 401 in its console.
+async function hasSession() {
+  return (await fetch("/account", {method: "HEAD", redirect: "manual", cache: "no-store"}).catch(() => ({}))).ok;
+}
 
 // Returns the next address for a visitor with a session. A visitor who returns here within 10 s gets the account page,
 // because the application would redirect back here in an endless loop. That happens when a second cookie is sent to
@@ -204,8 +218,8 @@ function nextAddress() {
 
 // A user who must set up two-factor authentication first gets the account page, because the application would redirect
 // back here in an endless loop.
-async function leaveLogin() {
-  location.assign(await isSignedIn() ? destination() : `/account${location.search}`);
+async function enter(address) {
+  location.replace((await send("GET", "/verify")).status === 200 ? address : `/account${location.search}`);
 }
 
 for (const form of all("form")) {
@@ -218,8 +232,10 @@ for (const form of all("form")) {
     try {
       showStatus(form, (await actions[form.dataset.action](Object.fromEntries(new FormData(form)), form)) ?? "");
       for (const field of all("[type=password], [name=otp]", form)) field.value = "";
+      showCode(form, false);
     } catch (error) {
       showStatus(form, error.message, true);
+      if (error.cause === "one-time code required") showCode(form, true);
     }
     button.disabled = false;
   });
@@ -238,6 +254,6 @@ if (page === "reset") {
 for (const anchor of all("a[data-keep]")) anchor.search = location.search;
 document.title = one(`#${page} h1`).textContent;
 if (page === "account") showAccount();
-if (page === "login") isSignedIn().then((signedIn) => signedIn && location.replace(nextAddress()));
+if (page === "login") hasSession().then((found) => found && enter(nextAddress()));
 // A link opened in a tab that already shows this page changes only the fragment.
 addEventListener("hashchange", () => location.reload());
