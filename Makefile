@@ -8,7 +8,7 @@ export PIP_USER = 0
 
 # The product: the modules at the top, and the folders with their data files (pages, password list, schema).
 PACKAGES = cli credentials engines tables web
-PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml \
+PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) mails.txt pyproject.toml \
 	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
 
 # Everything the tests read. "make check" runs them again when one of these files is newer than the last run.
@@ -79,7 +79,7 @@ pyz: $(PYZ)
 # The content, the modes and the times in the file depend on the sources and the pinned packages only.
 $(PYZ): .venv/pyz $(PRODUCT) LICENSE deploy/unpack.py deploy/licences.py
 	@rm -rf build && mkdir -p build dist
-	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml LICENSE $(PACKAGES) build
+	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) mails.txt pyproject.toml LICENSE $(PACKAGES) build
 	@cd $(SITE_PACKAGES) && cp -r $(PACKED) $(CURDIR)/build
 	@$(BIN)/python deploy/licences.py $(LICENSED) >build/LICENCES.txt
 	@find build -name __pycache__ -prune -exec rm -r {} +

@@ -9,6 +9,11 @@ response; each refusal names its status. Knows no SQL.
   session in which that change is made continues under a new id.
 - A reset token expires after ``reset_lifetime`` seconds, an invitation after 7 days. Both die when they are used, when
   a newer one is made, and when the password or the second factor changes. Neither switches a second factor off.
+- A registration that waits for its email to be confirmed expires after 24 hours, and dies when somebody else gets the
+  email. The account exists once the link of the mail was used, with the password that was chosen then.
+- A new email that waits to be confirmed expires after an hour. It dies with the session that asked for it, and when the
+  password, the second factor or the email changes. Only that session can confirm it. In production the former email,
+  and that of a deleted user, is reserved for 90 days.
 - A recovery code dies when it is used and when the second factor is switched off. A seed that no code has confirmed
   dies when it is replaced and when the password changes.
 - A device cookie expires after 90 days, and dies when the password changes or is reset, when a second factor is
@@ -46,16 +51,22 @@ from mail import Mailer
 from rate_limit import CODE_MISSING, NEW_BROWSER, SUMMARY, Buckets, RateLimiter
 from settings import MAILBOX, Settings
 from storage import DB, LiveSession, NoResultFound, Session, User, public_id
+from tables.emails import EmailReserved, Link
 from tables.rate_limits import CLOCK_TOLERANCE
 
 MAX_EMAIL_BYTES = 254  # RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_USER_AGENT = 200  # characters that are stored
 RESET_INTERVAL = 300  # seconds between two reset mails to one user
+CONFIRMATION_LIFETIME = 86_400  # seconds, 1 day, of the link that creates an account
+CHANGE_LIFETIME = 3600  # seconds of the link that confirms a new email
 INVITATION_LIFETIME = 604_800  # seconds, 7 days: longer than a reset link, as the recipient does not expect it
 SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
 PRUNE_STEP = 200  # expired rows that are deleted in one transaction: 10 ms in which nobody else can write
 FACTOR_VALIDITY = 600  # seconds for which a second factor that a session has shown allows changes of the account
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
+
+Log = Callable[..., None]  # takes the name of an event and its details
+Compose = Callable[[Mailer, str, Log], EmailMessage | None]  # takes the email that was asked for
 
 NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; matches no password  # noqa: S105
 
@@ -100,8 +111,8 @@ class LoginFailed(AuthError, status=401, event=None, message="wrong email or pas
     """Wrong password or unknown email. Only the log says which: ``user_id`` is None for an unknown email."""
 
 
-class TokenRejected(AuthError, status=403, event="authn_token_fail", message="invalid reset token"):
-    """A reset token that is unknown, used, replaced, expired or another user's."""
+class TokenRejected(AuthError, status=403, event="authn_token_fail"):
+    """A token that is unknown, used, replaced, expired or another user's."""
 
 
 class TooManyAttempts(AuthError, status=429, event="excess_rate_limit_exceeded", message="too many requests"):
@@ -126,6 +137,10 @@ class RegistrationClosed(AuthError, status=403, event="authz_fail"):
 
 class ReauthenticationFailed(AuthError, status=403, event="authn_login_fail"):
     """A signed-in user gave a wrong password or code; the message says which."""
+
+
+class MailUnavailable(AuthError, status=403, event="authz_fail", message="no mail can be sent"):
+    """There is no mail server to confirm an email with."""
 
 
 class CodeRequired(AuthError, status=401, event="authn_code_required", message="one-time code required"):
@@ -214,6 +229,33 @@ class Auth:
         self._check_password(password, email)
         self._count(address, self._limiter.registration)
         return self._add_user(email, _hash_password(password, self._settings.bcrypt_cost))
+
+    def mail_confirmation(self, email: str, log: Log, *, address: str | None) -> None:
+        """Queue a mail with a link to create an account, or to its owner if the email has an account.
+
+        Neither the result nor the timing reveals which. Mails to one email are counted as in mail_reset_token().
+
+        Raises:
+            EmailRejected: as in create_account().
+        """
+        self.check_email(email)
+        self._count(address, self._limiter.registration)
+        self._enqueue("confirm", email, self._confirmation_mail, log, address)
+
+    def confirm_account(self, email: str, token: str, password: str, *, address: str | None) -> User:
+        """Create the account of a waiting registration, with this password.
+
+        Raises:
+            PasswordRejected: as in create_account(). The token stays valid.
+            TokenRejected: the token is not live or of another email, or the email has an account by now.
+        """
+        if stored := self._find_registration(email, token):  # first: a guess costs no bcrypt
+            self._check_password(password, stored)
+            hashed = _hash_password(password, self._settings.bcrypt_cost)
+            with contextlib.suppress(AlreadyExists):
+                if user := self._db.confirm_registration(self._link(email, token, CONFIRMATION_LIFETIME), hashed):
+                    return user
+        raise self._rejected("invalid confirmation token", address)
 
     def check_email(self, email: str) -> None:
         """Raise EmailRejected if no account can have this email."""
@@ -403,12 +445,12 @@ class Auth:
             return False, ""
         return self._limiter.has_attempts(*self._limiter.session_password(session.row_id, user.email)), str(user.id)
 
-    def rank_reset(self, email: str, reset_token: str) -> tuple[bool, str]:
-        """Return whether this is a live reset token of this email; then it goes before others."""
+    def rank_token(self, email: str, reset_token: str, token: str) -> tuple[bool, str]:
+        """Return whether one of these is a live token of this email; then the request goes before others."""
         user = self._db.find_reset(_digest(reset_token), **self._window())
         if user and user.email.casefold() == email.casefold():
             return True, str(user.id)
-        return False, _account_name(email)
+        return self._find_registration(email, token) is not None, _account_name(email)
 
     # Changes by a signed-in user. The current password is checked, and counted for the session. A code is checked as
     # well if the user has a second factor that the session has not shown of late.
@@ -451,10 +493,61 @@ class Auth:
         """
         user, session = self._identify(session_id)
         self._reauthenticate(user, session, password, otp, address, device)
-        if not self._db.delete_verified_user(user, _digest(session_id)):
+        if not self._db.delete_verified_user(user, _digest(session_id), self.reserved_at()):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
         return user
+
+    def begin_email_change(
+        self,
+        session_id: str | None,
+        password: str,
+        email: str,
+        otp: str = "",
+        *,
+        log: Log,
+        address: str | None,
+        device: str | None = None,
+        direct: bool,
+    ) -> str | None:
+        """Queue a mail with a link to a new email, if nobody has it, and a notice to the present one.
+
+        Where there is no mail server, a development service returns the token to a ``direct`` caller.
+
+        Raises:
+            EmailRejected: as in create_account().
+            MailUnavailable: there is no mail server, and the token is not returned either.
+            ReauthenticationFailed: the password or the code is wrong.
+            SessionCodeRequired: the code is missing.
+        """
+        user, session = self._identify(session_id)
+        self.check_email(email)
+        if not self._mailer and (self._settings.production or not direct):
+            raise MailUnavailable
+        self._reauthenticate(user, session, password, otp, address, device)
+        self._count(address, lambda _: self._limiter.email_changes(user.id))
+        if not self._mailer:
+            return self._new_change(_digest(session_id), email)
+        self._enqueue("change", email, functools.partial(self._change_mail, user, _digest(session_id)), log, address)
+        self._mailer.enqueue(functools.partial(self._mailer.compose, "change_requested", user.email, new=email))
+        return None
+
+    def change_email(self, session_id: str | None, email: str, token: str, *, address: str | None) -> tuple[User, str]:
+        """Give the user the new email that this session asked for; return the user and the new id of this session.
+
+        All other sessions end.
+
+        Raises:
+            TokenRejected: the token is not live or of another session or email, or somebody has the email by now.
+        """
+        user, new_id = self.identify(session_id), self._new_secret()
+        pending = self._link(email, token, CHANGE_LIFETIME)
+        pending |= {"session_hash": _digest(session_id), "new_session_hash": _digest(new_id)}
+        with contextlib.suppress(AlreadyExists):
+            if self._db.change_email(user.id, email, self._now(), self.reserved_at(), pending):
+                self._notify(user, f"Your email was changed to {email}")
+                return self._reloaded(user), new_id
+        raise self._rejected("invalid confirmation token", address)
 
     def begin_totp(
         self, session_id: str | None, password: str, *, address: str | None
@@ -531,15 +624,13 @@ class Auth:
             UnknownEmail: no account has this email, or its user may not reset the password.
         """
         self._count(address, self._limiter.reset_address)
-        self._count(address, lambda _: self._limiter.reset_account(email, known=False))
+        self._count(address, lambda _: self._limiter.mails("reset", email))
         user = self._find_user(email)
         if not user or not _may_reset(user):
             raise UnknownEmail
         return self._replace_reset_token(user, self._settings.reset_lifetime)
 
-    def mail_reset_token(
-        self, email: str, log: Callable[..., None], *, address: str | None, device: str | None = None
-    ) -> None:
+    def mail_reset_token(self, email: str, log: Log, *, address: str | None, device: str | None = None) -> None:
         """Queue a reset mail if the account exists. Neither the result nor the timing reveals whether it does.
 
         The mails to one account are counted later, on the mail thread, without an answer. A browser that the account
@@ -548,11 +639,7 @@ class Auth:
         known = self._known_browser(email, device) is not None
         if not known:
             self._count(address, self._limiter.reset_address)
-        if self._mailer:
-            task = functools.partial(self._reset_mail, email, known, log)
-            path = (*network_path(address or "unknown"), _account_name(email))
-            limited = self._settings.tells_clients_apart(address)
-            self._mailer.enqueue_reset(task, path, known=known, limited=limited)
+        self._enqueue("reset of devices" if known else "reset", email, self._reset_mail, log, address, known)
 
     def reset_password(self, reset_token: str, password: str, *, email: str | None, address: str | None) -> User:
         """Set a new password, spend the token and end all sessions, in one transaction; return the user.
@@ -564,12 +651,11 @@ class Auth:
         token_hash = _digest(reset_token)
         user = self._db.find_reset(token_hash, **self._window())  # first: a guess costs no bcrypt
         if not user or (email is not None and user.email.casefold() != email.casefold()):
-            self._count(address, self._limiter.unknown_token)
-            raise TokenRejected
+            raise self._rejected("invalid reset token", address)
         self._check_password(password, user.email)
         new_hash = _hash_password(password, self._settings.bcrypt_cost)
         if not self._db.spend_reset(token_hash, new_hash, **self._window()):
-            raise TokenRejected  # another request spent it while we hashed
+            raise TokenRejected("invalid reset token")  # another request spent it while we hashed
         self._notify(user, "Your password was changed")
         return self._reloaded(user)
 
@@ -613,13 +699,26 @@ class Auth:
 
     def mail_summaries(self) -> None:
         """Mail users how many sign-ins from new browsers no mail has told them of, at most once a day."""
-        for user_id, email, count in self._db.untold_logins():
-            refused, _ = (
-                self._limiter.consume(self._limiter.sign_in_mail(SUMMARY, user_id)) if self._mailer else (1, ())
-            )
-            if self._mailer and not refused and self._db.count_untold_logins(user_id, -count):
+        mailer = self._mailer
+        for user_id, email, count in self._db.untold_logins() if mailer else ():
+            refused, _ = self._limiter.consume(self._limiter.sign_in_mail(SUMMARY, user_id))
+            if mailer and not refused and self._db.count_untold_logins(user_id, -count):
                 what = f"{count} more sign-in{'s' if count > 1 else ''} from new browsers"
-                self._mailer.enqueue(functools.partial(self._mailer.sign_in, email, what))
+                mailer.enqueue(functools.partial(mailer.sign_in, email, what))
+
+    def reserved_at(self) -> int | None:
+        """Return from when on an email that is given up now is reserved; None in development, where it is not."""
+        return self._now() if self._settings.production else None
+
+    def rename(self, user: User, email: str) -> None:
+        """Give a user another email and end all sessions.
+
+        Raises:
+            EmailRejected, EmailTaken: as in create_account().
+        """
+        self.check_email(email)
+        with _taken(email):
+            self._db.change_email(user.id, email, self._now(), self.reserved_at())
 
     def tag(self, email: str) -> str:
         """Return a keyed hash that stands for an unknown email in the log."""
@@ -678,7 +777,7 @@ class Auth:
 
     def _notify(self, user: User, what: str) -> None:
         if self._mailer:
-            self._mailer.enqueue(functools.partial(self._mailer.notice, user.email, what))
+            self._mailer.enqueue(functools.partial(self._mailer.compose, "notice", user.email, what=what))
 
     def _tell_of_sign_in(self, user: User, known: object, kind: str, address: str | None, user_agent: str) -> None:
         if self._mailer and self._settings.production and not known:
@@ -692,10 +791,8 @@ class Auth:
             self._db.count_untold_logins(user.id, 1)
 
     def _add_user(self, email: str, hashed: str | bytes) -> User:
-        try:
+        with _taken(email):
             return self._db.add_user(email, hashed, self._now())
-        except AlreadyExists:
-            raise EmailTaken(text=f"User {email} already exists") from None
 
     def _find_user(self, email: str) -> User | None:
         with contextlib.suppress(NoResultFound):
@@ -834,19 +931,76 @@ class Auth:
         times = {"now": now, "expires_at": now + lifetime, "keep_since": now - keep_for}
         return token if self._db.set_reset_token(user.id, _digest(token), **times) else None
 
-    def _reset_mail(self, email: str, known: bool, log: Callable[..., None]) -> EmailMessage | None:
-        if self._limiter.consume(self._limiter.reset_account(email, known=known))[0]:
-            log("excess_rate_limit_exceeded")
-            return None
+    def _link(self, email: str, token: str, lifetime: int) -> Link:
+        """Return what is stored of a mailed link, and what is compared with it."""
+        now, link = self._now(), {"email": email, "email_key": email.casefold(), "token_hash": _digest(token)}
+        return link | {"now": now, "expires_at": now + lifetime, "latest": now + lifetime + CLOCK_TOLERANCE}
+
+    def _find_registration(self, email: str, token: str) -> str | None:
+        link = self._link(email, token, CONFIRMATION_LIFETIME)
+        return self._db.emails.find_registration(link) if self._settings.confirms_email else None
+
+    def _new_change(self, session_hash: str, email: str) -> str | None:
+        token = self._new_secret()
+        return token if self._db.emails.set_change(session_hash, self._link(email, token, CHANGE_LIFETIME)) else None
+
+    def _rejected(self, message: str, address: str | None) -> TokenRejected:
+        self._count(address, self._limiter.unknown_token)
+        return TokenRejected(message)
+
+    # Mails with links. Whoever asks for one learns nothing from the answer, so the rest is done on the mail thread.
+
+    def _enqueue(
+        self, kind: str, email: str, compose: Compose, log: Log, address: str | None, known: bool = False
+    ) -> None:
+        if not (mailer := self._mailer):
+            return
+
+        def task() -> EmailMessage | None:
+            if self._limiter.consume(self._limiter.mails(kind, email))[0]:
+                log("excess_rate_limit_exceeded")
+                return None
+            return compose(mailer, email, log)
+
+        path = (*network_path(address or "unknown"), _account_name(email))
+        mailer.enqueue_reset(task, path, known=known, limited=self._settings.tells_clients_apart(address))
+
+    def _confirmation_mail(self, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
+        # A row for an email that has an account, too, so that both take the same time. Then nobody gets the token.
+        token = self._new_secret()
+        self._db.emails.add_registration(self._link(email, token, CONFIRMATION_LIFETIME))
+        log("user_registration_requested", unknown=self.tag(email))
+        if user := self._find_user(email):
+            return mailer.compose("taken", user.email)
+        reserved = self._db.emails.is_reserved(email, 0, self._now())
+        return None if reserved else mailer.compose("confirm", email, token=token)
+
+    def _change_mail(self, user: User, session_hash: str, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
+        token, owner = self._new_change(session_hash, email), self._find_user(email) or user
+        log("user_update_requested", user_id=user.id, changed="email")
+        free = owner.id == user.id and not self._db.emails.is_reserved(email, user.id, self._now())
+        return mailer.compose("change", email, token=token, former=user.email) if token and free else None
+
+    def _reset_mail(self, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
         user = self._find_user(email)
-        if not user or not _may_reset(user) or not self._mailer:
+        if not user or not _may_reset(user):
             return None
         # A token younger than five minutes is not replaced: requests of strangers must not invalidate the owner's link.
         token = self._new_reset_token(user, self._settings.reset_lifetime, keep_for=RESET_INTERVAL)
         if not token:
             return None
         log("authn_reset_token_created", user_id=user.id)
-        return self._mailer.reset(user.email, token)
+        return mailer.compose("reset", user.email, token=token)
+
+
+@contextlib.contextmanager
+def _taken(email: str) -> Iterator[None]:
+    """Turn the errors of storage about an email into EmailTaken."""
+    try:
+        yield
+    except AlreadyExists as error:
+        text = f"{email}: {error}" if isinstance(error, EmailReserved) else f"User {email} already exists"
+        raise EmailTaken(text=text) from None
 
 
 def _may_reset(user: User) -> bool:

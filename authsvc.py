@@ -48,7 +48,7 @@ PRUNE_REST = 10  # the pause after a step lasts this many times as long as the s
 
 PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
 PAGES = PROJECT / "web" / "pages"
-PAGE_NAMES = "login", "register", "forgot", "reset", "account", "logout"
+PAGE_NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
 PAGE_FILES = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 # A page may load files from its own host and send requests to it. Only its one script runs.
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
@@ -89,6 +89,7 @@ class Handlers:
         secure = "; Secure" if settings.production else ""
         self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
         template = (PAGES / "index.html").read_text(encoding="utf-8").replace("{domain}", domain)
+        template = template.replace("{confirm}", "on" if settings.confirms_email else "off")
         self._pages = {f"/{name}": template.replace("{page}", name).encode() for name in PAGE_NAMES}
         self._files = {name: (kind, (PAGES / name).read_bytes()) for name, kind in PAGE_FILES.items()}
 
@@ -98,10 +99,21 @@ class Handlers:
 
     @_route("POST", "/users", hashes=True)
     def register(self) -> Response:
+        if self._settings.confirms_email:
+            (email,) = _read_form("email")
+            self._auth.mail_confirmation(email, _later_log(), address=_client())
+            return json_response(200, email=email, message="confirmation mailed")
         email, password = _read_form("email", "password")
         user = self._auth.create_account(email, password, address=_client())
         _log("user_created", user_id=user.id)
         return json_response(200, email=email, message="user created")
+
+    @_route("PUT", "/users", hashes=True)
+    def confirm_account(self) -> Response:
+        email, token, password = _read_form("email", "token", "password")
+        user = self._auth.confirm_account(email, token, password, address=_client())
+        _log("user_created", user_id=user.id)
+        return json_response(200, email=email, message="email confirmed")
 
     @_route("POST", "/sessions", hashes=True)
     def log_in(self) -> Response:
@@ -207,6 +219,20 @@ class Handlers:
         answer = self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
         return self._with_device(answer, user, _device())
 
+    @_route("POST", "/email", hashes=True)
+    def begin_email_change(self) -> Response:
+        password, email, otp = _read_form("password", "new_email", optional=("otp",))
+        client: dict[str, Any] = {"address": _client(), "device": _device(), "direct": is_direct(request.environ)}
+        token = self._auth.begin_email_change(self._cookie(), password, email, otp, log=_later_log(), **client)
+        return json_response(200, **({"email": email, "token": token} if token else {"message": "confirmation mailed"}))
+
+    @_route("PUT", "/email")
+    def change_email(self) -> Response:
+        email, token = _read_form("email", "token")
+        user, session_id = self._auth.change_email(self._cookie(), email, token, address=_client())
+        _log("user_updated", user_id=user.id, changed="email")
+        return self._with_cookie(json_response(200, email=email, message="email changed"), session_id)
+
     @_route("POST", "/totp", hashes=True)
     def begin_totp(self) -> Response:
         (password,) = _read_form("password")
@@ -235,8 +261,7 @@ class Handlers:
     def request_reset(self) -> Response:
         (email,) = _read_form("email")
         if self._settings.production:
-            log = functools.partial(log_event, **_context())
-            self._auth.mail_reset_token(email, log, address=_client(), device=_device())
+            self._auth.mail_reset_token(email, _later_log(), address=_client(), device=_device())
             return json_response(200, message="if the email has an account, a mail is on its way")
         # Anyone with the token can take over the account.
         if not is_direct(request.environ):
@@ -254,7 +279,7 @@ class Handlers:
     def change_password_url(self) -> Response:
         return json_response(302, ("Location", "/account"), message="change the password here")
 
-    @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout")
+    @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout", "/confirm", "/change")
     def page(self) -> Response:
         return _file("text/html; charset=utf-8", self._pages[request.path])
 
@@ -282,9 +307,9 @@ class Handlers:
         try:
             if route not in RANKED_BY_EMAIL:
                 return self._auth.rank_session(self._session_id(environ))
-            email, token = read_form(environ, optional=("email", "reset_token"))
-            if route == ("PUT", "/reset_password"):
-                return self._auth.rank_reset(email, token)
+            email, reset_token, token = read_form(environ, optional=("email", "reset_token", "token"))
+            if route[0] == "PUT":
+                return self._auth.rank_token(email, reset_token, token)
             creates = route == ("POST", "/users")
             return self._auth.rank_login(email, None if creates else _device(environ))
         except (Refusal, StorageUnavailable):  # the route answers that
@@ -322,7 +347,7 @@ class Handlers:
 
 # Routes of which the form names the account. Those of all others need a session.
 RANKED_BY_EMAIL = frozenset(
-    {("POST", "/users"), ("POST", "/sessions"), ("POST", "/reset_password"), ("PUT", "/reset_password")}
+    {(method, path) for path in ("/users", "/reset_password") for method in ("POST", "PUT")} | {("POST", "/sessions")}
 )
 
 # The server looks them up by path, so none may have a variable or be a GET: those run on the I/O thread.
@@ -589,6 +614,11 @@ def _client() -> str:
 
 def _context() -> dict[str, str]:
     return {"request_id": request.environ["authsvc.request_id"], "address": _client()}
+
+
+def _later_log() -> Callable[..., None]:
+    """Return a function that logs an event of this request after its answer, on another thread."""
+    return functools.partial(log_event, **_context())
 
 
 def _log(event: str, **details: object) -> None:

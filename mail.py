@@ -1,10 +1,10 @@
-"""Outgoing mail: password resets, and notices of sign-ins and of account changes.
+"""Outgoing mail: links to reset a password or to confirm an email, and notices of sign-ins and of account changes.
 
 Requests never wait for the mail server. A request puts a task on a bounded queue, and a worker thread composes and
 sends the mail. Requests for unknown users do the same, so response times do not reveal whether an account exists. A
 task that sends no mail takes as long as one that does, so the time at which the next mail arrives does not either.
 
-Anybody can ask for reset mails. They wait in a queue that is fair between networks, clients and accounts
+Anybody can ask for mails with links. They wait in a queue that is fair between networks, clients and accounts
 (fair_queue.py), and notices in one of their own, with threads of their own. So a flood neither delays a notice nor
 displaces it, and the mails that a client asks for do not displace those of others.
 
@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
+from pathlib import Path
 from urllib.parse import unquote, urlencode
 
 from fair_queue import FairQueue
@@ -40,31 +41,9 @@ FIRST_DELIVERY = 1.0  # seconds that a reset task without a mail takes before an
 RETRIES = 5, 30, 120, 300  # seconds to wait before each retry
 NO_XOAUTH2 = "the server offers XOAUTH2, which is not supported: use an app password, or a relay"
 
-RESET = """\
-Someone, hopefully you, asked to reset the password of {email} at {host}.
-
-Open this link to choose a new password. It works once and expires in {lifetime}:
-
-{link}
-
-If it was not you, ignore this mail. Your password has not been changed.
-"""
-
-NOTICE = """\
-{what}: {email} at {host}, just now. All other sessions have been signed out.
-
-If it was not you, someone knows your password, can read your mail or had a reset link. Change the password of your
-mailbox first. Then reset your password here, unless your account was deleted. Tell the operator of {host}.
-"""
-
-SIGN_IN = """\
-{what}: {email} at {host}.{seen}
-
-If it was you, ignore this mail. If not, someone knows your password: change it. That signs out all other browsers. This
-page also lists where you are signed in:
-
-{link}
-"""
+_TEXTS = Path(__file__).with_name("mails.txt").read_text(encoding="utf-8")
+_PARTS = re.findall(r"^=== (\w+): (.*)\n((?:(?!=== ).*\n)*)", _TEXTS, re.MULTILINE)
+MAILS = {kind: (subject, text.strip() + "\n") for kind, subject, text in _PARTS}
 
 Task = Callable[[], EmailMessage | None]
 Send = Callable[[EmailMessage], None]
@@ -113,17 +92,6 @@ class Mailer:
         for _ in self._resets.put(waiting, path, preferred=known, limited=limited):
             self._log("mail_dropped", reason="queue full")
 
-    def reset(self, email: str, token: str) -> EmailMessage:
-        """Return the mail with the link to reset a password."""
-        link = reset_link(self._settings.public_url, email, token)
-        minutes = max(1, self._settings.reset_lifetime // 60)
-        lifetime = "1 minute" if minutes == 1 else f"{minutes} minutes"
-        return self._compose(email, "Reset your password", RESET, link=link, lifetime=lifetime)
-
-    def notice(self, email: str, what: str) -> EmailMessage:
-        """Return the mail that notifies a user of a change to their account. ``what`` becomes its subject."""
-        return self._compose(email, what, NOTICE, what=what)
-
     def sign_in(self, email: str, what: str, seen: tuple[object, ...] = ()) -> EmailMessage:
         """Return the mail that notifies a user of sign-ins. ``what`` becomes its subject.
 
@@ -132,7 +100,7 @@ class Mailer:
         # A client can write a link to another site into the name of its browser.
         lines = [re.sub("[^ -~]|://|@", "?", str(text)) or "unknown" for text in seen]
         text = "".join(f"\n{name}: {line}" for name, line in zip(("\nTime", "Address", "Browser"), lines, strict=False))
-        return self._compose(email, what, SIGN_IN, what=what, seen=text, link=f"{self._settings.public_url}/account")
+        return self.compose("sign_in", email, what=what, seen=text)
 
     def check(self) -> None:
         """Sign in to the mail server and name the sender, without sending anything.
@@ -146,18 +114,23 @@ class Mailer:
             if code != 250:
                 raise smtplib.SMTPSenderRefused(code, reason, self._settings.mail_from)
 
-    def _compose(self, email: str, subject: str, text: str, **details: object) -> EmailMessage:
+    def compose(self, kind: str, email: str, *, token: str = "", **details: str) -> EmailMessage:
+        """Return a mail of a kind in mails.txt, which names the ``details``. ``token`` is that of its link."""
         if not MAILBOX.fullmatch(email):
             raise ValueError("not a mailbox")  # development lets such addresses register
-        host = self._settings.public_url.removeprefix("https://")
+        (subject, text), base = MAILS[kind], self._settings.base_url
+        minutes = max(1, self._settings.reset_lifetime // 60)
+        details |= {"email": email, "base": base, "host": base.partition("://")[2]}
+        details |= {"link": token_link(base, kind, email, token)}
+        details |= {"lifetime": "1 minute" if minutes == 1 else f"{minutes} minutes"}
         mail = EmailMessage()
         mail["From"] = self._settings.mail_from
         mail["To"] = email
-        mail["Subject"] = f"{subject} at {host}"
+        mail["Subject"] = subject.format_map(details)
         mail["Date"] = format_datetime(datetime.now(timezone.utc))
         mail["Message-ID"] = make_msgid(domain=self._settings.mail_from.rpartition("@")[2])
         mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: asks for no automatic replies
-        mail.set_content(text.format(email=email, host=host, **details))
+        mail.set_content(text.format_map(details))
         return mail
 
     def _send(self, mail: EmailMessage) -> None:
@@ -196,9 +169,9 @@ class Mailer:
             raise
 
 
-def reset_link(base: str, email: str, token: str) -> str:
-    """Return the link to reset a password. The token is in the fragment, which browsers never send to a server."""
-    return f"{base}/reset#{urlencode({'token': token, 'email': email})}"
+def token_link(base: str, page: str, email: str, token: str) -> str:
+    """Return the link to a page. The token is in the fragment, which browsers never send to a server."""
+    return f"{base}/{page}#{urlencode({'token': token, 'email': email})}"
 
 
 class _Sender:

@@ -35,7 +35,8 @@ CODE_DEVICES = 5, 900
 CODE_STRANGERS = 5, 3600
 CODE_RESETS = 5, 3600  # from browsers that reset the password; a bucket that only the mailbox leads to
 REGISTER_ADDRESS = 20, 180
-RESET_ACCOUNT = 3, 1200
+MAILS = 3, 1200  # to one email, of each kind
+EMAIL_CHANGES = 5, 17_280  # that one user asks for: 5 a day
 RESET_ADDRESS = 10, 360
 RESET_TOKEN_ADDRESS = 10, 60
 SESSION_PASSWORD = 10, 900  # the current password, asked again in one session
@@ -108,17 +109,20 @@ class RateLimiter:
         """Return the buckets of a registration."""
         return [self._by_network(REGISTER_ADDRESS, "register", client_networks(address))]
 
-    def reset_account(self, email: str, *, known: bool) -> list[Buckets]:
-        """Return the buckets of a reset mail. ``known``: requested by a browser that has signed in before."""
-        kind = "reset account of devices" if known else "reset account"
-        return [[self._scaled(RESET_ACCOUNT, kind, email.casefold())]]
+    def mails(self, kind: str, email: str) -> list[Buckets]:
+        """Return the buckets of a mail that somebody asked for. Each kind has its own, so that none blocks another."""
+        return [[self._scaled(MAILS, f"{kind} mail", email.casefold())]]
+
+    def email_changes(self, user_id: int) -> list[Buckets]:
+        """Return the buckets of the changes of email that a user asks for."""
+        return [[self._bucket(EMAIL_CHANGES, "change of email", str(user_id))]]
 
     def reset_address(self, address: str) -> list[Buckets]:
         """Return the buckets of a request for a reset token."""
         return [self._by_network(RESET_ADDRESS, "reset", client_networks(address))]
 
     def unknown_token(self, address: str) -> list[Buckets]:
-        """Return the buckets of a reset token that is not live."""
+        """Return the buckets of a token that is not live, of whatever kind."""
         return [self._by_network(RESET_TOKEN_ADDRESS, "confirm", client_networks(address))]
 
     def sign_in_mail(self, kind: str, user_id: int) -> list[Buckets]:

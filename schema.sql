@@ -45,6 +45,35 @@ CREATE TABLE sessions (
 CREATE INDEX sessions_user_id ON sessions (user_id);
 CREATE INDEX sessions_expires_at ON sessions (expires_at);  -- no longer used, like the table known_addresses
 
+CREATE TABLE email_changes (                         -- a new email that a session asked for, until a link confirms it
+    session_id INTEGER PRIMARY KEY REFERENCES sessions (id) ON DELETE CASCADE,  -- the row: its session_hash may change
+    email      TEXT NOT NULL,                        -- exactly as it was asked for
+    email_key  TEXT NOT NULL,
+    token_hash TEXT NOT NULL,                        -- SHA-256 in hex
+    expires_at INTEGER NOT NULL                      -- valid while now < expires_at
+) STRICT;
+
+CREATE INDEX email_changes_expires_at ON email_changes (expires_at);
+
+CREATE TABLE registrations (                         -- accounts that were asked for, until a link confirms the email
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,    -- ascending: the newest five of an email are valid
+    email      TEXT NOT NULL,                        -- exactly as it was sent
+    email_key  TEXT NOT NULL,                        -- that of an account has a row as well, whose token nobody gets
+    token_hash TEXT NOT NULL UNIQUE,                 -- SHA-256 in hex
+    expires_at INTEGER NOT NULL                      -- valid while now < expires_at
+) STRICT;
+
+CREATE INDEX registrations_email_key ON registrations (email_key);
+CREATE INDEX registrations_expires_at ON registrations (expires_at);
+
+CREATE TABLE former_emails (                         -- given up by a change or a deletion, in production
+    email_key   TEXT PRIMARY KEY,
+    user_id     INTEGER NOT NULL,                    -- whose it was, perhaps no longer a user; only they may return to it
+    released_at INTEGER NOT NULL                     -- reserved for 90 days from then on
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX former_emails_released_at ON former_emails (released_at);
+
 CREATE TABLE recovery_codes (                        -- each replaces a one-time code once
     user_id   INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
     code_hash TEXT NOT NULL,                         -- SHA-256 in hex

@@ -99,6 +99,7 @@ class Settings:
     reset_lifetime: int = 600  # seconds until a reset token expires
     password_min: int = 15  # minimum characters of a new password; production only
     registration: str = "open"  # who can create an account: anyone (open), invited people (invitation), no one (closed)
+    confirm_email: bool | None = None  # a new account needs a mailed link; None: in production with a mail server
     require_second_factor: bool = False  # if on, a session that has not shown a second factor can only set one up
     trusted_proxy: str = ""  # IP addresses and networks that may send X-Forwarded-For and X-Forwarded-Proto
     cookie_domain: str = ""  # shares the session cookie with all hosts under this domain, which can read it; production
@@ -161,6 +162,7 @@ class Settings:
         smtp = not self.smtp_url or self.smtp_server
         form = "must be smtp+starttls://user@host:port or smtps://…, or smtp:// to this machine, without a password"
         self._require(smtp, "smtp_url", form)
+        self._require(self.smtp_url or not self.confirm_email, "confirm_email", "needs AUTHSVC_SMTP_URL")
         listens_locally = self.address[0].is_loopback
         if self.production:
             self._check_production()
@@ -219,6 +221,17 @@ class Settings:
     def production(self) -> bool:
         """Whether this is a production service: one that faces the internet."""
         return self.public_url != ""
+
+    @property
+    def base_url(self) -> str:
+        """The beginning of links to this service."""
+        return self.public_url or f"http://{self.listen}"
+
+    @property
+    def confirms_email(self) -> bool:
+        """Whether anybody can create an account, but only with an email that was confirmed."""
+        chosen = self.production and bool(self.smtp_url) if self.confirm_email is None else self.confirm_email
+        return chosen and self.registration == "open"
 
     def tells_clients_apart(self, address: str | None) -> bool:
         """Return whether two clients have two addresses, so that limits per client do no harm.
@@ -357,7 +370,7 @@ def _without_password(text: str) -> str:
 def _read(name: str, text: str, kind: type) -> str | int | bool:
     if not text:  # a broken environment file must not silently turn production into development
         raise SettingsError(f"{name} is set but empty: give it a value or unset it")
-    if kind is bool:
+    if kind in (bool, type(None)):
         if text not in SWITCH:
             raise SettingsError(f"{name}={_without_password(text)!r} must be on or off (or 1 or 0)")
         return SWITCH[text]

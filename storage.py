@@ -18,6 +18,7 @@ from engines.errors import RolledBack
 from engines.rows import hash_as_given, is_storable
 from engines.schema import LOCK_ALL_USERS, LOCK_USER
 from settings import Settings
+from tables.emails import DELETE_WAITING, IS_GOOD, Emails, Link, claim, give_up
 from tables.rate_limits import RateLimits
 
 LOOKUP_BATCH = 500  # emails that one statement looks up
@@ -42,6 +43,7 @@ HAS_LIVE_RESET = """reset_token = :token_hash AND reset_expires_at > :now AND re
 IS_VERIFIED = """id = :user_id AND hashed_password = :verified
                AND EXISTS (SELECT 1 FROM sessions WHERE session_hash = :session_hash AND user_id = users.id)"""
 
+OWN_SESSIONS = "SELECT id FROM sessions WHERE user_id = :user_id"
 REPLACE_HASH = "UPDATE users SET hashed_password = :new, cut_salt = NULL WHERE id = :user_id AND hashed_password = :old"
 
 CLEAR_RESET = "UPDATE users SET reset_token = NULL, reset_expires_at = NULL, reset_created_at = NULL"
@@ -130,6 +132,7 @@ class DB:
         self._engine = open_engine(chosen, private=private)
         self.engine_version = self._engine.version
         self.rate_limits = RateLimits(self._engine)
+        self.emails = Emails(self._engine)
         self.check = self._engine.check
         self.empty_log = self._engine.empty_log
         self.close = self._engine.close
@@ -143,30 +146,39 @@ class DB:
     # Users
 
     def add_user(self, email: str, hashed_password: str | bytes, created_at: int | None = None) -> User:
-        """Add a user without a session.
+        """Add a user without a session. Registrations that wait for the email are deleted.
 
         Raises:
-            AlreadyExists: an account has this email, in any letter case.
+            AlreadyExists: an account has this email, in any letter case, or it is reserved for its former owner.
             ValueError: the email or the hash cannot be stored.
         """
-        user = User(0, email, hashed_password, created_at=created_at)
         with self._engine.transaction() as db:
-            (user_id,) = db.execute(f"{INSERT_USER} RETURNING id", _user_values(user)).fetchone()
-        return replace(user, id=user_id)
+            return _insert_user(db, User(0, email, hashed_password, created_at=created_at))
+
+    def confirm_registration(self, link: Link, hashed_password: bytes) -> User | None:
+        """Add the user of a waiting registration, and delete all that wait for the email; None if there is none.
+
+        Raises:
+            AlreadyExists: as in add_user(). Of two transactions with links of one email, one fails with it.
+        """
+        with self._engine.transaction() as db:
+            row = db.execute(f"SELECT email FROM registrations WHERE {IS_GOOD}", link).fetchone()
+            return row and _insert_user(db, User(0, row[0], hashed_password, created_at=link["now"]))
 
     def taken_emails(self, emails: Sequence[str]) -> set[str]:
-        """Return those of the emails, in folded letter case, that an account has."""
+        """Return those of the emails, in folded letter case, that an account has or that are reserved."""
         taken = set()
         with self._engine.own_connection() as db:
             for start in range(0, len(emails), LOOKUP_BATCH):
                 keys = {f"key{i}": key for i, key in enumerate(emails[start : start + LOOKUP_BATCH])}
                 parameters = ", ".join(f":{name}" for name in keys)
-                statement = f"SELECT email_key FROM users WHERE email_key IN ({parameters})"
-                taken |= {key for (key,) in db.execute(statement, keys).fetchall()}
+                for table in ("users", "former_emails"):
+                    statement = f"SELECT email_key FROM {table} WHERE email_key IN ({parameters})"
+                    taken |= {key for (key,) in db.execute(statement, keys).fetchall()}
         return taken
 
     def import_users(self, users: Iterable[User]) -> None:
-        """Add users, all or none.
+        """Add users, all or none. Registrations that wait for their emails are deleted.
 
         Raises:
             AlreadyExists: an account has one of the emails, or two users have the same.
@@ -174,6 +186,7 @@ class DB:
         """
         with self._engine.own_connection() as own, self._engine.transaction(connection=own) as db:
             db.executemany(INSERT_USER, map(_user_values, users))
+            db.execute(f"{DELETE_WAITING} IN (SELECT email_key FROM users)")
 
     def find_user_by(self, /, **sought: Any) -> User:
         """Return the user with these attributes, the one with the lowest id if there are several.
@@ -251,15 +264,50 @@ class DB:
         """Enable a disabled user."""
         self._engine.write("UPDATE users SET disabled_at = NULL WHERE id = :user_id", {"user_id": user_id})
 
-    def delete_user(self, user_id: int) -> None:
-        """Delete a user with all rows that refer to it."""
-        self._engine.write("DELETE FROM users WHERE id = :user_id", {"user_id": user_id})
+    def change_email(
+        self, user_id: int, email: str, now: int, reserved_at: int | None, pending: dict[str, Any] | None = None
+    ) -> bool:
+        """Give a user another email and revoke all other credentials. ``reserved_at`` is that of delete_user().
 
-    def delete_verified_user(self, user: User, session_hash: str) -> bool:
+        ``pending`` is the tables.emails.Link of a session, with its session_hash and the new_session_hash under which
+        it continues. Return False and change nothing if the session has no such pending change.
+
+        Raises:
+            AlreadyExists: another account has the email, or it is reserved for its former owner.
+        """
+        values = {"user_id": user_id, "session_hash": None, "new_session_hash": None, **(pending or {})}
+        with suppress(RolledBack), self._user_transaction(user_id) as db:
+            if pending:
+                statement = f"""
+                    DELETE FROM email_changes
+                     WHERE {IS_GOOD} AND session_id IN ({OWN_SESSIONS} AND session_hash = :session_hash)
+                    RETURNING email"""
+                row = db.execute(statement, values).fetchone()
+                if not row:
+                    return False
+                email = row[0]  # as it was asked for, and checked
+            former = db.execute("SELECT email_key FROM users WHERE id = :user_id", values)
+            give_up(db, user_id, former.fetchone(), reserved_at)
+            statement = "UPDATE users SET email = :email, email_key = :email_key WHERE id = :user_id"
+            db.execute(statement, values | {"email": email, "email_key": email.casefold()})
+            claim(db, email.casefold(), user_id, now)
+            _revoke_credentials(db, user_id, values["session_hash"], values["new_session_hash"])
+            return True
+        return False
+
+    def delete_user(self, user_id: int, reserved_at: int | None = None) -> None:
+        """Delete a user with all rows that refer to it. With a time, the email is reserved from then on."""
+        with self._user_transaction(user_id) as db:
+            statement = "DELETE FROM users WHERE id = :user_id RETURNING email_key"
+            give_up(db, user_id, db.execute(statement, {"user_id": user_id}).fetchone(), reserved_at)
+
+    def delete_verified_user(self, user: User, session_hash: str, reserved_at: int | None = None) -> bool:
         """Delete a user if the password is still that of ``user`` and the session exists; return whether it did."""
         with self._user_transaction(user.id) as db:
             values = {"user_id": user.id, "verified": user.hashed_password, "session_hash": session_hash}
-            return db.execute(f"DELETE FROM users WHERE {IS_VERIFIED}", values).rowcount == 1
+            row = db.execute(f"DELETE FROM users WHERE {IS_VERIFIED} RETURNING email_key", values).fetchone()
+            give_up(db, user.id, row, reserved_at)
+            return row is not None
 
     # Sessions
 
@@ -294,28 +342,25 @@ class DB:
             _update_newest_session(db, user.id, login_at=session.created_at)
         return True
 
-    def find_session(
-        self, session_hash: str, *, now: int, idle_since: int, latest: int
-    ) -> tuple[User, LiveSession] | None:
+    def find_session(self, session_hash: str, **window: int) -> tuple[User, LiveSession] | None:
         """Return a live session with its user.
 
-        A session is live if it has not expired, was used after ``idle_since``, and has no time later than ``latest``.
+        ``window`` has three times: ``now``, ``idle_since`` and ``latest``. A session is live if it has not expired, was
+        used after ``idle_since``, and has no time later than ``latest``.
         """
         statement = f"""
             SELECT sessions.id, last_seen_at, expires_at, remember, factor_at, {USER_COLUMNS}
               FROM sessions JOIN users ON users.id = sessions.user_id
              WHERE sessions.session_hash = :session_hash AND {IS_LIVE_SESSION}"""
-        values = {"session_hash": session_hash, "now": now, "idle_since": idle_since, "latest": latest}
-        row = self._engine.read(statement, values)
+        row = self._engine.read(statement, window | {"session_hash": session_hash})
         return row and (_user(row[5:]), LiveSession(*row[:5]))
 
-    def list_sessions(self, user_id: int, *, now: int, idle_since: int, latest: int) -> list[Session]:
-        """Return the live sessions of a user, newest first."""
+    def list_sessions(self, user_id: int, **window: int) -> list[Session]:
+        """Return the live sessions of a user, newest first; ``window`` as in find_session()."""
         statement = f"""
             SELECT session_hash, created_at, last_seen_at, expires_at, address, user_agent, remember, factor_at
               FROM sessions WHERE user_id = :user_id AND {IS_LIVE_SESSION} ORDER BY id DESC"""
-        values = {"user_id": user_id, "now": now, "idle_since": idle_since, "latest": latest}
-        return [Session(*row) for row in self._engine.read_all(statement, values)]
+        return [Session(*row) for row in self._engine.read_all(statement, window | {"user_id": user_id})]
 
     def touch_session(self, session_hash: str, now: int) -> None:
         """Record the use of a session."""
@@ -470,7 +515,7 @@ class DB:
     # Retention
 
     def prune(self, *, now: int, idle_since: int, limit: int) -> Iterator[tuple[str, int]]:
-        """Delete sessions that have expired or were not used since ``idle_since``, dead reset tokens and full buckets.
+        """Delete sessions that have expired or were not used since ``idle_since``, dead tokens, and full buckets.
 
         Each transaction deletes up to ``limit`` rows. Yield after each the kind and the number of rows.
         """
@@ -488,6 +533,7 @@ class DB:
             with self._engine.transaction() as db:
                 cleared = db.executemany(f"{CLEAR_RESET} WHERE id = :id AND {HAS_EXPIRED_RESET}", rows).rowcount
             yield "reset_tokens", cleared
+        yield from self.emails.prune(now=now, limit=limit)
         while deleted := self.rate_limits.prune(now=now, limit=limit):
             yield "buckets", deleted
 
@@ -519,6 +565,13 @@ def _user(row: Sequence[Any]) -> User:
 def _user_values(user: User) -> dict[str, Any]:
     _check_storable(email=user.email, hashed_password=user.hashed_password)
     return _columns(user) | {"email_key": user.email.casefold()}
+
+
+def _insert_user(db: Transaction, user: User) -> User:
+    values = _user_values(user)
+    (user_id,) = db.execute(f"{INSERT_USER} RETURNING id", values).fetchone()
+    claim(db, values["email_key"], user_id, user.created_at)
+    return replace(user, id=user_id)
 
 
 def _columns(row: User | Session) -> dict[str, Any]:
@@ -563,13 +616,14 @@ def _revoke_credentials(
     *,
     devices: bool = False,
 ) -> None:
-    """Invalidate pending resets, invitations and unconfirmed TOTP seeds, and end all sessions.
+    """Invalidate pending resets, changes of email, invitations and unconfirmed TOTP seeds, and end all sessions.
 
     With ``devices`` the user's device cookies become void as well.
     The session of ``session_hash`` continues under a new hash. If it has ended, raise RolledBack.
     """
     values = {"user_id": user_id, "device_key": _new_device_key() if devices else None}
     db.execute(f"{REVOKE_PENDING}, device_key = coalesce(:device_key, device_key) WHERE id = :user_id", values)
+    db.execute(f"DELETE FROM email_changes WHERE session_id IN ({OWN_SESSIONS})", values)
     if session_hash is not None:
         _renew_session(db, user_id, session_hash, new_session_hash)
     _end_sessions(db, user_id, new_session_hash)

@@ -26,9 +26,10 @@ from cli.copy import CopyRefused, copy
 from engines import operations
 from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from log import log_event, timestamp
-from mail import Mailer, reset_link
+from mail import Mailer, token_link
 from settings import Settings, SettingsError, redacted
 from storage import DB, User, newest_session_time
+from tables.emails import EXPIRED
 from tables.rate_limits import CLOCK_TOLERANCE
 
 with suppress(ImportError):  # the settings say that Windows, which lacks them, is not supported
@@ -73,7 +74,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             target.add_argument("--all", action="store_true", help="end the sessions of all users")
         if argument:
             kind = _utf_8 if "email" in argument else _KINDS.get(names, str)
-            target.add_argument(argument.strip("[]"), nargs="?" if argument.startswith("[") else None, type=kind)
+            for one in argument.split():
+                target.add_argument(one.strip("[]"), nargs="?" if one.startswith("[") else None, type=kind)
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         if names in ("import", "export"):
@@ -231,14 +233,33 @@ def _enable_user(operator: Operator) -> None:
 
 def _delete_user(operator: Operator) -> None:
     """Delete a user and all their data."""
-    with operator.open_user() as (_, db, user):
+    with operator.open_user() as (auth, db, user):
         if not operator.arguments.yes:
             _confirm(f"Delete {user.email} and all their data? [y/N] ")
-        db.delete_user(user.id)
+        db.delete_user(user.id, auth.reserved_at())
         operator.log("user_deleted", user_id=user.id)
         with suppress(StorageUnavailable):  # the service does it, too, within the hour
             db.empty_log()
         operator.print_record(f"deleted {user.email}", email=user.email, state="deleted")
+
+
+def _rename_user(operator: Operator) -> None:
+    """Change a user's email, and end their sessions, reset links and invitations."""
+    with operator.open_user() as (auth, _, user):
+        auth.rename(user, operator.arguments.new_email)
+        operator.log("user_updated", user_id=user.id, changed="email")
+        text = f"renamed {user.email} to {operator.arguments.new_email}; all sessions ended"
+        operator.print_record(text, email=operator.arguments.new_email, former_email=user.email)
+
+
+def _release_email(operator: Operator) -> None:
+    """Free an email that a user gave up less than 90 days ago."""
+    email = operator.arguments.email
+    with operator.open_database() as (auth, db):
+        if not db.emails.release(email):
+            raise CommandFailed(f"{email} is not reserved")
+        operator.log("email_released", unknown=auth.tag(email))
+        operator.print_record(f"released {email}", email=email, state="released")
 
 
 def _confirm(question: str) -> None:
@@ -296,14 +317,14 @@ def _link_base(settings: Settings) -> str:
     host, port = settings.address
     if not settings.production and (host.is_unspecified or not port):
         raise CommandFailed(f"no browser can open AUTHSVC_LISTEN={settings.listen}: set AUTHSVC_PUBLIC_URL")
-    return settings.public_url or f"http://{settings.listen}"
+    return settings.base_url
 
 
 def _make_link(auth: Auth, user: User, base: str) -> dict[str, str]:
     if user.disabled_at:
         raise CommandFailed(f"{user.email} is disabled: enable the user first")
     token, expires_at = auth.link_token(user)
-    link = reset_link(base, user.email, token)
+    link = token_link(base, "reset", user.email, token)
     return {"email": user.email, "link": link, "reset_token": token, "expires": timestamp(expires_at)}
 
 
@@ -329,16 +350,21 @@ def _list_sessions(operator: Operator) -> None:
 
 
 def _end_sessions(operator: Operator) -> None:
-    """End a user's sessions; --all: all sessions, reset links and invitations."""
+    """End a user's sessions; --all: all sessions, and all links that were mailed or printed."""
     if operator.arguments.all:
         with operator.open_database() as (_, db):
-            ended = db.end_all_sessions()
+            ended = {**db.emails.end_pending(), "ended": db.end_all_sessions()}
             operator.log("session_ended", which="all")
     else:
         with operator.open_user() as (_, db, user):
-            ended = db.end_sessions(user.id, devices=True)
+            ended = {"ended": db.end_sessions(user.id, devices=True)}
             operator.log("session_ended", user_id=user.id)
-    operator.print_record(f"{_count(ended, 'session')} ended", ended=ended)
+    operator.print_record(_ended(**ended), **ended)
+
+
+def _ended(ended: int, **deleted: int) -> str:
+    listed = "".join(f"; {name.replace('_', ' ')} deleted: {number}" for name, number in deleted.items())
+    return f"{_count(ended, 'session')} ended{listed}"
 
 
 # Import and export
@@ -377,7 +403,7 @@ def _import_users(operator: Operator) -> None:
 
 
 def _taken(email: str) -> str:
-    return f"{user_files.named('email', email)}: already registered, or repeated in this file"
+    return f"{user_files.named('email', email)}: already registered, reserved, or repeated in this file"
 
 
 def _export_users(operator: Operator) -> None:
@@ -464,13 +490,12 @@ def _restore(operator: Operator) -> None:
     # Beside the file itself: a symbolic link to it may be on another file system.
     file = os.path.realpath(database) if os.path.islink(database) else database
     kept = f"{file}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
-    ended = 0
+    ended = {"ended": 0}
 
     def prepare(path: str) -> None:
-        nonlocal ended
         with closing(DB(path)) as db:
             # The backup still holds sessions that were ended after it was made, perhaps because they were stolen.
-            ended = db.end_all_sessions()
+            ended.update(**db.emails.end_pending(), ended=db.end_all_sessions())
 
     try:
         replaced = operations(database).restore(source, database, kept, prepare)
@@ -479,8 +504,8 @@ def _restore(operator: Operator) -> None:
             os.close(os.open(source, os.O_RDONLY))  # raises PermissionError where SQLite gives no reason
         raise
     operator.log("sys_restore")
-    record = {"database": database, "kept": kept if replaced else None, "sessions_ended": ended}
-    text = f"restored {database}; {_count(ended, 'session')} ended"
+    text = f"restored {database}; {_ended(**ended)}"
+    record = {"database": database, "kept": kept if replaced else None, "sessions_ended": ended.pop("ended"), **ended}
     operator.print_record(f"{text}; the old database is now {kept}" if replaced else text, **record)
 
 
@@ -538,7 +563,7 @@ def _mail_problems(settings: Settings) -> list[str]:
 
 def _prune(operator: Operator) -> None:
     """Delete expired rows now. The service also does this every hour."""
-    deleted = {"sessions": 0, "reset_tokens": 0, "buckets": 0}
+    deleted = {"sessions": 0, "reset_tokens": 0, **dict.fromkeys(EXPIRED, 0), "buckets": 0}
     with operator.open_database() as (auth, _):
         for kind, number in auth.prune():
             deleted[kind] += number
@@ -592,7 +617,7 @@ def _format(value: object) -> str:
 # All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
 # here; options are added in add_commands(). Brackets mark an argument that may be left out.
 
-GROUPS = {"user": "add, list, show, disable, enable and delete users", "sessions": "list and end sessions"}
+GROUPS = {"user": "add, list, show, disable, enable, delete and rename users", "sessions": "list and end sessions"}
 
 COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("user list", _list_users, ""),
@@ -601,6 +626,8 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("user disable", _disable_user, "email"),
     ("user enable", _enable_user, "email"),
     ("user delete", _delete_user, "email"),
+    ("user rename", _rename_user, "email new_email"),
+    ("user release", _release_email, "email"),
     ("invite", _invite, "email"),
     ("reset-link", _print_reset_link, "email"),
     ("totp-off", _disable_totp, "email"),

@@ -45,7 +45,8 @@ def backup(database: str, target: str) -> None:
 def restore(source: str, database: str, kept: str, prepare: Callable[[str], object] | None = None) -> bool:
     """Replace the database with a backup; return whether there was one, which is then kept under the name ``kept``.
 
-    ``prepare`` is called with the path of the copy before it replaces the database. If the process is killed, either
+    Users that are added later get ids that neither of the two has given. ``prepare`` is called with the path of the
+    copy before it replaces the database. If the process is killed, either
     the old or the new database is there, complete; ``kept`` may then be a second name or a copy of the old one.
 
     ``kept`` must be on the same file system as the file itself, to which ``database`` may be a symbolic link.
@@ -66,7 +67,7 @@ def restore(source: str, database: str, kept: str, prepare: Callable[[str], obje
         opened.enter_context(_locked(database))
         replaced = os.path.exists(database) and os.path.getsize(database) > 0
         if replaced:
-            _merge_log(database)
+            _number_users_after(_merge_log(database), temporary)
             _copy_owner(database, temporary)
             _keep(database, kept)
         # A log that is left belongs to a damaged database. SQLite would apply it to the new one.
@@ -171,16 +172,27 @@ def _open_exclusively(database: str) -> Iterator[sqlite3.Connection]:
         yield connection
 
 
-def _merge_log(database: str) -> None:
-    """Move the write-ahead log into the file, unless the database is damaged."""
+def _merge_log(database: str) -> int:
+    """Move the write-ahead log into the file, and return the last id of a user; unless the database is damaged."""
     if os.path.getsize(database) < sqlite.MIN_FILE_BYTES:  # SQLite might take it for empty, and delete the log
-        return
+        return 0
     try:
-        with _open_exclusively(database):
-            pass
+        with _open_exclusively(database) as connection:
+            return Rows(SQLiteEngine.name, connection, connection.execute).last_id("users")
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorname", "") not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
-            raise
+        if getattr(error, "sqlite_errorname", "") not in ("SQLITE_NOTADB", "SQLITE_CORRUPT", "SQLITE_ERROR"):
+            raise  # SQLITE_ERROR: it has no table of users
+    return 0
+
+
+def _number_users_after(last_id: int, path: str) -> None:
+    """Give the next user of a database a higher id: applications may keep data under those that were given."""
+    with closing(sqlite3.connect(path)) as connection:
+        rows = Rows(SQLiteEngine.name, connection, connection.execute)
+        if last_id > rows.last_id("users"):
+            rows.set_last_id("users", last_id)
+            connection.commit()
+    _sync(path)
 
 
 @contextmanager

@@ -179,12 +179,14 @@ class Server:
         ):
             connection.execute(
                 """
-                SELECT email_key FROM users;
+                SELECT email_key FROM former_emails;
                 DROP FUNCTION IF EXISTS stop CASCADE;
                 DELETE FROM users;
+                DELETE FROM registrations;
+                DELETE FROM former_emails;
                 DELETE FROM throttle;
                 DELETE FROM throttle_secret;
-                SELECT setval('users_id_seq', 1, false), setval('sessions_id_seq', 1, false)
+                SELECT setval(name || '_id_seq', 1, false) FROM unnest(ARRAY['users', 'sessions', 'registrations']) name
                 """
             )
             self.emptied.append(database)

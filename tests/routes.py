@@ -28,11 +28,14 @@ COOKIE_ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax"
 # The routes that read a body, each with its required fields.
 FORMS = [
     ("POST", "/users", ("email", "password")),
+    ("PUT", "/users", ("email", "token", "password")),
     ("POST", "/sessions", ("email", "password")),
     ("POST", "/reset_password", ("email",)),
     ("PUT", "/reset_password", ("email", "reset_token", "new_password")),
     ("DELETE", "/profile", ("password",)),
     ("PUT", "/password", ("password", "new_password")),
+    ("POST", "/email", ("password", "new_email")),
+    ("PUT", "/email", ("email", "token")),
     ("POST", "/totp", ("password",)),
     ("PUT", "/totp", ("otp",)),
     ("DELETE", "/totp", ("password", "otp")),
@@ -42,7 +45,7 @@ FIELDS = [(method, path, field) for method, path, fields in FORMS for field in f
 # The pages and their files, each with its content type.
 HTML = "text/html; charset=utf-8"
 PAGES = {
-    **dict.fromkeys(("/login", "/register", "/forgot", "/reset", "/logout", "/account"), HTML),
+    **dict.fromkeys(("/login", "/register", "/forgot", "/reset", "/logout", "/confirm", "/change", "/account"), HTML),
     "/pages/style.css": "text/css; charset=utf-8",
     "/pages/script.js": "text/javascript; charset=utf-8",
 }
@@ -54,7 +57,7 @@ OPEN_ROUTES = [
         for path in ("/", "/health", "/verify", "/.well-known/change-password", *PAGES)
         if path != "/account"
     ),
-    *((method, path) for method, path, _ in FORMS[:4]),
+    *((method, path) for method, path, _ in FORMS[:5]),
 ]
 SESSION_ROUTES = [
     ("GET", "/profile"),
@@ -65,6 +68,8 @@ SESSION_ROUTES = [
     ("DELETE", "/sessions/all"),
     ("DELETE", "/sessions/0123456789abcdef"),
     ("PUT", "/password"),
+    ("POST", "/email"),
+    ("PUT", "/email"),
     ("POST", "/totp"),
     ("PUT", "/totp"),
     ("DELETE", "/totp"),
@@ -87,7 +92,8 @@ class SharedApp:
     @property
     def form(self) -> dict[str, str]:
         """Valid fields for every route except POST /users. Each route ignores the ones it does not read."""
-        return {**BOB, "reset_token": self.reset_token, "new_password": "t4rt1fl3tt3", "otp": "000000"}
+        given = {"reset_token": self.reset_token, "new_password": "t4rt1fl3tt3", "otp": "000000"}
+        return {**BOB, **given, "token": "nope", "new_email": "new@x.io"}
 
     def refuses(self, status: int, method: str, path: str, form: Any = None, **rest: Any) -> str:
         """Assert that a request with Bob's cookie is refused and changes nothing; return the message."""

@@ -144,6 +144,7 @@ COMMANDS: list[list[str]] = [
     ["user", "show", "bob@x.io"],
     ["user", "disable", "bob@x.io"],
     ["user", "enable", "bob@x.io"],
+    ["user", "rename", "bob@x.io", "rob@x.io"],
     ["user", "delete", "bob@x.io", "--yes"],
     ["invite", "carol@x.io"],
     ["reset-link", "bob@x.io"],
@@ -162,6 +163,7 @@ EVENTS = {
     "user disable": "user_disabled",
     "user enable": "user_enabled",
     "user delete": "user_deleted",
+    "user rename": "user_updated",
     "invite": "user_invited",
     "reset-link": "authn_reset_token_created",
     "sessions end": "session_ended",
@@ -455,7 +457,8 @@ def test_a_list_of_sessions_contains_no_control_characters(run: Run, people: Aut
 @pytest.mark.parametrize("chosen", ["bob@x.io", "--all"])
 def test_sessions_are_ended(run: Run, people: Auth, chosen: str) -> None:
     session_id = people.log_in("eve@x.io", "3v3", address=None)[1]
-    assert run("sessions", "end", chosen, "--json").records == [{"ended": 2 if chosen == "--all" else 1}]
+    pending = {"registrations": 0, "email_changes": 0} if chosen == "--all" else {}
+    assert run("sessions", "end", chosen, "--json").records == [pending | {"ended": 2 if chosen == "--all" else 1}]
     assert run("sessions", "list", "bob@x.io").out == ""
     assert (people.get_user_from_session_id(session_id) is None) is (chosen == "--all")
 
@@ -466,7 +469,7 @@ def test_sessions_end_voids_the_device_cookies_of_these_users(run: Run, people: 
     keys = set()
     for number in range(3):
         before = device_keys(people)
-        assert run("sessions", "end", chosen, "--json").records == [{"ended": 0 if number else 1}]
+        assert run("sessions", "end", chosen, "--json").records[0]["ended"] == (0 if number else 1)
         bob, eve = device_keys(people)
         assert bob not in (None, before[0])
         assert (eve != before[1]) is (chosen == "--all")
@@ -476,6 +479,61 @@ def test_sessions_end_voids_the_device_cookies_of_these_users(run: Run, people: 
 
 def device_keys(people: Auth) -> list[str | None]:
     return [user.device_key for user in people._db.each_user()]
+
+
+# Emails
+
+
+@pytest.mark.both_engines
+def test_a_user_is_renamed(run: Run, people: Auth) -> None:
+    session_id, token = people.create_session("eve@x.io"), people.get_reset_password_token("eve@x.io")
+    result = run("user", "rename", "eve@x.io", "Eva@x.io")
+    assert result.out == "renamed eve@x.io to Eva@x.io; all sessions ended\n"
+    assert [(line["event"], line["user_id"], line["changed"]) for line in result.log] == [("user_updated", 2, "email")]
+    assert people.get_user_from_session_id(session_id) is None
+    assert people.valid_login("eva@x.io", "3v3")
+    with pytest.raises(ValueError, match="invalid reset token"):
+        people.update_password(token, "t4rt1fl3tt3")
+    record = {"email": "eva@x.io", "former_email": "Eva@x.io"}
+    assert run("user", "rename", "eva@x.io", "eva@x.io", "--json").records == [record]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("nobody@x.io", "new@x.io", "unknown email"),
+        ("eve@x.io", "BOB@x.io", "User BOB@x.io already exists"),
+        ("eve@x.io", " ", "email must not be blank"),
+    ],
+)
+@pytest.mark.both_engines
+def test_a_refused_rename_changes_nothing(run: Run, people: Auth, old: str, new: str, problem: str) -> None:
+    session_id = people.create_session("eve@x.io")
+    result = run("user", "rename", old, new)
+    assert (result.code, result.err) == (1, [f"authsvc: {problem}"])
+    assert people.get_user_from_session_id(session_id)
+
+
+@pytest.mark.both_engines
+def test_an_email_that_was_given_up_is_released(
+    run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("AUTHSVC_PUBLIC_URL", "https://auth.example.com")
+    monkeypatch.setenv("AUTHSVC_BCRYPT_COST", "10")
+    if "postgresql" not in people._settings.database:
+        os.chmod(people._settings.database, 0o600)
+    assert run("user", "delete", "eve@x.io", "--yes").code == 0
+    for command in (["user", "add"], ["invite"]):
+        assert run(*command, "EVE@x.io").err == [
+            "authsvc: EVE@x.io: another user gave up this email: free it with user release"
+        ]
+    (tmp_path / "users.csv").write_text("email\neve@x.io\n")
+    assert "already registered, reserved, or repeated" in run("import", "users.csv").err[0]
+    result = run("user", "release", "EVE@x.io", "--json")
+    assert result.records == [{"email": "EVE@x.io", "state": "released"}]
+    assert [line["event"] for line in result.log] == ["email_released"]
+    assert run("user", "release", "eve@x.io").err == ["authsvc: eve@x.io is not reserved"]
+    assert run("user", "add", "eve@x.io").code == 0
 
 
 # Import and export
@@ -489,9 +547,9 @@ def test_an_import_adds_all_users_or_names_every_problem(run: Run, people: Auth,
     result = run("import", "users.csv")
     assert (result.code, result.out, result.log) == (1, "", [])
     assert result.err == [
-        "users.csv:3: email 'BOB@x.io': already registered, or repeated in this file",
+        "users.csv:3: email 'BOB@x.io': already registered, reserved, or repeated in this file",
         "users.csv:4: hashed_password is not a bcrypt hash: expected $2b$…, $2a$…, $2y$… or $bcrypt-sha256$…",
-        "users.csv:5: email 'carol@X.io': already registered, or repeated in this file",
+        "users.csv:5: email 'carol@X.io': already registered, reserved, or repeated in this file",
         "users.csv:6: expected 3 columns as in the header, found 2",
         "authsvc: 4 problems: nothing was imported",
     ]
@@ -748,6 +806,24 @@ def test_a_backup_is_restored(run: Run, people: Auth, path: Path, tmp_path: Path
     assert people.valid_login("eve@x.io", "3v3")
     with pytest.raises(ValueError, match="invalid reset token"):
         people.update_password(token, "t4rt1fl3tt3")
+
+
+def test_a_restore_deletes_what_waits_for_a_confirmation_and_gives_no_id_twice(
+    run: Run, people: Auth, path: Path
+) -> None:
+    link = people._link("carol@x.io", "token", 60)
+    people._db.emails.add_registration(link)
+    (session_hash,) = people._db._engine.read("SELECT session_hash FROM sessions", {})
+    assert people._db.emails.set_change(session_hash, link)
+    assert run("backup", "copy.db").code == 0
+    later = [people.register_user(f"{name}@x.io", "b4l0u").id for name in ("dan", "eve2")]
+    people._db.delete_user(later[1])
+    people.close()
+    (record,) = run("restore", "copy.db", "--json").records
+    assert (record["sessions_ended"], record["registrations"], record["email_changes"]) == (1, 1, 1)
+    people._db = DB(path)  # the fixture closes it
+    assert people._db._engine.read("SELECT count(*) FROM registrations", {}) == (0,)
+    assert people.register_user("new@x.io", "b4l0u").id == later[1] + 1 == 5
 
 
 def test_a_backup_is_restored_after_a_newer_release_has_migrated_the_database(
@@ -1074,8 +1150,13 @@ def test_pruning_says_what_it_deletes(run: Run, people: Auth, logged: list[str])
         db.execute("UPDATE users SET reset_token = 'spent', reset_expires_at = 1 WHERE email = 'eve@x.io'")
         db.execute("DELETE FROM throttle")
         db.execute("INSERT INTO throttle VALUES ('a', 1), ('b', 1)")
-    assert run("prune").out == "deleted: sessions 1, reset tokens 1, buckets 2\n"
-    assert json.loads(run("prune", "--json").out) == {"pruned": True, "sessions": 0, "reset_tokens": 0, "buckets": 0}
+        for table, columns in (("registrations", "7, 'a', 'a', 't', 1"), ("former_emails", "'a', 7, 1")):
+            db.execute(f"INSERT INTO {table} VALUES ({columns})")
+        db.execute("INSERT INTO email_changes SELECT id, 'a', 'a', 't', 1 FROM sessions")
+    emails = "registrations 1, email changes 0, former emails 1"  # the session ended, and so did its change
+    assert run("prune").out == f"deleted: sessions 1, reset tokens 1, {emails}, buckets 2\n"
+    kinds = "sessions", "reset_tokens", "registrations", "email_changes", "former_emails", "buckets"
+    assert json.loads(run("prune", "--json").out) == {"pruned": True, **dict.fromkeys(kinds, 0)}
     counts = [(line["sessions"], line["reset_tokens"], line["buckets"]) for line in map(json.loads, logged)]
     assert counts == [(1, 1, 2), (0, 0, 0)]
     assert people._db._engine.read("SELECT count(*) FROM sessions", {}) == (0,)

@@ -109,6 +109,12 @@ def fill(database: str) -> None:
         db.rate_limits.consume([Bucket(key, 5, 60) for key in ("\x7fkey", "Key", "key", "k-ey")], int(time.time()))
         # Only copies of the last release still store addresses.
         db._engine.write("INSERT INTO known_addresses SELECT id, 'address ' || id, 1 FROM users", {})
+        for number, email in enumerate(("Wait@x.io", "É@x.io")):
+            link = {"email": email, "email_key": email.casefold(), "token_hash": str(number), "expires_at": 2**33}
+            db.emails.add_registration(link)
+            session = db._engine.read("SELECT session_hash FROM sessions WHERE id = :id", {"id": number + 1})
+            assert db.emails.set_change(session[0], link)
+            db.change_email(db.add_user(f"{number}{email}", HASH).id, f"new {email}", 1, reserved_at=1)
         old = db.add_user("old@x.io", HASH)  # a hash as text, and no time of creation, as in an old file
         db.disable_user(old.id, 1_700_000_000)
         db.count_untold_logins(old.id, 3)
@@ -181,7 +187,7 @@ def test_a_copy_is_reported_and_logged_without_a_secret(new: New, copy: Copy) ->
     shown = json.loads(done.stdout)
     assert shown == {"target": shown["target"], **counts}
     (line,) = [json.loads(line) for line in done.stderr.splitlines()]
-    assert (line["event"], line["users"], line["target"]) == ("sys_copy", 4, shown["target"])
+    assert (line["event"], line["users"], line["target"]) == ("sys_copy", 6, shown["target"])
     assert "s3cret" not in done.stdout + done.stderr
     assert not [name for name in os.listdir(os.path.dirname(source)) if name.startswith(".")]
 

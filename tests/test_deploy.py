@@ -791,7 +791,7 @@ def use(service: Service) -> None:
 def product_files() -> set[str]:
     """Return the path of every file of the service, relative to the repository."""
     files = [path for package in PACKAGES for path in (HERE / package).rglob("*") if path.is_file()]
-    files += [*MODULES.values(), *HERE.glob("*.sql"), HERE / "pyproject.toml"]
+    files += [*MODULES.values(), *HERE.glob("*.sql"), HERE / "mails.txt", HERE / "pyproject.toml"]
     return {str(path.relative_to(HERE)) for path in files if "__pycache__" not in path.parts}
 
 

@@ -278,13 +278,13 @@ def test_no_request_header_appears_in_a_mail(call: Client, server: MailServer) -
 
 @pytest.mark.parametrize("address", ["o'brien@x.io", "bob+tag@x.io", "a&b$c`d`!e@x.io", "--bob@x.io", "b%40b@x.io"])
 def test_the_link_in_a_mail_preserves_an_unusual_email(mailer: Mailer, address: str) -> None:
-    assert link_of(mailer.reset(address, "to-ken_0")) == {"token": "to-ken_0", "email": address}
+    assert link_of(mailer.compose("reset", address, token="to-ken_0")) == {"token": "to-ken_0", "email": address}
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(30, "1 minute"), (119, "1 minute"), (600, "10 minutes")])
 def test_a_reset_mail_states_the_lifetime_of_its_link(log: Log, seconds: int, text: str) -> None:
     settings = production_settings(smtp_url="smtps://localhost", mail_from="auth@example.com", reset_lifetime=seconds)
-    message = Mailer(settings, log).reset(BOB, "to-ken_0")
+    message = Mailer(settings, log).compose("reset", BOB, token="to-ken_0")
     assert f" works once and expires in {text}:" in message.get_content()
 
 
@@ -497,7 +497,7 @@ def test_an_invited_or_disabled_user_gets_no_reset_mail(
     "address", ["bob@x.io", "o'brien+tag@x.io", "a&token=evil#c@x.io", "a b@x", "почта@x", "%", ""]
 )
 def test_a_reset_link_holds_email_and_token_only_in_its_fragment(address: str) -> None:
-    link = mail.reset_link(PUBLIC_URL, address, "to-ken_0")
+    link = mail.token_link(PUBLIC_URL, "reset", address, "to-ken_0")
     assert re.fullmatch("[!-~]+", link)
     parts = urlsplit(link)
     assert (f"{parts.scheme}://{parts.netloc}", parts.path, parts.query) == (PUBLIC_URL, "/reset", "")
@@ -549,7 +549,7 @@ def test_mail_is_sent_over_tls_after_signing_in(
 ) -> None:
     server = start_server(scheme)
     mailer = Mailer(settings_for(server.url), log)
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert server.next()["To"] == BOB
     assert server.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
     assert log.next() == ("mail_sent", {"tries": 1})
@@ -573,7 +573,7 @@ def test_a_server_with_an_invalid_certificate_gets_no_mail(
         scheme, untrusted_certificate() if why == "another authority" else authority.issue_cert("elsewhere.example")
     )
     mailer = Mailer(settings_for(server.url), log)
-    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    mailer.enqueue(lambda: mailer.compose("reset", BOB, token="canary-token"))
     assert log.next() == ("mail_delayed", {"reason": "SSLCertVerificationError", "smtp_code": 0, "tries": 1})
     assert (server.received.qsize(), server.logins) == (0, [])
 
@@ -583,7 +583,7 @@ def test_a_server_without_tls_gets_no_mail(
 ) -> None:
     server = start_server(starttls=False)
     mailer = Mailer(settings_for(server.url), log)
-    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    mailer.enqueue(lambda: mailer.compose("reset", BOB, token="canary-token"))
     event, details = log.next()
     assert (event, details["reason"]) == ("mail_delayed", "SMTPNotSupportedError")
     assert (server.received.qsize(), server.logins) == (0, [])
@@ -597,7 +597,7 @@ def test_a_relay_on_this_machine_needs_no_tls_and_no_login(
     settings = production_settings(smtp_url=f"smtp://{host}:{server.port}", mail_from="auth@example.com")
     mailer = Mailer(settings, log)
     mailer.check()
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert server.next()["To"] == BOB
     assert server.logins == []
 
@@ -607,7 +607,7 @@ def test_a_wrong_smtp_password_sends_nothing_and_is_not_logged(
 ) -> None:
     (tmp_path / "password").write_text("canary-wrong")
     mailer = Mailer(settings_for(server.url), log)
-    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    mailer.enqueue(lambda: mailer.compose("reset", BOB, token="canary-token"))
     assert log.next() == ("mail_dropped", {"reason": "SMTPAuthenticationError", "smtp_code": 535, "tries": 1})
     assert server.received.qsize() == 0
     assert "canary" not in log.text
@@ -664,7 +664,7 @@ def test_a_server_that_offers_xoauth2_only_is_named(
     (problem,) = commands._mail_problems(settings)
     assert problem == f"localhost: No suitable authentication method found. ({mail.NO_XOAUTH2})"
     mailer = Mailer(settings, log)
-    mailer.enqueue(lambda: mailer.reset(BOB, "canary-token"))
+    mailer.enqueue(lambda: mailer.compose("reset", BOB, token="canary-token"))
     event, details = log.next()
     assert (event, details["reason"]) == ("mail_delayed", "SMTPException")
 
@@ -719,7 +719,7 @@ def test_a_mail_is_delayed_until_the_server_is_up(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0.05,) * 100)
     mailer = Mailer(settings_for(smtp_url("smtps", port_of(closed))), log)
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert log.next() == ("mail_delayed", {"reason": "ConnectionRefusedError", "smtp_code": 0, "tries": 1})
     assert start_server("smtps", listener=closed).next()["To"] == BOB
     while (event := log.next()[0]) == "mail_delayed":
@@ -737,7 +737,7 @@ def test_a_temporary_refusal_of_a_recipient_is_retried(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
     server.recipient_replies = [reply] * 2
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_sent"]
     assert server.next()["To"] == BOB
 
@@ -747,7 +747,7 @@ def test_a_permanent_refusal_of_a_recipient_is_not_retried(
     server: MailServer, mailer: Mailer, log: Log, reply: str
 ) -> None:
     server.recipient_replies = [reply]
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     event, details = log.next()
     assert (event, details["tries"]) == ("mail_dropped", 1)
 
@@ -757,7 +757,7 @@ def test_a_refused_message_is_delayed_or_dropped_by_its_status(
     server: MailServer, mailer: Mailer, log: Log, reply: str, event: str
 ) -> None:
     server.data_replies = [reply]
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert log.next() == (event, {"reason": "SMTPDataError", "smtp_code": int(reply[:3]), "tries": 1})
 
 
@@ -766,7 +766,7 @@ def test_an_accepted_mail_is_not_sent_again_whatever_follows(
     server: MailServer, mailer: Mailer, log: Log, reply: str
 ) -> None:
     server.quit_reply = reply
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert log.next()[0] == "mail_sent"
     assert server.next()["To"] == BOB
 
@@ -776,7 +776,7 @@ def test_a_mail_is_dropped_after_the_last_retry(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0, 0))
     server.data_replies = ["451 later"] * 3
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     lines = [log.next() for _ in range(3)]
     assert [(event, details["tries"]) for event, details in lines] == [
         ("mail_delayed", 1),
@@ -787,8 +787,8 @@ def test_a_mail_is_dropped_after_the_last_retry(
 
 def test_a_mail_that_waits_for_a_retry_does_not_delay_others(server: MailServer, mailer: Mailer) -> None:
     server.data_replies = ["451 later"]
-    mailer.enqueue(lambda: mailer.notice("first@x.io", "Your password was changed"))
-    mailer.enqueue(lambda: mailer.notice("second@x.io", "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="Your password was changed"))
     assert server.next()["To"] == "second@x.io"
 
 
@@ -797,7 +797,7 @@ def test_a_retry_is_sent_while_new_tasks_keep_arriving(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
     server.data_replies = ["451 later"]
-    mailer.enqueue(lambda: mailer.notice("first@x.io", "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="Your password was changed"))
     finished = threading.Event()
 
     def repeat() -> None:
@@ -815,9 +815,9 @@ def fail_once(server: MailServer, mailer: Mailer, log: Log, recipient: str, *, r
     """Have a mail fail, so that it waits to be sent again."""
     server.delayed_once.add(recipient)
     if reset:
-        enqueue_reset(mailer, lambda: mailer.reset(recipient, "to-ken_0"))
+        enqueue_reset(mailer, lambda: mailer.compose("reset", recipient, token="to-ken_0"))
     else:
-        mailer.enqueue(lambda: mailer.notice(recipient, "Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", recipient, what="Your password was changed"))
     assert log.next()[0] == "mail_delayed"
 
 
@@ -828,8 +828,8 @@ def test_a_retry_that_takes_long_does_not_delay_a_fresh_mail(
     monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
     server.delays = {"first@x.io": 1.0}
     fail_once(server, mailer, log, "first@x.io", reset=reset)
-    mailer.enqueue(lambda: mailer.notice("second@x.io", "Your password was changed"))
-    enqueue_reset(mailer, lambda: mailer.reset("third@x.io", "to-ken_0"))
+    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="Your password was changed"))
+    enqueue_reset(mailer, lambda: mailer.compose("reset", "third@x.io", token="to-ken_0"))
     assert {server.next()["To"] for _ in range(2)} == {"second@x.io", "third@x.io"}
     assert server.next()["To"] == "first@x.io"
 
@@ -895,7 +895,7 @@ def test_the_number_of_mails_waiting_for_a_retry_is_bounded(
     monkeypatch.setattr(mail, "WAITING", 2)
     server.data_replies = ["451 later"] * 3
     for _ in range(3):
-        mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
         settle(mailer)
     assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_dropped"]
 
@@ -915,7 +915,7 @@ def fail() -> None:
 
 def test_a_failing_task_does_not_end_the_worker(server: MailServer, mailer: Mailer, log: Log) -> None:
     mailer.enqueue(fail)
-    mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
     assert server.next()["To"] == BOB
     assert log.next() == ("mail_dropped", {"reason": "RuntimeError"})
 
@@ -994,9 +994,9 @@ def test_a_thread_that_cannot_be_started_is_started_with_the_next_mail(
     with monkeypatch.context() as patched:
         patched.setattr(threading, "_start_new_thread", refuse)
         patched.setattr(threading, "_start_joinable_thread", refuse, raising=False)
-        mailer.enqueue(lambda: mailer.notice("first@x.io", "Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="Your password was changed"))
     assert log.next() == ("mail_delayed", {"reason": "RuntimeError"})
-    mailer.enqueue(lambda: mailer.notice("second@x.io", "Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="Your password was changed"))
     assert {server.next()["To"] for _ in range(2)} == {"first@x.io", "second@x.io"}
 
 
@@ -1063,7 +1063,7 @@ def test_a_notice_does_not_wait_for_resets(server: MailServer, mailer: Mailer) -
     with resets_held(mailer):
         for _ in range(1100):
             enqueue_reset(mailer, lambda: None)
-        mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
         assert server.next()["To"] == BOB
 
 
@@ -1087,7 +1087,7 @@ def test_a_flood_of_one_client_drops_no_mail_of_others(
         for number, owner in enumerate(owners):
             auth.mail_reset_token(owner, ignore, address=f"203.0.{number}.1")
             if number % 4 == 0:
-                mailer.enqueue(lambda: mailer.notice(BOB, "Your password was changed"))
+                mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
         mails = [server.next() for _ in range(26)]
     finally:
         stopped.set()
@@ -1239,12 +1239,16 @@ def test_a_request_neither_waits_for_mail_nor_reveals_an_account(call: Client, m
 @pytest.mark.parametrize("kind", ["no mail", "failure", "refused mail"])
 def test_a_task_without_a_delivery_takes_as_long_as_one_with_it(server: MailServer, mailer: Mailer, kind: str) -> None:
     server.delay = 0.3
-    enqueue_reset(mailer, lambda: mailer.reset(BOB, "to-ken_0"), known=False)
+    enqueue_reset(mailer, lambda: mailer.compose("reset", BOB, token="to-ken_0"), known=False)
     server.next()
     server.delay, arrived = 0.0, time.monotonic()
     server.recipient_replies = ["550 no such user"] if kind == "refused mail" else []
-    tasks = {"no mail": lambda: None, "failure": fail, "refused mail": lambda: mailer.reset("refused@x.io", "to-ken_0")}
-    for task in (tasks[kind], lambda: None, lambda: mailer.reset(BOB, "to-ken_0")):
+    tasks = {
+        "no mail": lambda: None,
+        "failure": fail,
+        "refused mail": lambda: mailer.compose("reset", "refused@x.io", token="to-ken_0"),
+    }
+    for task in (tasks[kind], lambda: None, lambda: mailer.compose("reset", BOB, token="to-ken_0")):
         enqueue_reset(mailer, task, known=False)
     server.next()
     assert time.monotonic() - arrived >= 0.6
@@ -1255,7 +1259,7 @@ def test_before_any_delivery_a_task_without_a_mail_takes_the_first_value(
 ) -> None:
     monkeypatch.setattr(mail, "FIRST_DELIVERY", 0.3)
     mailer, asked = Mailer(settings, log), time.monotonic()
-    for task in (lambda: None, lambda: mailer.reset(BOB, "to-ken_0")):
+    for task in (lambda: None, lambda: mailer.compose("reset", BOB, token="to-ken_0")):
         enqueue_reset(mailer, task, known=False)
     server.next()
     assert time.monotonic() - asked >= 0.3
@@ -1266,7 +1270,7 @@ def test_a_task_of_a_known_browser_delays_nobody(
 ) -> None:
     monkeypatch.setattr(mail, "FIRST_DELIVERY", 60.0)
     mailer = Mailer(settings, log)
-    for task in (lambda: None, lambda: mailer.reset(BOB, "to-ken_0")):
+    for task in (lambda: None, lambda: mailer.compose("reset", BOB, token="to-ken_0")):
         enqueue_reset(mailer, task, known=True)
     assert server.next()["To"] == BOB
 

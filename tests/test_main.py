@@ -144,7 +144,7 @@ def test_requests_gets_the_documented_answer_of_each_route(service: Service) -> 
             (client.post(f"{url}/sessions", data=account), 401, {"message": "wrong email or password"}),
             (requests.post(f"{url}/sessions", json={**account, "password": "t4rt1fl3tt3"}), 200, walk[4][2]),
             (client.get(f"{url}/nowhere"), 404, {"message": "not found"}),
-            (client.put(f"{url}/users"), 405, {"message": "method not allowed"}),
+            (client.put(f"{url}/sessions"), 405, {"message": "method not allowed"}),
         ]
     assert [(answer.status_code, answer.json()) for answer, _, _ in walk] == [expected[1:] for expected in walk]
     assert all(SECURITY.items() <= answer.headers.items() for answer, _, _ in walk)

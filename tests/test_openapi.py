@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import pytest
 import yaml
 
 import authsvc
-from auth import AuthError
+from auth import Auth, AuthError
+from authsvc import create_app
 from credentials import totp
+from settings import Settings
 from tests.conftest import HERE, Client, Clock, Service
 
 OPENAPI = HERE / "docs" / "openapi.yaml"
@@ -126,7 +129,9 @@ class CheckedClient:
 
 @pytest.mark.slow
 @pytest.mark.both_engines
-def test_every_successful_answer_is_as_documented(document: Any, call: Client, clock: Clock) -> None:
+def test_every_successful_answer_is_as_documented(
+    document: Any, call: Client, auth: Auth, settings: Settings, clock: Clock
+) -> None:
     send = CheckedClient(document, call)
     login = {"email": "bob@x.io", "password": "b4l0u"}
 
@@ -141,6 +146,9 @@ def test_every_successful_answer_is_as_documented(document: Any, call: Client, c
     send("GET", "/health")
     send("GET", "/profile")
     send("GET", "/verify")
+    token = send("POST", "/email", password="b4l0u", new_email="rob@x.io")["token"]
+    send("PUT", "/email", email="rob@x.io", token=token)
+    login["email"] = "rob@x.io"
     send("PUT", "/password", **{**login, "new_password": "t4rt1fl3tt3"})
     login["password"] = "t4rt1fl3tt3"
     seed = send("POST", "/totp", **login)["secret"]
@@ -159,11 +167,16 @@ def test_every_successful_answer_is_as_documented(document: Any, call: Client, c
         send("DELETE", path, status)
     send("GET", "/verify", 401)
     send("GET", "/verify?login=1", 302)
-    token = send("POST", "/reset_password", email="bob@x.io")["reset_token"]
-    send("PUT", "/reset_password", email="bob@x.io", reset_token=token, new_password="b4l0u")
+    token = send("POST", "/reset_password", email="rob@x.io")["reset_token"]
+    send("PUT", "/reset_password", email="rob@x.io", reset_token=token, new_password="b4l0u")
     login["password"] = "b4l0u"
     send("POST", "/sessions", **login)
     send("DELETE", "/profile", **login)
+    confirming = replace(settings, smtp_url="smtp://127.0.0.1:25", mail_from="auth@x.io", confirm_email=True)
+    send.call = Client(create_app(confirming, Auth(auth._db, confirming, clock)))
+    assert send("POST", "/users", email="eve@x.io", password="b4l0u")["message"] == "confirmation mailed"
+    auth._db.emails.add_registration(auth._link("eve@x.io", "token", 60))
+    send("PUT", "/users", email="eve@x.io", token="token", password="b4l0u")
     successes = {
         (method.upper(), path, int(status))
         for path, item in document["paths"].items()

@@ -210,7 +210,7 @@ def site(
     mail_and_settings: tuple[MailServer, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Site]:
     """One site for all tests; use an email of your own."""
-    settings = {"AUTHSVC_SESSIONS_PER_USER": "9", **mail_and_settings[1]}
+    settings = {"AUTHSVC_SESSIONS_PER_USER": "9", "AUTHSVC_CONFIRM_EMAIL": "off", **mail_and_settings[1]}
     with closing(Site("nginx", tmp_path_factory.mktemp("site"), settings)) as shared:
         yield shared
 
@@ -435,6 +435,74 @@ def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: Site, mail: M
     assert not [url for url in bob.requests if "token" in url.partition("#")[0]]
 
 
+def link_in_mail_to(server: MailServer, address: str, page: str) -> str:
+    (link,) = re.findall(rf"https://\S+/{page}#\S+", next_mail_to(server, address).get_content())
+    return str(link)
+
+
+@pytest.fixture(scope="module")
+def confirming_site(
+    mail_and_settings: tuple[MailServer, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Site]:
+    """A site where emails are confirmed, as in any production with a mail server."""
+    settings = {"AUTHSVC_SESSIONS_PER_USER": "9", **mail_and_settings[1]}
+    with closing(Site("nginx", tmp_path_factory.mktemp("confirming"), settings)) as shared:
+        yield shared
+
+
+def test_an_account_is_created_with_a_mailed_link(browser: Browser, confirming_site: Site, mail: MailServer) -> None:
+    with Visitor(browser, confirming_site) as bob:
+        bob.open("/register")
+        expect(bob.page.locator("#register-password")).to_have_count(0)
+        bob.fill("register", email="bob@example.com")
+        bob.expect_status("register", "A mail is on its way. Open its link to choose a password.")
+        link = link_in_mail_to(mail, "bob@example.com", "confirm")
+        bob.page.goto(link)
+        bob.expect_url("/confirm")  # the token has been removed from the address bar
+        bob.expect_heading("Confirm your email")
+        expect(bob.page.locator("#confirm-email")).to_have_value("bob@example.com")
+        assert "bob@example.com" not in confirming_site.command("user", "list")  # opening the link changes nothing
+        bob.fill("create", password="short")
+        expect(bob.page.locator("#confirm [role=status]")).to_contain_text("15 characters")
+        bob.page.locator("#confirm-password").fill("")
+        bob.fill("create", password=PASSWORD)
+        bob.expect_status("create", "Your account is ready. You can sign in now.")
+        bob.page.get_by_role("link", name="Sign in").click()
+        bob.sign_in("bob@example.com")
+        bob.page.goto(link)
+        bob.fill("create", password=NEW_PASSWORD)
+        refusal = "This link has been used or has expired, or is of another browser. Request a new one."
+        bob.expect_status("create", refusal)
+        assert not [url for url in bob.requests if "token" in url.partition("#")[0]]
+
+
+def test_an_email_is_changed_in_the_browser_that_asked(visit: Visit, mail: MailServer) -> None:
+    bob, elsewhere = visit(), visit(new_profile=True)
+    bob.get_account("former@example.com")
+    bob.fill("email", new_email="newer@example.com", password="wrong")
+    bob.expect_status("email", "Wrong password.")
+    bob.page.locator("#email-new").fill("")
+    bob.page.locator("#email-password").fill("")
+    bob.fill("email", new_email="newer@example.com", password=PASSWORD)
+    bob.expect_status(
+        "email", "If nobody has this email yet, a link is on its way. Open it in this browser within an hour."
+    )
+    link = link_in_mail_to(mail, "newer@example.com", "change")
+    elsewhere.page.goto(link)
+    elsewhere.expect_status(
+        "change", "Sign in first, in the browser in which you asked for the new email. Then open the link again."
+    )
+    expect(elsewhere.page.get_by_role("button", name="Change email")).to_be_disabled()
+    bob.page.goto(link)
+    bob.expect_url("/change")
+    expect(bob.page.locator("#change-former")).to_have_value("former@example.com")
+    expect(bob.page.locator("#change-email")).to_have_value("newer@example.com")
+    bob.page.get_by_role("button", name="Change email").click()
+    bob.expect_status("change", "Your email is changed. All other sessions have been signed out.")
+    bob.page.get_by_role("link", name="Your account").click()
+    expect(bob.page.locator("#who")).to_have_text("newer@example.com")
+
+
 def test_an_incomplete_link_is_reported(visit: Visit) -> None:
     bob = visit()
     for link in ("/reset", "/reset#token=abc", "/reset#email=bob@example.com"):
@@ -442,6 +510,9 @@ def test_an_incomplete_link_is_reported(visit: Visit) -> None:
         bob.open(link)
         bob.expect_status("reset", "This link is incomplete. Open it again from the mail, or request a new one.")
         expect(bob.page.get_by_role("button", name="Set password")).to_be_disabled()
+    for page, action in (("confirm", "create"), ("change", "change")):
+        bob.open(f"/{page}#token=abc")
+        bob.expect_status(action, "This link is incomplete. Open it again from the mail, or request a new one.")
 
 
 def test_other_sessions_can_be_ended(visit: Visit) -> None:
@@ -649,7 +720,7 @@ LOOKS: list[tuple[int, Literal["light", "dark"]]] = [(320, "light"), (1280, "dar
 
 def test_axe_finds_no_problem_on_any_page(visit: Visit) -> None:
     bob = visit(new_profile=True)
-    for name in PAGES[:-1]:
+    for name in (*PAGES[:-1], "confirm", "change"):
         bob.open(f"/{name}")
         _check_accessibility(bob.page)
     bob.get_account("axe@example.com")
@@ -691,7 +762,7 @@ def test_a_status_message_moves_nothing(visit: Visit) -> None:
 
 def test_without_javascript_a_page_says_that_it_needs_it(visit: Visit) -> None:
     bob = visit(java_script_enabled=False)
-    for name in PAGES[:-1]:
+    for name in (*PAGES[:-1], "confirm", "change"):
         bob.open(f"/{name}")
         expect(bob.page.locator("noscript p")).to_contain_text("need JavaScript")
         expect(bob.page.locator("noscript p")).to_be_visible()

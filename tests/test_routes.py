@@ -120,7 +120,7 @@ def test_a_form_gets_the_same_answers_directly_and_through_bottle(routers: Route
         ("GET", "/pages/style.css", 200),
         ("HEAD", "/", 200),
         ("GET", "/nowhere", 404),
-        ("PUT", "/users", 405),
+        ("PATCH", "/users", 405),
     ],
 )
 def test_every_other_request_goes_through_bottle(routers: Routers, method: str, path: str, status: int) -> None:
@@ -180,7 +180,7 @@ def test_another_path_is_not_found(shared: SharedApp, path: str) -> None:
     ("path", "allowed"),
     [
         ("/", {"GET"}),
-        ("/users", {"POST"}),
+        ("/users", {"POST", "PUT"}),
         ("/sessions", {"GET", "POST", "DELETE"}),
         ("/sessions/others", {"DELETE"}),
         ("/sessions/all", {"DELETE"}),
@@ -230,7 +230,7 @@ def test_head_answers_as_get_without_a_body(
 )
 def test_path_and_method_are_refused_before_the_body(shared: SharedApp, rest: dict[str, Any]) -> None:
     shared.refuses(404, "POST", "/nowhere", **rest)
-    shared.refuses(405, "PUT", "/users", **rest)
+    shared.refuses(405, "PATCH", "/users", **rest)
 
 
 # Refusals of the rules and of the storage
@@ -362,7 +362,7 @@ def test_a_page_is_the_same_for_every_client(shared: SharedApp, path: str, kind:
 @each("path", [path for path, kind in PAGES.items() if kind == HTML])
 def test_each_page_names_itself_and_has_its_section(shared: SharedApp, path: str) -> None:
     text = shared.call("GET", path, cookie=shared.cookie).body.decode()
-    assert f'<body data-page="{path[1:]}" data-domain="">' in text
+    assert f'<body data-page="{path[1:]}" data-domain="" data-confirm="off">' in text
     assert f'<section id="{path[1:]}">' in text
     assert not re.search("[{}]", text)
 
@@ -383,7 +383,7 @@ def test_a_page_carries_the_headers_with_a_policy_of_its_own(shared: SharedApp, 
 def test_a_password_field_is_masked_and_open_to_password_managers(shared: SharedApp) -> None:
     text = shared.call("GET", "/login").body.decode()
     fields = {field for field in re.findall("<input[^>]*>", text) if "password" in field and "otp" not in field}
-    assert len(fields) == 8
+    assert len(fields) == 10
     for field in fields:
         assert ' type="password"' in field
         assert re.search(' autocomplete="(current|new)-password"', field)

@@ -25,6 +25,7 @@ from auth import (
     _hash_password,
 )
 from credentials import totp
+from log import log_event
 from settings import Settings
 from storage import DB, User
 from tests import accounts
@@ -535,6 +536,9 @@ SENSITIVE_CHANGES: dict[str, Callable[..., object]] = {
     ),
     "delete account": lambda auth, held, otp, **more: auth.delete_account(
         held, PASSWORD, otp, **{"address": None, **more}
+    ),
+    "ask for a new email": lambda auth, held, otp, **more: auth.begin_email_change(
+        held, PASSWORD, "new@x.io", otp, **{"log": log_event, "direct": True, "address": None, **more}
     ),
 }
 sensitive = pytest.mark.parametrize("change", SENSITIVE_CHANGES.values(), ids=SENSITIVE_CHANGES)

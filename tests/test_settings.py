@@ -29,6 +29,7 @@ DEFAULTS = {
     "reset_lifetime": 600,
     "password_min": 15,
     "registration": "open",
+    "confirm_email": None,
     "require_second_factor": False,
     "trusted_proxy": "",
     "cookie_domain": "",
@@ -708,3 +709,27 @@ def test_a_cookie_domain_of_the_operator_is_accepted(url: str, domain: str) -> N
 
 def test_a_cookie_domain_needs_production() -> None:
     assert refusal({"AUTHSVC_COOKIE_DOMAIN": "example.com"}).endswith("needs AUTHSVC_PUBLIC_URL")
+
+
+MAIL = {"smtp_url": "smtp://127.0.0.1:25", "mail_from": "auth@example.com"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "confirms"),
+    [
+        ({}, False),
+        ({"public_url": "https://x.io"}, False),
+        (MAIL, False),
+        ({"public_url": "https://x.io", **MAIL}, True),
+        ({"public_url": "https://x.io", **MAIL, "confirm_email": False}, False),
+        ({**MAIL, "confirm_email": True}, True),
+        ({"public_url": "https://x.io", **MAIL, "registration": "invitation"}, False),
+    ],
+)
+def test_emails_are_confirmed_in_production_with_a_mail_server(changes: dict[str, Any], confirms: bool) -> None:
+    assert Settings(**changes).confirms_email is confirms
+
+
+def test_emails_are_not_confirmed_without_a_mail_server() -> None:
+    with pytest.raises(SettingsError, match="AUTHSVC_CONFIRM_EMAIL=True needs AUTHSVC_SMTP_URL"):
+        Settings(confirm_email=True)

@@ -301,6 +301,15 @@ def test_a_copy_of_the_last_release_goes_on_with_the_newer_tables(old_copy: Engi
         assert results(old_copy)[1] == []
 
 
+@pytest.mark.both_engines
+def test_a_session_that_an_older_copy_ends_takes_its_pending_change_along(old_copy: Engine, last_release: str) -> None:
+    link = {"email": "new@x.io", "email_key": "new@x.io", "token_hash": "token", "expires_at": NOW}
+    with closing(DB(last_release)) as db:
+        assert db.emails.set_change("s", link)
+        assert old_copy.write("DELETE FROM sessions WHERE session_hash = :hash", {"hash": "s"}) == 1
+        assert db._engine.read("SELECT count(*) FROM email_changes", {}) == (0,)
+
+
 # Copies that start at once
 
 

@@ -54,7 +54,8 @@ const actions = {
   },
 
   async register(fields, form) {
-    requireSuccess(await send("POST", "/users", fields));
+    const response = requireSuccess(await send("POST", "/users", fields));
+    if (response.message === "confirmation mailed") return text("confirm");
     showStatus(form, text("registered"));
     requireSuccess(await send("POST", "/sessions", fields));
     await enter(destination());
@@ -70,14 +71,32 @@ const actions = {
 
   async reset(fields, form) {
     requireSuccess(await send("PUT", "/reset_password", {...fields, reset_token: link.get("token")}));
-    one("button", form).hidden = true;
-    one("a", form.parentElement).href = "/login";
-    one("a", form.parentElement).textContent = one("#login h1").textContent;
+    leadToLogin(form);
     return text("set");
   },
 
   async leave({forget}) {
     await signOut(forget ? "/sessions?forget=1" : "/sessions");
+  },
+
+  async create(fields, form) {
+    requireSuccess(await send("PUT", "/users", {...fields, token: link.get("token")}));
+    leadToLogin(form);
+    return text("confirmed");
+  },
+
+  async email(fields) {
+    const response = requireSuccess(await send("POST", "/email", fields));
+    if (response.token) { // only a development service answers with the token
+      location.assign(`/change#${new URLSearchParams({token: response.token, email: response.email})}`);
+    }
+    return text("change");
+  },
+
+  async change(fields, form) {
+    requireSuccess(await send("PUT", "/email", {...fields, token: link.get("token")}));
+    one("button", form).hidden = true;
+    return text("renamed");
   },
 
   async logout() {
@@ -130,6 +149,13 @@ const actions = {
   },
 };
 
+// Puts a link to the sign-in page in the place of a form's button.
+function leadToLogin(form) {
+  one("button", form).hidden = true;
+  one("a", form.parentElement).href = "/login";
+  one("a", form.parentElement).textContent = one("#login h1").textContent;
+}
+
 // Returns a successful response, and throws an error with the text to show otherwise.
 function requireSuccess(response) {
   if (response.status >= 200 && response.status < 400) return response;
@@ -173,6 +199,19 @@ function showCode(form, shown) {
 
 function showFactor(state) {
   for (const form of all("[data-factor]")) form.hidden = form.dataset.factor !== state;
+}
+
+// Shows why the link of this page cannot be used.
+function refuse(name) {
+  showStatus(linked, text(name), true);
+  one("button", linked).disabled = true;
+}
+
+async function showFormerEmail() {
+  const {status, message, email} = await send("GET", "/profile");
+  if (status === 200) one("#change-former").value = email;
+  else if (status === 403) refuse("elsewhere");
+  else showStatus(linked, message, true);
 }
 
 async function showAccount() {
@@ -242,15 +281,15 @@ for (const form of all("form")) {
 }
 
 // First of all, the token is removed from the address bar, and so from the history.
-const link = new URLSearchParams(page === "reset" ? location.hash.slice(1) : "");
-if (page === "reset") {
+const linked = one(`#${page}:is(#reset, #confirm, #change) form`);
+const link = new URLSearchParams(linked ? location.hash.slice(1) : "");
+if (linked) {
   history.replaceState(null, "", location.pathname);
-  one("#reset-email").value = link.get("email") ?? "";
-  if (!link.get("token") || !link.get("email")) {
-    showStatus(one("[data-action=reset]"), text("incomplete"), true);
-    one("[data-action=reset] button").disabled = true;
-  }
+  one("[name=email]", linked).value = link.get("email") ?? "";
+  if (!link.get("token") || !link.get("email")) refuse("incomplete");
+  else if (page === "change") showFormerEmail();
 }
+if (document.body.dataset.confirm === "on") one("#register-secret").remove();
 for (const anchor of all("a[data-keep]")) anchor.search = location.search;
 document.title = one(`#${page} h1`).textContent;
 if (page === "account") showAccount();
