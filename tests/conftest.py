@@ -57,6 +57,9 @@ sys.modules["segno"] = None  # type: ignore[assignment]
 log.direct = True  # the tests read what the service in this process has logged; test_log.py tests the thread
 
 
+MEASURED: dict[str, str] = {}  # the environment of a process of which the coverage is measured
+
+
 class Clock:
     """A clock that stands still until a test advances it; in unix seconds."""
 
@@ -227,8 +230,9 @@ def pytest_collection_finish() -> None:
     # Modules and tests stay until the end: the garbage collector need not look at them again, and less often.
     gc.set_threshold(50_000, 20, 100)
     gc.freeze()
-    # Only this process is measured: one that a test starts would take twice as long to start.
-    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
+    # Of other processes few are measured, as a process with coverage takes twice as long to start.
+    if config := os.environ.pop("COVERAGE_PROCESS_CONFIG", None):
+        MEASURED["COVERAGE_PROCESS_CONFIG"] = config
 
 
 def pytest_runtest_setup() -> None:  # no fixture for all tests, as that takes a millisecond for each
@@ -383,7 +387,7 @@ def start(tmp_path: Path, database: str) -> Iterator[Callable[..., Service]]:
 
 @pytest.fixture(scope="session")
 def service_on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    one = Service(tmp_path_factory.mktemp("service"))
+    one = Service(tmp_path_factory.mktemp("service"), **MEASURED)
     yield one
     one.end()
 

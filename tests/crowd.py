@@ -27,8 +27,7 @@ SEED = int(os.environ.get("FAULT_SEED", "0")) or random.randrange(1, 2**32)
 USERS = 4  # simulated users, each of which has one request under way at a time
 MAX_ACCOUNTS = 4  # usable accounts of each of them
 RETRY_PAUSE = 0.05  # seconds that a user waits after a 503
-UNMEASURED = {"COVERAGE_PROCESS_CONFIG": ""}  # coverage writes files, opens descriptors and takes memory of its own
-UNLIMITED = {**UNMEASURED, "AUTHSVC_SESSIONS_PER_USER": "100", "AUTHSVC_THROTTLE": "off"}
+UNLIMITED = {"AUTHSVC_SESSIONS_PER_USER": "100", "AUTHSVC_THROTTLE": "off"}
 
 # The password, None where there is no account; and those of the known sessions that are live.
 State = tuple[str | None, frozenset[str]]

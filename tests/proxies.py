@@ -27,7 +27,6 @@ import pytest
 import trustme
 
 from tests.conftest import HERE, Service
-from tests.crowd import UNMEASURED
 
 AUTH, APP = "auth.example.com", "app.example.com"
 PROXIES = {"nginx": "nginx.conf", "caddy": "Caddyfile", "caddy 2.6": "Caddyfile.debian12"}  # kind: its file in deploy/
@@ -180,7 +179,6 @@ class Site:
                     "AUTHSVC_COOKIE_DOMAIN": "example.com",
                     "AUTHSVC_TRUSTED_PROXY": "127.0.0.1",
                     "AUTHSVC_BCRYPT_COST": "10",  # the lowest in production
-                    **UNMEASURED,
                     **settings,
                 }
             )

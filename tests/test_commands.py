@@ -36,7 +36,7 @@ from engines import sqlite_files
 from settings import Settings
 from storage import DB, User
 from tests.conftest import BOUND, COST, HERE, Service, clean_environ
-from tests.crowd import UNMEASURED, awaited
+from tests.crowd import awaited
 from tests.ports import fixed_port
 
 HASH = "$2b$12$" + "a" * 21 + "e" + "b" * 31
@@ -125,7 +125,7 @@ def run_process(*arguments: str, database: Path, **options: Any) -> subprocess.C
 
 def run_bound(*arguments: str, database: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command as a user whom permissions bind."""
-    environ = UNMEASURED | {"AUTHSVC_DATABASE": str(database), "AUTHSVC_BCRYPT_COST": str(COST)}
+    environ = {"AUTHSVC_DATABASE": str(database), "AUTHSVC_BCRYPT_COST": str(COST)}
     return subprocess.run(
         [*BOUND, sys.executable, HERE / "authsvc.py", *arguments],
         env=clean_environ() | environ,
@@ -764,7 +764,7 @@ def test_an_import_of_25_000_users_takes_little_memory_or_changes_nothing(
         began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, sys.executable, HERE / "authsvc.py", "import", name],
-            env=clean_environ() | UNMEASURED | {"AUTHSVC_DATABASE": str(path)},
+            env=clean_environ() | {"AUTHSVC_DATABASE": str(path)},
             capture_output=True,
             text=True,
         )
@@ -904,7 +904,7 @@ def test_commands_work_while_the_service_runs(start: Callable[..., Service]) -> 
 def test_a_backup_under_load_contains_every_confirmed_user(
     start: Callable[..., Service], path: Path, tmp_path: Path
 ) -> None:
-    service = start(**UNMEASURED, AUTHSVC_THROTTLE="off")
+    service = start(AUTHSVC_THROTTLE="off")
     confirmed: list[str] = []
     stopping = threading.Event()
 
@@ -944,7 +944,7 @@ def test_a_backup_under_load_contains_every_confirmed_user(
 
 @pytest.mark.slow  # starts 10 processes
 def test_commands_and_a_service_wait_for_each_other(start: Callable[..., Service]) -> None:
-    service = start(**UNMEASURED, AUTHSVC_THROTTLE="off")
+    service = start(AUTHSVC_THROTTLE="off")
 
     def add(worker: int) -> None:
         for number in range(2):
@@ -1070,7 +1070,7 @@ def test_a_backup_to_a_full_disk_is_refused_in_one_line(people: Auth, path: Path
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
     # Without coverage, which could not write its files either.
-    done = run_process("backup", "copy.db", database=path, preexec_fn=limit, env=UNMEASURED)
+    done = run_process("backup", "copy.db", database=path, preexec_fn=limit)
     assert done.returncode == 1
     assert re.fullmatch(r"authsvc: cannot write the backup copy\.db: .+\n", done.stderr)
     assert not (path.parent / "copy.db").exists()
@@ -1208,7 +1208,7 @@ def test_a_copy_that_fails_names_the_target_and_no_temporary_file(people: Auth, 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 
-    done = run_process("copy-to", "copy.db", database=path, preexec_fn=limit, env=UNMEASURED)
+    done = run_process("copy-to", "copy.db", database=path, preexec_fn=limit)
     assert done.returncode == 1
     assert re.fullmatch("authsvc: cannot open the database copy.db: .*(disk|full).*\n", done.stderr)
     people._db = DB(path)  # the fixture closes it

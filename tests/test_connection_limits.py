@@ -24,7 +24,7 @@ import web.server
 from credentials import passwords
 from settings import Settings
 from tests.conftest import Service
-from tests.crowd import UNMEASURED, awaited
+from tests.crowd import awaited
 from tests.production import FORM, PROXY, PUBLIC_URL, post_request, production_settings, send
 from web.middleware import SecurityMiddleware
 
@@ -237,7 +237,7 @@ def test_a_disconnected_client_has_its_turn_and_no_longer_counts(
 @pytest.mark.slow  # hashes for a second
 def test_one_client_has_4_logins_in_the_queue_and_one_on_each_core(start: Callable[..., Service]) -> None:
     settings = {"AUTHSVC_PUBLIC_URL": PUBLIC_URL, "AUTHSVC_TRUSTED_PROXY": PROXY, "AUTHSVC_BCRYPT_COST": "11"}
-    service = start(**UNMEASURED, **settings)
+    service = start(**settings)
     at_once = 4 + passwords.CORES
 
     def log_in(client: str) -> int:

@@ -19,7 +19,7 @@ import requests
 
 from tests import postgres
 from tests.conftest import HERE, Service
-from tests.crowd import UNLIMITED, UNMEASURED, Crowd, account_form, ask, awaited, checked, events, signed_in
+from tests.crowd import UNLIMITED, Crowd, account_form, ask, awaited, checked, events, signed_in
 from tests.postgres import Server
 from tests.proxies import program
 
@@ -189,7 +189,7 @@ def test_one_of_32_uses_of_a_token_over_all_copies_succeeds(copies: Copies) -> N
 
 
 def test_all_copies_together_compare_at_most_10_wrong_passwords(postgresql: Server, tmp_path: Path) -> None:
-    with running_copies(postgresql, tmp_path, 4, **UNMEASURED) as copies:
+    with running_copies(postgresql, tmp_path, 4) as copies:
         wrong = {**created(copies, "bob"), "password": "wrong"}
 
         def guess(_: int) -> requests.Response:

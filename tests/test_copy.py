@@ -32,7 +32,6 @@ from storage import DB
 from tables.rate_limits import Bucket
 from tests import postgres
 from tests.conftest import COST, HERE, Service, clean_environ, raw_connection
-from tests.crowd import UNMEASURED
 
 pytestmark = pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
 
@@ -388,7 +387,7 @@ def wait_until(happened: Callable[[], object], process: subprocess.Popen[bytes])
 
 
 def start_copy(source: str, target: str) -> subprocess.Popen[bytes]:
-    environ = clean_environ() | UNMEASURED | {"AUTHSVC_DATABASE": source}
+    environ = clean_environ() | {"AUTHSVC_DATABASE": source}
     return subprocess.Popen(
         [sys.executable, HERE / "authsvc.py", "copy-to", target], env=environ, stderr=subprocess.DEVNULL
     )

@@ -15,7 +15,6 @@ import requests
 
 from tests.cases import each
 from tests.conftest import HERE, Service, clean_environ
-from tests.crowd import UNMEASURED
 from tests.documents import PAGES, blocks, commands_in
 
 TARGETS = set(re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text(), re.MULTILINE))
@@ -95,7 +94,7 @@ def test_the_quick_start_prints_what_the_readme_shows(service: Service, tmp_path
 def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Service], tmp_path: Path) -> None:
     service = start(AUTHSVC_DATABASE="authsvc.db")
     host = service.url.removeprefix("http://")
-    environ = service.environ | {"AUTHSVC_LISTEN": host} | UNMEASURED
+    environ = service.environ | {"AUTHSVC_LISTEN": host}
     requests.post(f"{service.url}/users", data={"email": "bob@example.com", "password": "b4l0u"}, timeout=5)
     (tmp_path / "authsvc.py").symlink_to(HERE / "authsvc.py")
     add_environment(tmp_path)

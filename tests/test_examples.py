@@ -18,7 +18,6 @@ import requests
 
 from authsvc import ROUTES
 from tests.conftest import HERE, Service, clean_environ
-from tests.crowd import UNMEASURED
 from tests.proxies import APP, START_TIMEOUT, Site, program, reserve_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
@@ -32,7 +31,7 @@ def run_script(url: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_script_uses_the_whole_api(start: Callable[..., Service]) -> None:
-    service = start(**UNMEASURED, AUTHSVC_SESSIONS_PER_USER="2")
+    service = start(AUTHSVC_SESSIONS_PER_USER="2")
     done = run_script(service.url)
     assert (done.returncode, done.stderr) == (0, "")
     used = {re.sub("[0-9a-f]{16}", "<public_id>", line[4:].partition("?")[0]) for line in done.stdout.splitlines()}

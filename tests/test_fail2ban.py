@@ -15,7 +15,7 @@ import requests
 
 from log import log_event
 from tests.conftest import HERE, Service
-from tests.crowd import UNMEASURED, written_log
+from tests.crowd import written_log
 from web import responses
 
 pytestmark = [
@@ -49,7 +49,6 @@ def addresses(log: Path) -> Counter[str]:
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     shared = Service(
         tmp_path_factory.mktemp("service"),
-        **UNMEASURED,
         AUTHSVC_PUBLIC_URL="https://auth.example.com",
         AUTHSVC_TRUSTED_PROXY="127.0.0.1",
         AUTHSVC_BCRYPT_COST="10",  # the lowest in production

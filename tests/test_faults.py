@@ -39,7 +39,6 @@ from tests.conftest import Answer, Client, Clock, Service, clean_environ
 from tests.crowd import (
     SEED,
     UNLIMITED,
-    UNMEASURED,
     USERS,
     Crowd,
     account_form,
@@ -217,7 +216,7 @@ def locked_by(program: str, service: Service) -> Iterator[None]:
     """Run a process that holds a lock until it is killed at the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", program + "print('locked', flush=True)\nsys.stdin.read()", str(database_of(service))],
-        env={**clean_environ(), **UNMEASURED},
+        env={**clean_environ()},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

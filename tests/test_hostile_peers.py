@@ -8,7 +8,6 @@ import pytest
 
 from tests import hostile
 from tests.conftest import Service
-from tests.crowd import UNMEASURED
 from tests.production import PUBLIC_URL
 
 
@@ -17,5 +16,5 @@ from tests.production import PUBLIC_URL
 @pytest.mark.parametrize("attack", hostile.ATTACKS)
 def test_600_hostile_connections_keep_nobody_out(start: Callable[..., Service], attack: str) -> None:
     settings = {"AUTHSVC_PUBLIC_URL": PUBLIC_URL, "AUTHSVC_TRUSTED_PROXY": "127.0.0.1", "AUTHSVC_BCRYPT_COST": "10"}
-    service = start(**UNMEASURED, **settings)
+    service = start(**settings)
     hostile.withstands(service, attack, seconds=3)

@@ -19,7 +19,7 @@ import requests
 
 from log import log_crash, log_event, timestamp
 from tests.conftest import HERE, Service
-from tests.crowd import UNMEASURED, awaited, program_with
+from tests.crowd import awaited, program_with
 
 
 def test_a_log_line_is_ascii_json_with_a_time_in_utc(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +89,7 @@ class UnreadService(Service):
         self.reader = os.open(folder / "log", os.O_RDONLY | os.O_NONBLOCK)  # else it waits for the writer
         fcntl.fcntl(self.reader, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         os.set_blocking(self.reader, True)
-        super().__init__(folder, **UNMEASURED)
+        super().__init__(folder)
 
 
 @pytest.fixture

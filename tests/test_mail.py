@@ -35,7 +35,7 @@ from mail import ANSWER_FIRST, Mailer
 from settings import Settings, SettingsError
 from storage import DB, User
 from tests.conftest import Answer, Client, Clock, Service
-from tests.crowd import UNMEASURED, awaited
+from tests.crowd import awaited
 from tests.mail_server import SMTP_PASSWORD, USER, MailServer, smtp_url
 from tests.production import PUBLIC_URL, production_settings
 
@@ -1332,7 +1332,6 @@ def test_the_response_time_does_not_reveal_whether_an_email_is_known(
         for n in range(rounds * pairs):
             db.add_user(f"known{n:03}@x.io", b"hash")
     service = start(
-        **UNMEASURED,
         AUTHSVC_BCRYPT_COST="10",
         AUTHSVC_PUBLIC_URL=PUBLIC_URL,
         AUTHSVC_TRUSTED_PROXY="127.0.0.1",

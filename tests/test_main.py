@@ -32,8 +32,8 @@ from auth import Auth
 from credentials import totp
 from settings import Settings
 from storage import DB
-from tests.conftest import COST, HERE, Service, clean_environ, raw_connection, rows_in
-from tests.crowd import UNMEASURED, assert_intact, awaited
+from tests.conftest import COST, HERE, MEASURED, Service, clean_environ, raw_connection, rows_in
+from tests.crowd import assert_intact, awaited
 from tests.ports import fixed_port
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ SIGNATURES = {
 
 
 def run_main(url: str) -> subprocess.CompletedProcess[str]:
-    environ = {**clean_environ(), "AUTHSVC_URL": url}
+    environ = {**clean_environ(), **MEASURED, "AUTHSVC_URL": url}
     return subprocess.run([PYTHON, HERE / "main.py"], env=environ, capture_output=True, text=True, timeout=60)
 
 
@@ -540,7 +540,7 @@ def test_the_pages_do_not_depend_on_the_locale(start: Callable[..., Service], se
 
 
 def test_commands_take_and_store_utf_8_and_show_what_they_can(start: Callable[..., Service], tmp_path: Path) -> None:
-    service = start(**ASCII, **UNMEASURED, AUTHSVC_DATABASE=str(tmp_path / "données.db"))
+    service = start(**ASCII, AUTHSVC_DATABASE=str(tmp_path / "données.db"))
     service.command("user", "add", "žofie@x.io")
     assert service.command("user", "list").endswith("?ofie@x.io\n")
     assert json.loads(service.command("user", "show", "žofie@x.io", "--json"))["email"] == "žofie@x.io"
@@ -603,7 +603,7 @@ def test_expired_sessions_are_deleted_soon_after_the_start(start: Callable[..., 
 @pytest.mark.both_engines
 def test_requests_and_shutdown_do_not_wait_for_the_deletion(start: Callable[..., Service], database: str) -> None:
     live = with_expired_sessions(database, 60_000)
-    service = start(**UNMEASURED, AUTHSVC_THROTTLE="off")  # a slow machine may give back counted attempts too late
+    service = start(AUTHSVC_THROTTLE="off")  # a slow machine may give back counted attempts too late
     await_fewer_sessions(60_000, database)
     began = time.monotonic()
     for _ in range(10):
@@ -641,7 +641,7 @@ def test_one_of_many_simultaneous_registrations_succeeds(service: Service) -> No
 
 
 def test_one_of_many_simultaneous_registrations_succeeds_at_full_cost(start: Callable[..., Service]) -> None:
-    assert register_at_once(4, start(**UNMEASURED, AUTHSVC_BCRYPT_COST="12").url) == {200: 1, 400: 3}
+    assert register_at_once(4, start(AUTHSVC_BCRYPT_COST="12").url) == {200: 1, 400: 3}
 
 
 @pytest.mark.both_engines

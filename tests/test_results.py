@@ -10,7 +10,6 @@ import pytest
 
 from tests import evidence, results
 from tests.conftest import HERE, clean_environ
-from tests.crowd import UNMEASURED
 
 NAMED = "tests/test_x.py::test_named"
 
@@ -95,7 +94,7 @@ def test_each_outcome_is_recorded_once_over_all_workers(tmp_path: Path, workers:
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "xdist", "-n", workers, "-k", "not left_out"]
     # The other plugins take a second to import, in each worker.
-    environ = clean_environ() | {"PYTHONPATH": str(HERE), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **UNMEASURED}
+    environ = clean_environ() | {"PYTHONPATH": str(HERE), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, timeout=60)
     assert (tmp_path / "record").read_text().splitlines() == [
         "passed test_x.py::test_passes[1]",

@@ -207,6 +207,7 @@ def test_a_request_is_ranked_only_if_all_threads_hash(server: LocalServer, monke
         return False, ""
 
     monkeypatch.setattr(server.dispatcher, "_rank", rank)
+    assert awaited(server.dispatcher._hashing_queue.serves_at_once)
     server.hash_one()
     assert not ranked
     server.queue_one()

@@ -26,7 +26,7 @@ from engines.errors import DatabaseRefused, StorageUnavailable
 from settings import Settings
 from storage import DB, User
 from tests.conftest import HERE, Clock, Service, clean_environ
-from tests.crowd import UNMEASURED, written_log
+from tests.crowd import written_log
 from tests.sqlite_file import (
     FIRST_RELEASE,
     HASH,
@@ -169,7 +169,7 @@ def service_process(path: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, HERE / "authsvc.py"],
         cwd=path.parent,
-        env={**clean_environ(), **UNMEASURED, "AUTHSVC_DATABASE": str(path), "AUTHSVC_LISTEN": "127.0.0.1:0"},
+        env={**clean_environ(), "AUTHSVC_DATABASE": str(path), "AUTHSVC_LISTEN": "127.0.0.1:0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
