@@ -81,6 +81,14 @@ ask 401 POST /sessions "email=$email" password="tarte flambée"
 ask 200 POST /sessions "email=$email" password="tarte flambée" "otp=$(code "$seed" 1)" # the next code: each works once
 ask 200 DELETE /totp password="tarte flambée" "otp=$recovery"
 
+# Change the email; only a development service without a mail server returns the token
+ask 200 POST /email password="tarte flambée" "new_email=new-$email"
+token=$(value token)
+ask 403 PUT /email "email=$email" "token=$token"
+ask 200 PUT /email "email=new-$email" "token=$token"
+email=new-$email
+ask 403 PUT /users "email=$email" "token=$token" password=bretzel # of a registration, where emails are confirmed
+
 # Change the password, then reset it; only a development service returns the token
 ask 403 PUT /password password=wrong new_password=choucroute
 ask 200 PUT /password password="tarte flambée" new_password=choucroute
