@@ -237,7 +237,7 @@ def test_the_newest_five_links_of_an_email_are_good(call: Client, server: MailSe
 
 
 @pytest.mark.both_engines
-def test_a_stranger_who_registers_an_email_all_day_neither_floods_it_nor_voids_the_link(
+def test_a_stranger_who_registers_an_email_all_day_neither_floods_nor_voids_it(
     call: Client, server: MailServer, mailer: Mailer, clock: Clock, auth: Auth
 ) -> None:
     for _ in range(2 * 12):  # two hours, every five minutes
