@@ -415,5 +415,5 @@ def test_the_product_stays_small() -> None:
     lines = counts()
     assert lines.pop("all") <= 5200
     assert lines.pop("deciding who gets in") <= 2000
-    limits = {"auth.py": 600, "authsvc.py": 500, "storage.py": 600}
+    limits = {"auth.py": 650, "authsvc.py": 500, "storage.py": 600}
     assert [name for name, found in lines.items() if found > limits.get(name, 450)] == []
