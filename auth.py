@@ -323,7 +323,7 @@ class Auth:
     def _identify(self, session_id: str | None, *, enrolling: bool = False) -> tuple[User, LiveSession]:
         """Return a live session with its user, if it has shown the second factor that is required."""
         user, session = self._find_session(session_id)
-        shown = session.factor_at is not None or not self._settings.require_second_factor
+        shown = (user.totp_since and session.factor_at) or not self._settings.require_second_factor
         if not shown and (user.totp_since or not enrolling):
             raise SecondFactorNotShown if user.totp_since else SecondFactorRequired
         return user, session

@@ -179,7 +179,7 @@ class Server:
         ):
             connection.execute(
                 """
-                SELECT email_key FROM former_emails;
+                SELECT email_key FROM users;
                 DROP FUNCTION IF EXISTS stop CASCADE;
                 DELETE FROM users;
                 DELETE FROM registrations;

@@ -694,6 +694,21 @@ def test_a_session_without_a_required_factor_can_sign_out(strict: Auth, query: Q
 
 
 @pytest.mark.both_engines
+def test_a_session_that_switches_a_required_factor_off_is_not_live(
+    db: DB, settings: Settings, clock: Clock, user: User
+) -> None:
+    queued: list[Callable[[], object]] = []
+    auth = Auth(db, replace(settings, require_second_factor=True), clock, queued.append)
+    factor = switch_on(auth, clock)
+    clock.advance(30)
+    mine = switch_off(auth, factor.session_id, current_code(factor.seed, clock))
+    for write in queued:  # a service records the code after its answer
+        write()
+    assert live(auth, mine) == [False]
+    assert begin(auth, mine)
+
+
+@pytest.mark.both_engines
 def test_a_session_is_live_once_it_has_set_up_a_required_factor(strict: Auth, clock: Clock) -> None:
     mine = sign_in(strict)
     seed, mine = begin(strict, mine)
