@@ -948,7 +948,7 @@ class Auth:
         self._count(address, self._limiter.unknown_token)
         return TokenRejected(message)
 
-    # Mails with links. Whoever asks for one learns nothing from the answer, so the rest is done on the mail thread.
+    # Mails with links. The answer to a request for one reveals nothing, so the rest is done on the mail thread.
 
     def _enqueue(
         self, kind: str, email: str, compose: Compose, log: Log, address: str | None, known: bool = False

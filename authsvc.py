@@ -127,7 +127,8 @@ class Handlers:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
             raise
-        answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id)
+        age = self._settings.session_lifetime if remember else None
+        answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id, age)
         answer = self._with_device(answer, user, device)
         _log("authn_login_success", user_id=user.id, factors=factors)  # last: it wakes a thread, which delays the rest
         return answer
@@ -216,7 +217,7 @@ class Handlers:
         fields = _read_form("password", "new_password", optional=("otp",))
         user, session_id = self._auth.change_password(self._cookie(), *fields, address=_client(), device=_device())
         _log("authn_password_change", user_id=user.id)
-        answer = self._with_cookie(json_response(200, email=user.email, message="password changed"), session_id)
+        answer = self._with_renewed(json_response(200, email=user.email, message="password changed"), session_id)
         return self._with_device(answer, user, _device())
 
     @_route("POST", "/email", hashes=True)
@@ -231,14 +232,14 @@ class Handlers:
         email, token = _read_form("email", "token")
         user, session_id = self._auth.change_email(self._cookie(), email, token, address=_client())
         _log("user_updated", user_id=user.id, changed="email")
-        return self._with_cookie(json_response(200, email=email, message="email changed"), session_id)
+        return self._with_renewed(json_response(200, email=email, message="email changed"), session_id)
 
     @_route("POST", "/totp", hashes=True)
     def begin_totp(self) -> Response:
         (password,) = _read_form("password")
         secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, address=_client())
         answer = json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
-        return self._with_cookie(answer, session_id)
+        return self._with_renewed(answer, session_id)
 
     @_route("PUT", "/totp")
     def confirm_totp(self) -> Response:
@@ -246,7 +247,7 @@ class Handlers:
         device = _device()
         user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=device)
         _log("authn_factor_added", user_id=user.id)
-        answer = self._with_cookie(json_response(200, message="second factor on", recovery_codes=codes), session_id)
+        answer = self._with_renewed(json_response(200, message="second factor on", recovery_codes=codes), session_id)
         return self._with_device(answer, user, device)
 
     @_route("DELETE", "/totp", hashes=True)
@@ -255,7 +256,7 @@ class Handlers:
         client, device = _client(), _device()
         user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=client, device=device)
         _log("authn_factor_removed", user_id=user.id)
-        return self._with_cookie(json_response(200, message="second factor off"), session_id)
+        return self._with_renewed(json_response(200, message="second factor off"), session_id)
 
     @_route("POST", "/reset_password")
     def request_reset(self) -> Response:
@@ -323,10 +324,12 @@ class Handlers:
         return self._auth.newest_session(found) if len(found) > 1 else found[0] if found else None
 
     def _without_cookie(self, answer: Response) -> Response:
-        return self._with_cookie(answer, "")
+        return self._with_cookie(answer, "", 0)
 
-    def _with_cookie(self, answer: Response, value: str) -> Response:
-        age = self._auth.cookie_age(value) if value else 0
+    def _with_renewed(self, answer: Response, session_id: str) -> Response:
+        return self._with_cookie(answer, session_id, self._auth.cookie_age(session_id))
+
+    def _with_cookie(self, answer: Response, value: str, age: int | None) -> Response:
         expiry = "" if age is None else f"; Max-Age={age}"
         # Not Bottle's writer: it writes SameSite in lower case.
         answer.headers.append(("Set-Cookie", f"{self._cookie_name}={value}; {self._cookie_attributes}{expiry}"))
@@ -485,9 +488,7 @@ def _run(arguments: list[str] | None) -> int:
     from cli import commands
 
     name = Path(sys.argv[0]).name.removesuffix(".pyz")  # the command "authsvc" of deploy/ starts authsvc.pyz
-    parser = commands.Parser(prog=name, description=DESCRIPTION, epilog=EPILOG)
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
-    commands.add_commands(parser)
+    parser = commands.new_parser(name, DESCRIPTION, EPILOG)
     parsed, extra = parser.parse_known_args(arguments)
     if extra:  # words are not shown: one may be a password
         options = [one if re.fullmatch("--?[a-z-]+", one) else "…" for one in extra]

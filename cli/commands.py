@@ -57,12 +57,13 @@ class Parser(argparse.ArgumentParser):
         super().error(re.sub(r"\S*(?:[@=/]|:\S).*", "…", message, flags=re.DOTALL))
 
 
-def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add all commands to the program's parser."""
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    groups = {"": commands}
+def new_parser(program: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Return the parser of the program's options and of all commands."""
+    parser = Parser(prog=program, description=description, epilog=epilog)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    groups = {"": parser.add_subparsers(dest="command", metavar="COMMAND")}
     for name, text in GROUPS.items():
-        groups[name] = commands.add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
+        groups[name] = groups[""].add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
     for names, run, argument in COMMANDS:
         group, _, name = names.rpartition(" ")
         command = groups[group].add_parser(name, allow_abbrev=False, help=run.__doc__, description=run.__doc__)
@@ -72,10 +73,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         if names == "sessions end":
             target = command.add_mutually_exclusive_group(required=True)
             target.add_argument("--all", action="store_true", help="end the sessions of all users")
-        if argument:
-            kind = _utf_8 if "email" in argument else _KINDS.get(names, str)
-            for one in argument.split():
-                target.add_argument(one.strip("[]"), nargs="?" if one.startswith("[") else None, type=kind)
+        kind = _utf_8 if "email" in argument else _KINDS.get(names, str)
+        for one in argument.split():
+            target.add_argument(one.strip("[]"), nargs="?" if one.startswith("[") else None, type=kind)
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         if names in ("import", "export"):
@@ -84,6 +84,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             )
         if names == "import":
             command.add_argument("--cut-at-72", action="store_true", help="passwords were cut at 72 bytes to hash them")
+    return parser
 
 
 def _database(text: str) -> str:
@@ -615,7 +616,7 @@ def _format(value: object) -> str:
 
 
 # All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
-# here; options are added in add_commands(). Brackets mark an argument that may be left out.
+# here; options are added in new_parser(). Brackets mark an argument that may be left out.
 
 GROUPS = {"user": "add, list, show, disable, enable, delete and rename users", "sessions": "list and end sessions"}
 

@@ -63,9 +63,7 @@ const actions = {
 
   async forgot(fields) {
     const response = requireSuccess(await send("POST", "/reset_password", fields));
-    if (response.reset_token) { // only a development service answers with the token
-      location.assign(`/reset#${new URLSearchParams({token: response.reset_token, email: response.email})}`);
-    }
+    openLink("reset", response.reset_token, response.email);
     return text("mailed");
   },
 
@@ -87,9 +85,7 @@ const actions = {
 
   async email(fields) {
     const response = requireSuccess(await send("POST", "/email", fields));
-    if (response.token) { // only a development service answers with the token
-      location.assign(`/change#${new URLSearchParams({token: response.token, email: response.email})}`);
-    }
+    openLink("change", response.token, response.email);
     return text("change");
   },
 
@@ -148,6 +144,11 @@ const actions = {
     showStatus(one("[data-action=login]"), text("deleted"));
   },
 };
+
+// Opens the link that a mail would hold. Only a development service answers with the token.
+function openLink(name, token, email) {
+  if (token) location.assign(`/${name}#${new URLSearchParams({token, email})}`);
+}
 
 // Puts a link to the sign-in page in the place of a form's button.
 function leadToLogin(form) {
