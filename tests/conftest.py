@@ -27,6 +27,7 @@ import pytest
 import log
 from auth import Auth, _default_cost
 from authsvc import create_app
+from cli import commands
 from engines.schema import TABLES
 from settings import Settings, is_url
 from storage import DB
@@ -50,6 +51,7 @@ bcrypt.checkpw = _checkpw
 hypothesis.settings.register_profile("no deadline", deadline=None)  # an example takes long on a busy machine
 hypothesis.settings.load_profile("no deadline")
 os.environ["LANGUAGE"] = "C"  # or argparse looks for translations at each of its texts
+commands.new_parser = functools.cache(commands.new_parser)  # it takes as long as most tests of a command
 
 for name in [name for name in os.environ if name.startswith("AUTHSVC_")]:
     del os.environ[name]

@@ -144,6 +144,7 @@ def test_an_invalid_registration_runs_no_bcrypt(auth: Auth, hash_calls: list[byt
 
 
 @pytest.mark.both_engines
+@pytest.mark.slow
 def test_of_32_concurrent_registrations_one_succeeds(auth: Auth, query: Query) -> None:
     results = at_once(32, lambda: auth.register_user(EMAIL, PASSWORD))
     assert sum(isinstance(result, User) for result in results) == 1
@@ -329,6 +330,7 @@ def test_an_invalid_new_password_runs_no_bcrypt_and_counts_no_attempt(
     assert query("SELECT * FROM throttle") == []
 
 
+@pytest.mark.slow
 def test_a_weak_new_password_is_refused_in_production(db: DB, settings: Settings, clock: Clock, user: User) -> None:
     auth = Auth(db, in_production(settings), clock)
     mine = auth.create_session(EMAIL)

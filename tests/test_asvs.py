@@ -299,6 +299,7 @@ def test_a_login_that_cannot_be_counted_is_refused(call: Client, monkeypatch: py
 # Sizes and times
 
 
+@pytest.mark.slow
 def test_headers_cookies_and_links_are_short(production: Settings, clock: Clock) -> None:
     url = "smtps://mail.example.com"
     settings = replace(production, smtp_url=url, mail_from="auth@example.com", confirm_email=False)

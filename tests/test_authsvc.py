@@ -208,6 +208,7 @@ def test_pruning_leaves_no_trace_of_what_was_deleted_in_the_files(auth: Auth, se
 
 
 @pytest.mark.usefixtures("one_second_steps")
+@pytest.mark.slow
 def test_a_round_that_a_long_reader_hinders_is_repeated_after_a_minute(auth: Auth, settings: Settings) -> None:
     log = Path(f"{settings.database}-wal")
     auth.register_user("bob@x.io", "b4l0u")

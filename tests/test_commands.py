@@ -1144,6 +1144,7 @@ def test_an_unreachable_mail_server_and_a_missing_proxy_are_found(
 
 
 @pytest.mark.both_engines
+@pytest.mark.slow
 def test_pruning_says_what_it_deletes(run: Run, people: Auth, logged: list[str]) -> None:
     with people._db._engine.transaction() as db:
         db.execute("UPDATE sessions SET last_seen_at = last_seen_at - 604800")

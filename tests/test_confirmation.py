@@ -28,7 +28,7 @@ from storage import DB
 from tests.accounts import at_once
 from tests.conftest import Answer, Client, Clock, Service
 from tests.crowd import awaited
-from tests.mail_server import MailServer
+from tests.mail_server import MailServer, ignore
 from tests.production import PUBLIC_URL, ask, log_lines, production_settings
 
 pytestmark = pytest.mark.slow  # they talk to a real mail server
@@ -60,7 +60,7 @@ def settings(database: str, server: MailServer) -> Settings:
 @pytest.fixture
 def mailer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Mailer:
     monkeypatch.setattr(mail, "FIRST_DELIVERY", 0.0)
-    return Mailer(settings, log_event)
+    return Mailer(settings, ignore)
 
 
 @pytest.fixture
@@ -379,7 +379,7 @@ def test_a_development_service_mails_a_link_to_where_it_listens(
 ) -> None:
     url = f"smtp://127.0.0.1:{server.port}"
     local = Settings(database=settings.database, smtp_url=url, mail_from="auth@x.io", confirm_email=True)
-    call = Client(create_app(local, Auth(auth._db, local, mailer=Mailer(local, log_event))))
+    call = Client(create_app(local, Auth(auth._db, local, mailer=Mailer(local, ignore))))
     assert call("POST", "/users", {"email": BOB, "password": "b4l0u"}).json == {"email": BOB, **MAILED}
     text = server.next().get_content()
     assert "http://127.0.0.1:5000/confirm#" in text
@@ -772,7 +772,7 @@ def test_the_time_of_an_answer_does_not_reveal_whether_an_email_is_known(
     settings: Settings, clock: Clock, db: DB, reachable: bool
 ) -> None:
     settings = settings if reachable else replace(settings, smtp_url="smtp://127.0.0.1:9")
-    mailer, count = Mailer(settings, log_event), 100
+    mailer, count = Mailer(settings, ignore), 100
     auth = Auth(db, settings, clock, mailer=mailer)
     call = Client(create_app(settings, auth))
     for number in range(count):

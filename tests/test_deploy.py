@@ -155,6 +155,7 @@ def add_user(database: Path, email: str) -> None:
 # systemd
 
 
+@pytest.mark.slow
 def test_systemd_accepts_the_units_and_detects_a_wrong_one(
     analyze: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -284,6 +285,7 @@ def read_as_wrapper(text: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("text", "expected"), FILES.values(), ids=FILES)
+@pytest.mark.slow
 def test_the_wrapper_reads_the_settings_as_systemd_does(text: str, expected: dict[str, str], tmp_path: Path) -> None:
     assert read_as_wrapper(text) == expected
     (tmp_path / "env").write_bytes(text.encode())

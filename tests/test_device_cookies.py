@@ -254,6 +254,7 @@ def test_the_next_attempt_after_a_pause_is_allowed(call: Client, clock: Clock, o
     assert poller.log_in(password="wrong") == 401
 
 
+@pytest.mark.slow
 def test_a_poller_takes_nothing_from_a_neighbour_who_is_unknown_too(
     call: Client, clock: Clock, auth: Auth, owner: Browser
 ) -> None:
@@ -282,6 +283,7 @@ def test_a_thief_is_a_stranger_after_the_reset(call: Client, auth: Auth, owner: 
     assert owner.log_in(password=NEW_PASSWORD) == 200
 
 
+@pytest.mark.slow
 def test_code_guesses_with_many_device_cookies_share_one_bucket(call: Client, auth: Auth, clock: Clock, db: DB) -> None:
     """The attacker has the password, and copies of many cookies: some of sign-ins with a code, one of a reset."""
     user = auth.register_user(BOB, PASSWORD)
@@ -384,6 +386,7 @@ def test_a_copied_cookie_leaves_the_owner_the_chances_of_a_stranger(call: Client
     assert owner.log_in() == 200
 
 
+@pytest.mark.slow
 def test_the_browsers_of_one_account_share_100_attempts(call: Client, owner: Browser) -> None:
     browsers = [Browser(call, f"10.0.0.{number}") for number in range(12)]
     assert {browser.log_in() for browser in browsers} == {200}

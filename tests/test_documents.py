@@ -56,6 +56,7 @@ def add_environment(folder: Path) -> None:
 
 
 @each("page", PAGES)
+@pytest.mark.slow
 def test_each_block_of_commands_is_typed_by_a_test_or_says_why_not(page: str) -> None:
     typed = {start for named, start in typed_blocks() if named == page}
     found = [one for one in blocks(page) if one.has_commands]

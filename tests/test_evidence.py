@@ -139,6 +139,7 @@ def test_an_entry_has_all_its_fields() -> None:
         assert evidence.tests_of(entry) or entry["status"] != "met", entry["id"]
 
 
+@pytest.mark.slow
 def test_every_named_test_exists() -> None:
     assert {test for entry in ENTRIES for test in evidence.tests_of(entry)} <= collected()
 
@@ -155,6 +156,7 @@ def test_the_evidence_is_up_to_date() -> None:
     assert evidence.rendered(EVIDENCE, ENTRIES) == EVIDENCE
 
 
+@pytest.mark.slow
 def test_the_evidence_command_counts_and_fails_for_an_outdated_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +214,7 @@ def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock
 
 
 @each("name", sorted(numbers().keys() - NO_LIMITS))
+@pytest.mark.slow
 def test_a_number_in_a_table_matches_the_code(name: str) -> None:
     if name == "AUTHSVC_BCRYPT_COST":
         assert "bcrypt of cost 12" in text_of(section("Passwords"))

@@ -165,6 +165,7 @@ def test_the_log_is_ascii_json_and_holds_no_secret(
 
 
 @pytest.mark.both_engines
+@pytest.mark.slow
 def test_no_value_from_a_client_adds_a_line_to_the_log(
     call: Client, auth: Auth, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:

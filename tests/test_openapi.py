@@ -53,6 +53,7 @@ def document() -> Any:
     return yaml.safe_load(OPENAPI.read_text())
 
 
+@pytest.mark.slow
 def test_the_document_has_exactly_the_routes_of_the_service(document: Any) -> None:
     documented = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     pages = authsvc.Handlers.page, authsvc.Handlers.account, authsvc.Handlers.file

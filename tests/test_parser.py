@@ -413,6 +413,7 @@ def test_every_beginning_of_a_chunked_body_may_be_continued() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 100_000])
+@pytest.mark.slow
 def test_many_small_chunks_are_read_in_linear_time(size: int) -> None:
     def seconds(chunks: int) -> float:
         receiver, stream = StrictChunkedReceiver(OverflowableBuffer(2**20)), b"1\r\na\r\n" * chunks + b"0\r\n\r\n"
@@ -471,6 +472,7 @@ FEW_BYTES = b"aA0\0\t\n\v\r\x1c :-_/\x7f\x85\xa0"
 
 
 @each("request_bytes", ACCEPTED)
+@pytest.mark.slow
 def test_an_accepted_request_is_understood_as_waitress_does(request_bytes: bytes) -> None:
     assert is_accepted(request_bytes)
     replacements = BYTES if request_bytes == ACCEPTED[0] else FEW_BYTES

@@ -137,6 +137,7 @@ def allowed(consume: Callable[[int], int], limit: int = 10_000) -> int:
 
 
 @ALL_LIMITS
+@pytest.mark.slow
 def test_a_bucket_allows_its_size_of_attempts_at_once(
     limiter: RateLimiter, attempt: Attempt, size: int, interval: int
 ) -> None:
@@ -144,6 +145,7 @@ def test_a_bucket_allows_its_size_of_attempts_at_once(
 
 
 @ALL_LIMITS
+@pytest.mark.slow
 def test_an_empty_bucket_allows_one_attempt_per_interval(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
 ) -> None:
@@ -156,6 +158,7 @@ def test_an_empty_bucket_allows_one_attempt_per_interval(
 
 
 @ALL_LIMITS
+@pytest.mark.slow
 def test_an_empty_bucket_allows_no_attempt_before_the_interval(
     limiter: RateLimiter, clock: Clock, attempt: Attempt, size: int, interval: int
 ) -> None:
@@ -246,6 +249,7 @@ def test_refused_attempts_do_not_prolong_the_wait(limiter: RateLimiter, clock: C
 
 
 @pytest.mark.both_engines
+@pytest.mark.slow
 def test_of_50_simultaneous_logins_only_10_reach_bcrypt(
     db: DB, development: Settings, clock: Clock, compared: list[bytes]
 ) -> None:
@@ -511,6 +515,7 @@ def test_the_letter_case_of_an_email_makes_no_second_bucket(call: Client) -> Non
 
 
 @pytest.mark.usefixtures("bob")
+@pytest.mark.slow
 def test_100_addresses_share_20_guesses_and_the_owner_can_sign_in(call: Client, compared: list[bytes]) -> None:
     device = log_in(call, password=PASSWORD).cookies["__Host-device"]
     guesses, owners = Counter[int](), []

@@ -364,12 +364,14 @@ def test_the_number_of_background_writes_is_bounded(server: LocalServer, monkeyp
         server.release.wait(TIMEOUT)
 
     server.dispatcher.run_in_background(block)
+    server.dispatcher.start_background()
     busy.wait(TIMEOUT)
     for number in range(9):
         server.dispatcher.run_in_background(functools.partial(written.put, number))
     server.release.set()
     assert [written.get(timeout=TIMEOUT) for _ in range(5)] == [0, 1, 2, 3, 4]
     server.dispatcher.run_in_background(functools.partial(written.put, -1))
+    server.dispatcher.start_background()
     assert written.get(timeout=TIMEOUT) == -1
 
 
@@ -829,6 +831,7 @@ def test_shutdown_waits_for_the_background_writes(server: LocalServer) -> None:
     server.dispatcher.run_in_background(begun.set)
     server.dispatcher.run_in_background(server.release.wait)
     server.dispatcher.run_in_background(written.set)
+    server.dispatcher.start_background()
     assert begun.wait(TIMEOUT)
     server.stop()
     assert awaited(lambda: not accepts(server.address), TIMEOUT)

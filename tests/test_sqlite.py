@@ -123,6 +123,7 @@ def test_a_migration_keeps_all_rows(first_release: Path, untouched: Path) -> Non
     assert run_sql(first_release, columns) == before["users"]
 
 
+@pytest.mark.slow
 def test_a_migrated_file_has_the_tables_of_a_new_one(first_release: Path, untouched: Path, tmp_path: Path) -> None:
     new = tmp_path / "new.db"
     for file in first_release, new:
@@ -470,6 +471,7 @@ def test_a_lost_file_is_noticed_after_the_log_was_emptied(path: Path, suffix: st
     db.close()
 
 
+@pytest.mark.slow
 def test_a_long_reader_keeps_the_log_and_delays_nobody(path: Path) -> None:
     with closing(DB(fill(path, "bob@x.io", "carol@x.io", "dave@x.io"))) as db:
         reading = db.each_user()

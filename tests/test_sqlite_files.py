@@ -117,6 +117,7 @@ def test_a_backup_contains_all_rows(first_release: Path, folder: Path) -> None:
     assert tables_of(folder / "copy") == tables_of(first_release)
 
 
+@pytest.mark.slow
 def test_a_backup_is_one_snapshot_while_others_write(db: DB, path: Path, folder: Path) -> None:
     written, stopping = threading.Semaphore(0), threading.Event()
 

@@ -224,6 +224,7 @@ def test_two_processes_write_to_one_database(db: DB, database: str, other: Any) 
     assert rows(other, "SELECT id FROM users ORDER BY id") == [(number,) for number in range(1, 21)]
 
 
+@pytest.mark.slow
 def test_one_of_two_threads_makes_the_tables(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both_found_no_tables = threading.Barrier(2)
 

@@ -206,6 +206,7 @@ def tables_in(database: str) -> dict[str, Any]:
 
 
 @pytest.mark.both_engines
+@pytest.mark.slow
 def test_a_migrated_database_has_the_tables_of_a_new_one(last_release: str, new_database: Callable[[], str]) -> None:
     new = new_database()
     DB(new).close()

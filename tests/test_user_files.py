@@ -225,6 +225,7 @@ def test_an_htpasswd_line_without_a_colon_is_refused() -> None:
 
 
 @given(st.binary(max_size=300), st.sampled_from(["csv", "jsonl", "htpasswd"]))
+@pytest.mark.slow
 def test_arbitrary_bytes_never_crash_the_parser(content: bytes, form: str) -> None:
     for head in b"", b"email,hash\n":
         try:
@@ -390,6 +391,7 @@ def test_the_creation_time_is_imported(created: Any) -> None:
 
 
 @given(st.integers(10**8, NOW), st.integers(-1439, 1439), st.sampled_from(["s", "ms", "iso", "blank", "utc"]))
+@pytest.mark.slow
 def test_every_form_of_a_time_means_the_same(moment: int, offset: int, form: str) -> None:
     at = datetime.fromtimestamp(moment, timezone(timedelta(minutes=offset)))
     utc = at.astimezone(timezone.utc)

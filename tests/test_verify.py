@@ -337,6 +337,7 @@ def write_count(db: DB) -> int:
     return engine._writer.total_changes
 
 
+@pytest.mark.slow
 def test_a_thousand_answers_within_a_minute_write_nothing(
     call: Client, db: DB, settings: Settings, clock: Clock
 ) -> None:
