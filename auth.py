@@ -222,9 +222,7 @@ class Auth:
             PasswordRejected: empty or too long; in production also if it is too short or too common.
             EmailTaken: an account has this email, in any letter case.
         """
-        if self._settings.registration != "open":
-            closed = self._settings.registration == "closed"
-            raise RegistrationClosed("registration is closed" if closed else "registration is by invitation only")
+        self.check_registration()
         self.check_email(email)
         self._check_password(password, email)
         self._count(address, self._limiter.registration)
@@ -256,6 +254,11 @@ class Auth:
                 if user := self._db.confirm_registration(self._link(email, token, CONFIRMATION_LIFETIME), hashed):
                     return user
         raise self._rejected("invalid confirmation token", address)
+
+    def check_registration(self) -> None:
+        """Raise RegistrationClosed if only the operator can add accounts."""
+        if (mode := self._settings.registration) != "open":
+            raise RegistrationClosed(f"registration is {'closed' if mode == 'closed' else 'by invitation only'}")
 
     def check_email(self, email: str) -> None:
         """Raise EmailRejected if no account can have this email."""

@@ -103,6 +103,7 @@ class Handlers:
             (email,) = _read_form("email")
             self._auth.mail_confirmation(email, _later_log(), address=_client())
             return json_response(200, email=email, message="confirmation mailed")
+        self._auth.check_registration()  # before the form, which needs no password where emails are confirmed
         email, password = _read_form("email", "password")
         user = self._auth.create_account(email, password, address=_client())
         _log("user_created", user_id=user.id)
@@ -118,9 +119,8 @@ class Handlers:
     @_route("POST", "/sessions", hashes=True)
     def log_in(self) -> Response:
         email, password, otp, remember = _read_form("email", "password", optional=("otp",), flags=("remember",))
-        client, own, agent = _client(), self._cookie(), request.environ.get("HTTP_USER_AGENT", "")
-        device = _device()
-        arguments = {"address": client, "device": device, "replaced": own, "user_agent": agent}
+        device, agent = _device(), request.environ.get("HTTP_USER_AGENT", "")
+        arguments = {"address": _client(), "device": device, "replaced": self._cookie(), "user_agent": agent}
         try:
             user, session_id, factors = self._auth.log_in(email, password, otp, remember=bool(remember), **arguments)
         except rules.LoginFailed as failure:
@@ -244,17 +244,15 @@ class Handlers:
     @_route("PUT", "/totp")
     def confirm_totp(self) -> Response:
         (otp,) = _read_form("otp")
-        device = _device()
-        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=device)
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=_device())
         _log("authn_factor_added", user_id=user.id)
         answer = self._with_renewed(json_response(200, message="second factor on", recovery_codes=codes), session_id)
-        return self._with_device(answer, user, device)
+        return self._with_device(answer, user, _device())
 
     @_route("DELETE", "/totp", hashes=True)
     def remove_totp(self) -> Response:
-        password, otp = _read_form("password", "otp")
-        client, device = _client(), _device()
-        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, address=client, device=device)
+        fields = _read_form("password", "otp")
+        user, session_id = self._auth.remove_totp(self._cookie(), *fields, address=_client(), device=_device())
         _log("authn_factor_removed", user_id=user.id)
         return self._with_renewed(json_response(200, message="second factor off"), session_id)
 
