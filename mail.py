@@ -103,7 +103,7 @@ class Mailer:
         return self.compose("sign_in", email, what=what, seen=text)
 
     def check(self) -> None:
-        """Sign in to the mail server and name the sender, without sending anything.
+        """Sign in to the mail server and ask whether it accepts the sender, without sending anything.
 
         Raises:
             OSError: that failed, or no server is configured. SMTPException is a subclass.

@@ -534,12 +534,12 @@ def _check(operator: Operator) -> int:
     """Check the database, the settings, the clock and the mail server."""
     settings = operator.settings
     found = operations(settings.database).check(settings.database)
-    found["settings"] = settings.warnings()
-    found["clock"] = _clock_problems(settings, found["database"])
+    found |= {"settings": settings.warnings(), "clock": _clock_problems(settings, found["database"])}
     found["mail"] = _mail_problems(settings)
     for name, problems in found.items():
-        text = f"{name:<10}{'; '.join(problems) or 'ok'}"
-        operator.print_record(text, check=name, ok=not problems, problems=problems)
+        state = "failed" if problems else "not set up" if name == "mail" and not settings.smtp_url else "ok"
+        text = f"{name:<10}{'; '.join(problems) or state}"
+        operator.print_record(text, check=name, ok=not problems, state=state, problems=problems)
     return 1 if any(found.values()) else 0
 
 
@@ -618,7 +618,7 @@ def _format(value: object) -> str:
 # All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
 # here; options are added in new_parser(). Brackets mark an argument that may be left out.
 
-GROUPS = {"user": "add, list, show, disable, enable, delete and rename users", "sessions": "list and end sessions"}
+GROUPS = {"user": "users: add, list, show, disable, enable, delete, rename, release", "sessions": "sessions: list, end"}
 
 COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("user list", _list_users, ""),

@@ -274,6 +274,12 @@ def test_help_is_printed(run: Run, command: list[str]) -> None:
     assert result.out.startswith("usage: authsvc.py")
 
 
+@pytest.mark.parametrize("group", commands.GROUPS)
+def test_the_help_of_a_group_names_its_commands(group: str) -> None:
+    named = re.findall("[a-z]+", commands.GROUPS[group].partition(":")[2])
+    assert sorted(named) == sorted(names.split()[1] for names, *_ in commands.COMMANDS if names.split()[0] == group)
+
+
 @pytest.mark.parametrize(
     ("started", "name"),
     [
@@ -1090,7 +1096,11 @@ def test_a_check_finds_no_problem_in_a_good_setup(run: Run, people: Auth, engine
     result = run("check", "--json")
     assert result.code == 0
     assert checked(result) == {name: [] for name in checks}
-    assert run("check").out.split() == [word for name in checks for word in (name, "ok")]
+    states = dict.fromkeys(checks, "ok") | {"mail": "not set up"}  # which is no problem: nothing has to be mailed
+    assert {record["check"]: (record["ok"], record["state"]) for record in result.records} == {
+        name: (True, state) for name, state in states.items()
+    }
+    assert run("check").out == "".join(f"{name:<10}{state}\n" for name, state in states.items())
 
 
 @pytest.mark.both_engines
@@ -1140,6 +1150,7 @@ def test_an_unreachable_mail_server_and_a_missing_proxy_are_found(
         result = run("check", "--json")
     assert result.code == 1
     assert checked(result)["mail"] == ["127.0.0.1: [Errno 111] Connection refused"]
+    assert {record["check"]: record["state"] for record in result.records}["mail"] == "failed"
     assert "AUTHSVC_TRUSTED_PROXY" in checked(result)["settings"][0]
 
 
