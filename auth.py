@@ -532,7 +532,7 @@ class Auth:
         if not self._mailer:
             return self._new_change(_digest(session_id), email)
         self._enqueue("change", email, functools.partial(self._change_mail, user, _digest(session_id)), log, address)
-        self._mailer.enqueue(functools.partial(self._mailer.compose, "change_requested", user.email, new=email))
+        self._notify(user, kind="change_requested", new=email)
         return None
 
     def change_email(self, session_id: str | None, email: str, token: str, *, address: str | None) -> tuple[User, str]:
@@ -548,7 +548,7 @@ class Auth:
         pending |= {"session_hash": _digest(session_id), "new_session_hash": _digest(new_id)}
         with contextlib.suppress(AlreadyExists):
             if self._db.change_email(user.id, email, self._now(), self.reserved_at(), pending):
-                self._notify(user, f"Your email was changed to {email}")
+                self._notify(user, kind="changed", new=email)
                 return self._reloaded(user), new_id
         raise self._rejected("invalid confirmation token", address)
 
@@ -778,9 +778,9 @@ class Auth:
     def _now(self) -> int:
         return int(self._clock())
 
-    def _notify(self, user: User, what: str) -> None:
+    def _notify(self, user: User, what: str = "", kind: str = "notice", new: str = "") -> None:
         if self._mailer:
-            self._mailer.enqueue(functools.partial(self._mailer.compose, "notice", user.email, what=what))
+            self._mailer.enqueue(functools.partial(self._mailer.compose, kind, user.email, what=what, new=new))
 
     def _tell_of_sign_in(self, user: User, known: object, kind: str, address: str | None, user_agent: str) -> None:
         if self._mailer and self._settings.production and not known:
@@ -974,7 +974,7 @@ class Auth:
         self._db.emails.add_registration(self._link(email, token, CONFIRMATION_LIFETIME))
         log("user_registration_requested", unknown=self.tag(email))
         if user := self._find_user(email):
-            return mailer.compose("taken", user.email)
+            return mailer.compose("taken" if _may_reset(user) else "inactive", user.email)
         reserved = self._db.emails.is_reserved(email, 0, self._now())
         return None if reserved else mailer.compose("confirm", email, token=token)
 

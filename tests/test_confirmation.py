@@ -177,6 +177,29 @@ def test_the_owner_of_a_taken_email_is_told_without_a_token(
     assert "#" not in text
 
 
+UNABLE: dict[str, Callable[[Auth], object]] = {
+    "invited": lambda auth: auth.add_account(BOB),
+    "disabled": lambda auth: auth._db.disable_user(auth.register_user(BOB, PASSWORD).id, 1),
+}
+
+
+@pytest.mark.parametrize("state", UNABLE)
+def test_an_owner_who_gets_no_reset_mail_is_not_sent_to_ask_for_one(
+    call: Client, auth: Auth, server: MailServer, mailer: Mailer, state: str
+) -> None:
+    UNABLE[state](auth)
+    answers = [comparable(register(call, email)) for email in (BOB, "free@x.io")]
+    assert [status for status, *_ in answers] == [200, 200]
+    assert answers[0][1].keys() == answers[1][1].keys()
+    assert ask(call, "POST", "/reset_password", {"email": BOB}).status == 200
+    settle(mailer)
+    told, confirmed = drained(server)  # and no reset mail
+    assert (told["To"], told["Subject"]) == (BOB, "You have an account at auth.example.com")
+    assert "If you have an invitation, open its link" in told.get_content()
+    assert "://" not in told.get_content()
+    assert confirmed["To"] == "free@x.io"
+
+
 @pytest.mark.both_engines
 def test_a_row_is_stored_for_a_free_and_for_a_taken_email(call: Client, auth: Auth, bob: None, mailer: Mailer) -> None:
     for email in ("free@x.io", BOB):
@@ -412,6 +435,9 @@ def test_a_confirmed_change_gives_the_user_the_new_email(
     assert (answer.status, answer.json) == (200, {"email": NEW, "message": "email changed"})
     told = server.next()
     assert (told["To"], told["Subject"]) == (BOB, f"Your email was changed to {NEW} at auth.example.com")
+    text = " ".join(told.get_content().split())
+    assert "Ask the operator of auth.example.com" in text
+    assert "reset your password" not in text  # a link would go to the new email
     renewed = f"__Host-session_id={answer.session_id}"
     profiles = [ask(call, "GET", "/profile", cookie=one) for one in (held, other, renewed)]
     assert [one.status for one in profiles] == [403, 403, 200]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +17,9 @@ import requests
 
 from tests.cases import each
 from tests.conftest import HERE, Service, clean_environ
+from tests.crowd import awaited
 from tests.documents import PAGES, blocks, commands_in
+from tests.proxies import accepts, reserve_port
 
 TARGETS = set(re.findall(r"^([a-z]+):", (HERE / "Makefile").read_text(), re.MULTILINE))
 # Ids, tokens and times, which differ in each run.
@@ -107,6 +111,25 @@ def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Ser
     stopped = commands_in("docs/operations.md", "$ authsvc restore")
     printed, shown = transcript(serving.splitlines()[0] + "\n" + stopped, tmp_path, **environ)
     assert printed == shown
+
+
+def test_the_mail_server_of_the_docs_prints_a_link(start: Callable[..., Service], tmp_path: Path) -> None:
+    port = str(reserve_port())
+    add_environment(tmp_path)
+    server = commands_in("docs/operations.md", "$ export PYTHONUNBUFFERED=1").replace("$ ", "").replace("1025", port)
+    export = commands_in("docs/operations.md", "$ export AUTHSVC_SMTP_URL=").replace("1025", port).splitlines()[0]
+    printed = tmp_path / "printed"
+    with printed.open("wb") as output:
+        process = subprocess.Popen(["bash", "-c", server], cwd=tmp_path, stdout=output, start_new_session=True)
+    try:
+        service = start(**dict(re.findall(r"(\w+)=(\S+)", export)))
+        assert awaited(lambda: accepts(int(port)))
+        requests.post(f"{service.url}/users", data={"email": "bob@example.com"}, timeout=5)
+        link = re.compile("^http://127.0.0.1:0/confirm#token=[0-9a-f-]{36}&email=bob%40example.com$", re.MULTILINE)
+        assert awaited(lambda: link.search(printed.read_text()), 20)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(10)
 
 
 @pytest.mark.process

@@ -34,7 +34,7 @@ from credentials import totp
 from mail import ANSWER_FIRST, Mailer
 from settings import Settings, SettingsError
 from storage import DB, User
-from tests.conftest import Answer, Client, Clock, Service
+from tests.conftest import HERE, Answer, Client, Clock, Service
 from tests.crowd import awaited
 from tests.mail_server import SMTP_PASSWORD, USER, MailServer, smtp_url
 from tests.production import PUBLIC_URL, production_settings
@@ -285,7 +285,7 @@ def test_the_link_in_a_mail_preserves_an_unusual_email(mailer: Mailer, address: 
 def test_a_reset_mail_states_the_lifetime_of_its_link(log: Log, seconds: int, text: str) -> None:
     settings = production_settings(smtp_url="smtps://localhost", mail_from="auth@example.com", reset_lifetime=seconds)
     message = Mailer(settings, log).compose("reset", BOB, token="to-ken_0")
-    assert f" works once and expires in {text}:" in message.get_content()
+    assert f" works once and expires in {text}. A newer mail replaces it:" in message.get_content()
 
 
 def test_a_password_reset_is_notified_by_mail(call: Client, server: MailServer) -> None:
@@ -417,6 +417,11 @@ def test_a_right_password_without_its_code_is_told_once_a_day(
         with pytest.raises(AuthError):
             sign_in(auth, device=known)
     assert count_mails(mailer, server) == 1  # a browser that the account knows asks for the code each time
+
+
+def test_the_operations_page_lists_every_mail() -> None:
+    section = (HERE / "docs/operations.md").read_text().partition("\n### Mails\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(mail.MAILS)
 
 
 def next_notice(server: MailServer) -> tuple[str, str]:
