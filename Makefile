@@ -42,7 +42,7 @@ help:
 	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
 	@echo "make bench    compare its speed with other services, about half an hour (needs wrk, Node and npm)"
 	@echo "make check    check format, lint, types and branch coverage (98 %); runs the tests if a file is newer"
-	@echo "make lint     check format, lint and types only"
+	@echo "make lint     check format, lint and types only (installs the packages of the tests, about 470 MB)"
 	@echo "make format   format the code with ruff"
 	@echo "make lock     pin the newest versions that pyproject.toml allows, with hashes (needs uv)"
 	@echo "make clean    delete everything that these commands have built"
@@ -112,7 +112,8 @@ install: $(PYZ)
 	$(if $(DESTDIR),,systemctl daemon-reload)
 	@echo "installed $(if $(POSTGRES),with psycopg,without psycopg (make install POSTGRES=1 adds it))"
 
-lint: .venv/dev $(EXTRAS)
+# mypy reads the packages that the tests import.
+lint: .venv/dev $(filter-out .venv/release,$(EXTRAS))
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .

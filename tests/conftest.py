@@ -210,8 +210,14 @@ EXTRAS = {
 collect_ignore = [name for name, (package, _) in EXTRAS.items() if not find_spec(package)]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for name in collect_ignore:
+def left_out(chosen: list[str], names: list[str], folder: Path = HERE) -> list[str]:
+    """Return those of these test files that are in the files and folders on the command line, relative to a folder."""
+    paths = [(folder / argument.partition("::")[0]).resolve() for argument in chosen]
+    return [name for name in names if any((HERE / "tests" / name).is_relative_to(path) for path in paths)]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name in left_out(config.args, collect_ignore, config.invocation_params.dir):
         terminalreporter.write_line(
             f"tests/{name} was left out: make {EXTRAS[name][1]} installs the packages that it needs"
         )

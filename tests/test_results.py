@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import evidence, results
-from tests.conftest import HERE, clean_environ
+from tests.conftest import HERE, clean_environ, left_out
 
 NAMED = "tests/test_x.py::test_named"
 
@@ -105,3 +105,11 @@ def test_each_outcome_is_recorded_once_over_all_workers(tmp_path: Path, workers:
         "failed test_x.py::test_has_a_broken_fixture",
         "deselected test_x.py::test_is_left_out",
     ]
+
+
+def test_only_a_file_that_was_asked_for_is_said_to_be_left_out() -> None:
+    names = ["test_pages.py", "long/test_half_sent.py"]
+    assert left_out(["tests"], names) == left_out(["."], names) == names
+    assert left_out(["tests/test_totp.py", "tests/test_pages.py::test_a"], names) == ["test_pages.py"]
+    assert left_out(["test_totp.py", "long"], names, HERE / "tests") == ["long/test_half_sent.py"]
+    assert left_out(["tests/test_totp.py"], names) == []

@@ -13,7 +13,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from mail import Mailer
-from settings import Settings, SettingsError, read_password, redacted
+from settings import RANGES, Settings, SettingsError, read_password, redacted
 from tests.cases import each
 
 DEFAULTS = {
@@ -163,6 +163,12 @@ def test_a_second_factor_is_required_under_the_new_and_the_former_name(name: str
 def test_in_production_a_user_has_ten_sessions_unless_set(chosen: dict[str, str], number: int) -> None:
     environ = {"AUTHSVC_PUBLIC_URL": "https://auth.example.com", **chosen}
     assert Settings.from_environ(environ).sessions_per_user == number
+
+
+def test_every_number_has_a_range_and_is_tested() -> None:
+    numbers = {name for name, value in asdict(Settings()).items() if type(value) is int}
+    assert RANGES.keys() == numbers
+    assert {f"AUTHSVC_{name.upper()}": limits for name, limits in RANGES.items()} == NUMBERS
 
 
 @each("name", NUMBERS)
