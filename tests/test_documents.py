@@ -79,6 +79,14 @@ def test_the_documents_name_targets_of_the_makefile(page: str) -> None:
     assert {words.split()[-1] for words in typed if words and "=" not in words.split()[-1]} <= TARGETS
 
 
+def test_a_server_of_files_shows_one_folder_to_this_machine_only() -> None:
+    """In the checkout it would show the database to everybody who reaches the machine."""
+    paths = [*PAGES.values(), HERE / "examples/localhost.conf"]
+    found = [line for path in paths for line in path.read_text().splitlines() if "http.server" in line]
+    assert len(found) == 2
+    assert all("http.server --directory examples --bind 127.0.0.1 " in line for line in found)
+
+
 @pytest.mark.process
 def test_make_alone_lists_the_targets() -> None:
     listed = [

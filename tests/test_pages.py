@@ -623,11 +623,13 @@ def test_an_application_on_this_machine_is_protected_over_plain_http(
     ports = {"5000": service.url.rpartition(":")[2], "8000": str(proxy), "8001": str(application)}
     text = re.sub("(?<=127.0.0.1:)[0-9]+", lambda port: ports[port[0]], (HERE / "examples/localhost.conf").read_text())
     (tmp_path / "localhost.conf").write_text(text)
-    (tmp_path / "index.html").write_text("<h1>the application</h1>")
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/index.html").write_text("<h1>the application</h1>")
+    recipe = re.findall(r"^# +python3 (.*) 8001 +#", text, re.MULTILINE)
     requests.post(f"{service.url}/users", data={"email": "bob@x.io", "password": "b4l0u"}, timeout=5)
     commands = (
         [program("nginx", "nginx-light"), "-p", str(tmp_path), "-c", str(tmp_path / "localhost.conf")],
-        [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(application)],
+        [sys.executable, *recipe[0].split(), str(application)],
     )
     with contextlib.ExitStack() as stack:
         for command in commands:
