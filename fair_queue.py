@@ -1,10 +1,10 @@
 """A bounded queue that is fair between networks, clients and accounts.
 
 It holds work that anybody on the internet can ask for, and that takes long: password hashes (web/server.py), each a
-quarter of a second of a core, and reset mails (mail.py), each about as long as the mail server takes. With first come,
-first served, fifty addresses that always have something waiting would keep everybody else out, and so would one home,
-which has millions of IPv6 addresses. So turns go round by network instead, and a full queue takes a place away from the
-network that holds the most of them.
+quarter of a second of a core, and mails with links (mail.py), each about as long as the mail server takes. With first
+come, first served, fifty addresses that always have something waiting would keep everybody else out, and so would one
+home, which has millions of IPv6 addresses. So turns go round by network instead, and a full queue takes a place away
+from the network that holds the most of them.
 
 Items are in one of three classes. The preferred ones are those that probably come from the owner of an account. They
 go first, so a flood of items from strangers hardly delays them. Strangers have two classes: the first item of a client

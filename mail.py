@@ -82,7 +82,7 @@ class Mailer:
             self._log("mail_dropped", reason="queue full")
 
     def enqueue_reset(self, task: Task, path: tuple[str, ...], *, known: bool, limited: bool) -> None:
-        """Have a worker thread run ``task`` and send the reset mail that it returns, if any.
+        """Have a worker thread run ``task`` and send the mail with a link that it returns, if any.
 
         ``path`` and ``limited`` are those of FairQueue.put. ``known`` is whether a browser has asked that the account
         knows. Its task goes before those of strangers, and ends at once without a mail: there is nothing to conceal.

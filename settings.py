@@ -247,7 +247,7 @@ class Settings:
         if self.production and not self.trusted_proxy:
             place = "behind a proxy on this machine or on a private network"
             shared = "all clients share one address in the rate limits"
-            unlimited = "the limits per client of the queues for password hashing and reset mails are off"
+            unlimited = "the limits per client of the queues for password hashing and mails with links are off"
             found.append(f"AUTHSVC_TRUSTED_PROXY is not set: {place}, {shared}, and {unlimited}")
         for network in filter(is_wide, parse_networks(self.trusted_proxy)):
             risk = "every client inside it can forge its address and so avoid the rate limits"
@@ -259,7 +259,7 @@ class Settings:
                 refused = "the next release will refuse it"
                 found.append(f"AUTHSVC_DATABASE: sslmode=require does not verify the server: {remedy}; {refused}")
         if self.production and not self.smtp_url:
-            found.append("AUTHSVC_SMTP_URL is not set: password reset links cannot be mailed")
+            found.append("AUTHSVC_SMTP_URL is not set: no reset link is mailed, and no email is confirmed")
         return found
 
     @property

@@ -658,7 +658,7 @@ def test_only_production_warns_of_a_missing_proxy() -> None:
     assert missing.startswith("AUTHSVC_TRUSTED_PROXY is not set: ")
     assert "on this machine or on a private network" in missing
     assert "all clients share one address in the rate limits" in missing
-    assert missing.endswith("the limits per client of the queues for password hashing and reset mails are off")
+    assert missing.endswith("the limits per client of the queues for password hashing and mails with links are off")
 
 
 @each(
