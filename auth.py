@@ -840,6 +840,7 @@ class Auth:
             self._tell_of_sign_in(user, known, CODE_MISSING, address, agent)
             raise CodeRequired(user_id=user.id)
         if not self._spend_code(user, otp, address, known):
+            self._tell_of_sign_in(user, known, CODE_MISSING, address, agent)
             raise LoginFailed("wrong one-time code", user_id=user.id)
         return "password+totp" if totp.is_code(otp) else "password+recovery_code"
 

@@ -398,12 +398,13 @@ def test_two_rounds_at_once_count_each_sign_in_once(auth: Auth, db: DB) -> None:
 
 
 @pytest.mark.both_engines
+@pytest.mark.parametrize("attempts", [("", "", "wrong"), ("000000", "wrong")])
 def test_a_right_password_without_its_code_is_told_once_a_day(
-    auth: Auth, clock: Clock, mailer: Mailer, server: MailServer
+    auth: Auth, clock: Clock, mailer: Mailer, server: MailServer, attempts: tuple[str, ...]
 ) -> None:
     codes = with_factor(auth, clock)
     assert next_notice(server)[0] == "A second factor was switched on"
-    for otp in ("", "", "wrong"):
+    for otp in attempts:
         with pytest.raises(AuthError):
             sign_in(auth, otp, user_agent="curl/8")
     assert count_mails(mailer, server) == 1
