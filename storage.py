@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from engines import Transaction, open_engine, operations
 from engines.errors import RolledBack
 from engines.rows import hash_as_given, is_storable
-from engines.schema import LOCK_ALL_USERS, LOCK_USER
+from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
 from tables.emails import DELETE_WAITING, IS_GOOD, Emails, Link, claim, give_up
 from tables.rate_limits import RateLimits
@@ -275,8 +275,8 @@ class DB:
         Raises:
             AlreadyExists: another account has the email, or it is reserved for its former owner.
         """
-        values = {"user_id": user_id, "session_hash": None, "new_session_hash": None, **(pending or {})}
-        with suppress(RolledBack), self._user_transaction(user_id) as db:
+        values = {"user_id": user_id, "email_key": email.casefold(), **(pending or {})}
+        with suppress(RolledBack), self._engine.transaction(lock=LOCK_HOLDERS, values=values) as db:
             if pending:
                 statement = f"""
                     DELETE FROM email_changes
@@ -289,9 +289,9 @@ class DB:
             former = db.execute("SELECT email_key FROM users WHERE id = :user_id", values)
             give_up(db, user_id, former.fetchone(), reserved_at)
             statement = "UPDATE users SET email = :email, email_key = :email_key WHERE id = :user_id"
-            db.execute(statement, values | {"email": email, "email_key": email.casefold()})
-            claim(db, email.casefold(), user_id, now)
-            _revoke_credentials(db, user_id, values["session_hash"], values["new_session_hash"])
+            db.execute(statement, values | {"email": email})
+            claim(db, values["email_key"], user_id, now)
+            _revoke_credentials(db, user_id, values.get("session_hash"), values.get("new_session_hash"))
             return True
         return False
 

@@ -152,6 +152,18 @@ def test_a_login_and_pruning_do_not_deadlock(db: DB, second: DB, bob: User, besi
     assert pruned.result(5) == 0
 
 
+def test_a_change_to_the_email_of_a_user_waits_for_changes_of_that_user(
+    db: DB, second: DB, bob: User, beside: Beside
+) -> None:
+    # Else users who swap emails could each hold their own row and wait for that of the other.
+    eve = db.add_user("eve@x.io", HASH)
+    with db._engine.transaction(lock=LOCK_USER, values={"user_id": eve.id, "session_hash": None}):
+        changed = beside(lambda: second.change_email(bob.id, "Eve@x.io", NOW, NOW))
+        assert not changed.done()
+    with pytest.raises(AlreadyExists):
+        changed.result(5)
+
+
 def test_sessions_that_end_at_the_same_time_update_the_user_correctly(db: DB, second: DB, bob: User) -> None:
     for _ in range(10):
         for number in range(6):
