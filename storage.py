@@ -387,15 +387,16 @@ class DB:
                 db.execute(statement, {"user_id": user_id, "device_key": _new_device_key()})
             return _end_sessions(db, user_id, kept)
 
-    def end_all_sessions(self) -> int:
-        """End all sessions of all users, revoke all reset tokens and invitations, and void all device cookies.
+    def end_all_sessions(self) -> dict[str, int]:
+        """End all sessions of all users, revoke all mailed and printed links, and void all device cookies.
 
-        Return how many sessions ended.
+        Return how many rows were deleted from each table.
         """
         with self._engine.own_connection() as own, self._engine.transaction(lock=LOCK_ALL_USERS, connection=own) as db:
             # One key for all: a device cookie also names its user.
             db.execute(f"{REVOKE_PENDING}, session_id = NULL, device_key = :key", {"key": _new_device_key()})
-            return db.execute("DELETE FROM sessions").rowcount
+            tables = "registrations", "email_changes", "sessions"  # sessions last, as changes are deleted with them
+            return {table: db.execute(f"DELETE FROM {table}").rowcount for table in tables}
 
     # Reset tokens
 

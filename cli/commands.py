@@ -354,18 +354,18 @@ def _end_sessions(operator: Operator) -> None:
     """End a user's sessions; --all: all sessions, and all links that were mailed or printed."""
     if operator.arguments.all:
         with operator.open_database() as (_, db):
-            ended = {**db.emails.end_pending(), "ended": db.end_all_sessions()}
+            ended = db.end_all_sessions()
             operator.log("session_ended", which="all")
     else:
         with operator.open_user() as (_, db, user):
-            ended = {"ended": db.end_sessions(user.id, devices=True)}
+            ended = {"sessions": db.end_sessions(user.id, devices=True)}
             operator.log("session_ended", user_id=user.id)
-    operator.print_record(_ended(**ended), **ended)
+    operator.print_record(_ended(**ended), ended=ended.pop("sessions"), **ended)
 
 
-def _ended(ended: int, **deleted: int) -> str:
+def _ended(sessions: int, **deleted: int) -> str:
     listed = "".join(f"; {name.replace('_', ' ')} deleted: {number}" for name, number in deleted.items())
-    return f"{_count(ended, 'session')} ended{listed}"
+    return f"{_count(sessions, 'session')} ended{listed}"
 
 
 # Import and export
@@ -491,12 +491,12 @@ def _restore(operator: Operator) -> None:
     # Beside the file itself: a symbolic link to it may be on another file system.
     file = os.path.realpath(database) if os.path.islink(database) else database
     kept = f"{file}.{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}"
-    ended = {"ended": 0}
+    rows = {"sessions": 0}
 
     def prepare(path: str) -> None:
         with closing(DB(path)) as db:
             # The backup still holds sessions that were ended after it was made, perhaps because they were stolen.
-            ended.update(**db.emails.end_pending(), ended=db.end_all_sessions())
+            rows.update(db.end_all_sessions())
 
     try:
         replaced = operations(database).restore(source, database, kept, prepare)
@@ -505,8 +505,8 @@ def _restore(operator: Operator) -> None:
             os.close(os.open(source, os.O_RDONLY))  # raises PermissionError where SQLite gives no reason
         raise
     operator.log("sys_restore")
-    text = f"restored {database}; {_ended(**ended)}"
-    record = {"database": database, "kept": kept if replaced else None, "sessions_ended": ended.pop("ended"), **ended}
+    text = f"restored {database}; {_ended(**rows)}"
+    record = {"database": database, "kept": kept if replaced else None, "sessions_ended": rows.pop("sessions"), **rows}
     operator.print_record(f"{text}; the old database is now {kept}" if replaced else text, **record)
 
 

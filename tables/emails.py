@@ -73,12 +73,6 @@ class Emails:
         """Free an email that was given up; return whether it was reserved."""
         return self._engine.write("DELETE FROM former_emails WHERE email_key = :key", {"key": email.casefold()}) == 1
 
-    def end_pending(self) -> dict[str, int]:
-        """Delete all waiting registrations and pending changes; return how many there were of each."""
-        with self._engine.transaction() as db:
-            tables = "registrations", "email_changes"
-            return {table: db.execute(f"DELETE FROM {table}").rowcount for table in tables}
-
     def prune(self, *, now: int, limit: int) -> Iterator[tuple[str, int]]:
         """Delete expired rows, up to ``limit`` in one transaction. Yield after each the table and the number."""
         values = {"now": now, "before": now - RESERVED_FOR, "limit": limit}

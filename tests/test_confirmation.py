@@ -487,7 +487,7 @@ ENDINGS: dict[str, Callable[[Auth, str], object]] = {
     "sign out": lambda auth, held: auth.log_out(held),
     "disable": lambda auth, held: auth._db.disable_user(1, 1),
     "sessions end": lambda auth, held: auth._db.end_sessions(1, devices=True),
-    "sessions end --all": lambda auth, held: (auth._db.emails.end_pending(), auth._db.end_all_sessions()),
+    "sessions end --all": lambda auth, held: auth._db.end_all_sessions(),
     "rename": lambda auth, held: auth.rename(auth.find_user(BOB), "renamed@x.io"),
 }
 

@@ -139,6 +139,9 @@ def test_a_method_that_fails_halfway_changes_nothing(populated: None, db: DB, ot
         add_session(db, carol, name)
     assert begin_totp(db, 3)
     add_expiring_rows(other)
+    link = {"email": "new@x.io", "email_key": "new@x.io", "token_hash": "token", "expires_at": NOW + 1000}
+    db.emails.add_registration(link)
+    assert db.emails.set_change("bob1", link)
     event, call = HALFWAY[method]
     fail_at(db, other, event)
     before = all_rows(other)
