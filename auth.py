@@ -450,10 +450,10 @@ class Auth:
 
     def rank_token(self, email: str, reset_token: str, token: str) -> tuple[bool, str]:
         """Return whether one of these is a live token of this email; then the request goes before others."""
-        user = self._db.find_reset(_digest(reset_token), **self._window())
+        user = self._db.find_reset(_digest(reset_token), **self._window()) if reset_token else None
         if user and user.email.casefold() == email.casefold():
             return True, str(user.id)
-        return self._find_registration(email, token) is not None, _account_name(email)
+        return bool(token and self._find_registration(email, token)), _account_name(email)
 
     # Changes by a signed-in user. The current password is checked, and counted for the session. A code is checked as
     # well if the user has a second factor that the session has not shown of late.
