@@ -97,8 +97,8 @@ class Mailer:
 
         ``seen`` is the time, the address and the browser of one sign-in.
         """
-        # A client can write a link to another site into the name of its browser.
-        lines = [re.sub("[^ -~]|://|@", "?", str(text)) or "unknown" for text in seen]
+        # A client can write a link to another site into the name of its browser. Mail programs make one of www.x.io.
+        lines = [re.sub(r"[^ -~]|://|[@\\]|\.(?=[A-Za-z])", "?", str(text)) or "unknown" for text in seen]
         text = "".join(f"\n{name}: {line}" for name, line in zip(("\nTime", "Address", "Browser"), lines, strict=False))
         return self.compose("sign_in", email, what=what, seen=text)
 

@@ -327,12 +327,33 @@ def test_a_sign_in_from_a_new_browser_is_told_by_mail(
     subject, text = next_notice(server)
     assert subject == "Sign-in from a new browser"
     assert text.startswith(f"Sign-in from a new browser: {BOB} at auth.example.com.\n")
-    assert "\nTime: 2027-01-15T08:00:00Z\nAddress: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil.example a?b\n" in text
+    assert "\nTime: 2027-01-15T08:00:00Z\nAddress: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil?example a?b\n" in text
     assert f"\n{PUBLIC_URL}/account\n" in text
     assert PASSWORD not in text
     with pytest.raises(AuthError):
         auth.log_in(BOB, "wrong", address=CLIENT)
     assert count_mails(mailer, server) == 0
+
+
+FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:109.0) Gecko/20100101 Firefox/115.0"
+
+
+@pytest.mark.parametrize(
+    ("agent", "told"),
+    [
+        (FIREFOX, FIREFOX),
+        ("www.evil.example", "www?evil?example"),
+        ("see EVIL.EXAMPLE/login", "see EVIL?EXAMPLE/login"),
+        ("//evil.1x.example", "//evil.1x?example"),
+        ("https://1.2.3.4/", "https?1.2.3.4/"),
+        ("mailto:a@evil", "mailto:a?evil"),
+        (r"\\evil\share", "??evil?share"),
+        ("evil\u3002example", "evil?example"),
+    ],
+)
+def test_the_name_of_a_browser_is_no_link_in_a_mail(mailer: Mailer, agent: str, told: str) -> None:
+    text = mailer.sign_in(BOB, "Sign-in from a new browser", ("now", CLIENT, agent)).get_content()
+    assert f"\nBrowser: {told}\n" in text
 
 
 @pytest.mark.parametrize("state", ["no mail server", "development"])
