@@ -528,7 +528,7 @@ class Auth:
         if not self._mailer and (self._settings.production or not direct):
             raise MailUnavailable
         self._reauthenticate(user, session, password, otp, address, device)
-        self._count(address, lambda _: self._limiter.email_changes(user.id))
+        self._count(address, lambda _: self._limiter.changes("email", user.id))
         if not self._mailer:
             return self._new_change(_digest(session_id), email)
         self._enqueue("change", email, functools.partial(self._change_mail, user, _digest(session_id)), log, address)
@@ -812,6 +812,9 @@ class Auth:
     ) -> None:
         """Check the password again, and the code if the session has shown no second factor for FACTOR_VALIDITY seconds.
 
+        Where mail is sent, changes are counted: a stranger who registered somebody's email could mail it without end.
+        A change beyond the limit is refused. Without its notice, a thief could use up the notices and then go unseen.
+
         Raises:
             ReauthenticationFailed: the password or the code is wrong.
             SessionCodeRequired: the code is missing.
@@ -821,13 +824,13 @@ class Auth:
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
         now = self._now()
-        if not user.totp_since or now - FACTOR_VALIDITY < (session.factor_at or 0) <= now + CLOCK_TOLERANCE:
-            return
-        if not otp:
-            raise SessionCodeRequired(user_id=user.id)
-        if not self._spend_code(user, otp, address, self._known_device(user, device)):
-            raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
-        self._run_in_background(self._db.record_factor, session.row_id, now)
+        if user.totp_since and not now - FACTOR_VALIDITY < (session.factor_at or 0) <= now + CLOCK_TOLERANCE:
+            if not otp:
+                raise SessionCodeRequired(user_id=user.id)
+            if not self._spend_code(user, otp, address, self._known_device(user, device)):
+                raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
+            self._run_in_background(self._db.record_factor, session.row_id, now)
+        self._count(address if self._mailer else None, lambda _: self._limiter.changes("account", user.id))
 
     def _check_code(
         self, user: User, otp: str, address: str | None, known: devices.Device | None, buckets: Buckets, agent: str

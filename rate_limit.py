@@ -37,6 +37,7 @@ CODE_RESETS = 5, 3600  # from browsers that reset the password; a bucket that on
 REGISTER_ADDRESS = 20, 180
 MAILS = 3, 1200  # to one email, of each kind
 EMAIL_CHANGES = 5, 17_280  # that one user asks for: 5 a day
+ACCOUNT_CHANGES = 10, 3600  # of one user, with the current password: most are told by mail
 RESET_ADDRESS = 10, 360
 RESET_TOKEN_ADDRESS = 10, 60
 SESSION_PASSWORD = 10, 900  # the current password, asked again in one session
@@ -113,9 +114,10 @@ class RateLimiter:
         """Return the buckets of a mail that somebody asked for. Each kind has its own, so that none blocks another."""
         return [[self._scaled(MAILS, f"{kind} mail", email.casefold())]]
 
-    def email_changes(self, user_id: int) -> list[Buckets]:
-        """Return the buckets of the changes of email that a user asks for."""
-        return [[self._bucket(EMAIL_CHANGES, "change of email", str(user_id))]]
+    def changes(self, what: str, user_id: int) -> list[Buckets]:
+        """Return the buckets of the changes of "email" that a user asks for, or of all changes of the "account"."""
+        limit = EMAIL_CHANGES if what == "email" else ACCOUNT_CHANGES
+        return [[self._bucket(limit, f"change of {what}", str(user_id))]]
 
     def reset_address(self, address: str) -> list[Buckets]:
         """Return the buckets of a request for a reset token."""

@@ -194,7 +194,8 @@ def test_the_rate_limit_table_matches_the_code(db: DB, settings: Settings, clock
         limiter.reset_address("1.2.3.4"),
         limiter.unknown_token("1.2.3.4"),
         limiter.session_password(1, "bob"),
-        limiter.email_changes(1),
+        limiter.changes("email", 1),
+        limiter.changes("account", 1),
     ]
     buckets = [bucket for choices in attempts for buckets in choices for bucket in buckets]
     in_development = Counter((bucket.size, bucket.interval) for bucket in buckets)

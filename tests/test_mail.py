@@ -497,6 +497,45 @@ def test_a_refused_change_sends_no_mail(
     assert count_mails(mailer, server) == 0
 
 
+@pytest.mark.both_engines
+def test_changes_that_mail_the_user_are_limited_for_an_account(
+    call: Client, auth: Auth, clock: Clock, mailer: Mailer, server: MailServer
+) -> None:
+    session_id = auth.create_session(BOB)
+
+    def change(method: str, path: str, **form: str) -> Answer:
+        cookie = f"__Host-session_id={session_id}"
+        return call(method, path, {"password": PASSWORD, **form}, cookie=cookie, REMOTE_ADDR=CLIENT)
+
+    for _ in range(10):
+        _, session_id = auth.change_password(session_id, PASSWORD, PASSWORD, address=CLIENT)
+    assert count_mails(mailer, server) == 10
+    refused = change("PUT", "/password", new_password=NEW_PASSWORD)
+    assert (refused.status, refused.json, refused.headers["Retry-After"]) == (
+        429,
+        {"message": "too many requests"},
+        "3600",
+    )
+    others = ("POST", "/totp"), ("POST", "/email"), ("DELETE", "/profile")
+    assert [change(method, path, new_email="new@x.io").status for method, path in others] == [429] * 3
+    assert count_mails(mailer, server) == 10
+    assert change("PUT", "/password", password="wrong", new_password=NEW_PASSWORD).status == 403
+    clock.advance(3600)
+    assert change("PUT", "/password", new_password=PASSWORD).status == 200
+    for _ in range(count_mails(mailer, server)):
+        server.next()
+    ask(call)
+    assert confirm(call, link_of(server.next())["token"]) == 200  # an owner can always reset
+
+
+def test_without_a_mail_server_changes_are_not_limited(db: DB, settings: Settings, clock: Clock) -> None:
+    auth = Auth(db, settings, clock)
+    auth.register_user(BOB, PASSWORD)
+    session_id = auth.create_session(BOB)
+    for _ in range(11):
+        _, session_id = auth.change_password(session_id, PASSWORD, PASSWORD, address=CLIENT)
+
+
 def test_beginning_a_two_factor_setup_sends_no_mail(auth: Auth, server: MailServer, mailer: Mailer) -> None:
     auth.begin_totp(auth.create_session(BOB), PASSWORD, address=None)
     assert count_mails(mailer, server) == 0
