@@ -29,26 +29,29 @@ ALTER TABLE users ADD COLUMN untold_logins INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sessions ADD COLUMN remember INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE sessions ADD COLUMN factor_at INTEGER;
 CREATE INDEX users_untold_logins ON users (untold_logins) WHERE untold_logins > 0;
-CREATE TABLE email_changes (
+
+-- to version 6
+-- IF NOT EXISTS: an unreleased service made these tables in the step before.
+CREATE TABLE IF NOT EXISTS email_changes (
     session_id INTEGER PRIMARY KEY REFERENCES sessions (id) ON DELETE CASCADE,
     email      TEXT NOT NULL,
     email_key  TEXT NOT NULL,
     token_hash TEXT NOT NULL,
     expires_at INTEGER NOT NULL
 ) STRICT;
-CREATE INDEX email_changes_expires_at ON email_changes (expires_at);
-CREATE TABLE registrations (
+CREATE INDEX IF NOT EXISTS email_changes_expires_at ON email_changes (expires_at);
+CREATE TABLE IF NOT EXISTS registrations (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     email      TEXT NOT NULL,
     email_key  TEXT NOT NULL,
     token_hash TEXT NOT NULL UNIQUE,
     expires_at INTEGER NOT NULL
 ) STRICT;
-CREATE INDEX registrations_email_key ON registrations (email_key);
-CREATE INDEX registrations_expires_at ON registrations (expires_at);
-CREATE TABLE former_emails (
+CREATE INDEX IF NOT EXISTS registrations_email_key ON registrations (email_key);
+CREATE INDEX IF NOT EXISTS registrations_expires_at ON registrations (expires_at);
+CREATE TABLE IF NOT EXISTS former_emails (
     email_key   TEXT PRIMARY KEY,
     user_id     INTEGER NOT NULL,
     released_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX former_emails_released_at ON former_emails (released_at);
+CREATE INDEX IF NOT EXISTS former_emails_released_at ON former_emails (released_at);

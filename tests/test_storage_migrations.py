@@ -215,6 +215,27 @@ def test_a_migrated_database_has_the_tables_of_a_new_one(last_release: str, new_
     assert tables_in(last_release) == tables_in(new)
 
 
+@pytest.mark.both_engines
+@pytest.mark.parametrize("made", [False, True], ids=["0.9.0", "unreleased"])
+def test_tables_of_emails_are_made_where_the_step_before_did_not(
+    database: str, new_database: Callable[[], str], made: bool
+) -> None:
+    DB(database).close()
+    number = newest_version(database) - 1
+    with raw_connection(database) as connection:
+        for table in () if made else ("email_changes", "registrations", "former_emails"):
+            connection.execute(f"DROP TABLE {table}")
+        change = (
+            f"UPDATE authsvc_version SET version = {number}" if is_url(database) else f"PRAGMA user_version = {number}"
+        )
+        connection.execute(change)
+    DB(database).close()
+    new = new_database()
+    DB(new).close()
+    assert tables_in(database) == tables_in(new)
+    assert version_of(database) == newest_version(database)
+
+
 # A copy of the last release beside the newer tables
 
 OLD_USER = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
