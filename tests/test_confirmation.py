@@ -777,6 +777,23 @@ def test_what_was_confirmed_survives_a_killed_copy_and_is_not_confirmed_twice(
         assert requests.post(f"{copies[1].url}/sessions", form, timeout=30).status_code == 200
 
 
+@pytest.mark.both_engines
+def test_an_email_is_changed_once_by_two_copies_and_survives_their_kill(start: Callable[..., Service]) -> None:
+    copies = [start() for _ in range(2)]
+    form = {"email": BOB, "password": PASSWORD}
+    assert requests.post(f"{copies[0].url}/users", form, timeout=30).status_code == 200
+    cookies = requests.post(f"{copies[0].url}/sessions", form, timeout=30).cookies
+    asked = {"password": PASSWORD, "new_email": NEW}
+    link = requests.post(f"{copies[0].url}/email", asked, cookies=cookies, timeout=30).json()
+    urls = iter([copy.url for copy in copies] * 8)
+    answers = at_once(16, lambda: requests.put(f"{next(urls)}/email", link, cookies=cookies, timeout=30).status_code)
+    assert [copy.end(9) for copy in copies] == [-9, -9]
+    assert sorted(answers, key=str) == [200] + [403] * 15
+    copies[1].start()
+    found = [requests.post(f"{copies[1].url}/sessions", form | {"email": email}, timeout=30) for email in (BOB, NEW)]
+    assert [answer.status_code for answer in found] == [401, 200]
+
+
 @pytest.mark.parametrize(
     "environ", [{"AUTHSVC_CONFIRM_EMAIL": "on"}, {"AUTHSVC_CONFIRM_EMAIL": "on", "AUTHSVC_PUBLIC_URL": "https://x.io"}]
 )
