@@ -170,7 +170,7 @@ def test_64_requests_of_strangers_wait_for_a_hash_in_production(
     assert Counter(map(status, connections)) == {200: 65, 503: 1}
 
 
-def test_a_full_queue_refuses_a_request_of_the_largest_network_that_waits_on_another_connection(
+def test_a_full_queue_refuses_the_largest_network_on_another_connection(
     server: LocalServer, connections: list[socket.socket]
 ) -> None:
     server.dispatcher._hashing_queue.class_limit = 3

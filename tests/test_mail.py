@@ -1260,7 +1260,7 @@ def test_one_client_address_can_request_10_mails_at_once(
     assert count_mails(mailer, server) == 10
 
 
-def test_a_known_browser_can_request_a_mail_when_its_address_has_used_up_its_requests(
+def test_a_known_browser_can_request_a_mail_when_its_address_is_limited(
     call: Client, auth: Auth, db: DB, server: MailServer, mailer: Mailer
 ) -> None:
     device = auth.device_cookie(db.find_user_by(email=BOB), None)

@@ -467,7 +467,7 @@ def test_an_exported_value_is_no_formula_and_is_imported_as_it_was(email: str) -
     assert records(text, "csv")[0][1]["email"] == email
 
 
-def test_no_part_of_an_exported_email_is_a_cell_of_its_own_in_a_spreadsheet_that_splits_at_semicolons() -> None:
+def test_no_part_of_an_exported_email_becomes_a_cell_where_semicolons_split() -> None:
     text, *_ = written("csv", User(1, "bob;=1+1", HASH))
     assert [row[0] for row in csv.reader(io.StringIO(text), delimiter=";")][1].startswith("bob;=1+1")
 
