@@ -6,7 +6,7 @@ named parameters (``:name``) and are written once for both engines, wherever SQL
 - types and collations: ``schema.sql`` and ``schema_postgres.sql``; password hashes as bytes: ``rows.hash_as_given``
 - locks of users, which only PostgreSQL needs: ``LOCK_USER`` and the others in ``schema.py``
 - generated ids: ``LAST_ID`` and ``SET_LAST_ID`` in ``rows.py``
-- how attempts are counted: ``CONSUME``, ``WAIT`` and ``EMPTY``, or ``_consumed()``, in ``tables/rate_limits.py``
+- how attempts are counted: ``_consume_in_turn()`` and ``_consume_together()`` in ``tables/rate_limits.py``
 - connections, timeouts, errors: ``sqlite.py`` and ``postgres.py``; backup and restore: ``sqlite_files.py`` only
 - text: PostgreSQL stores no NUL, see ``rows.is_storable``
 """

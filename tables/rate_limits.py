@@ -20,20 +20,22 @@ class Bucket(NamedTuple):
     emptied: bool = False  # a refused attempt empties it, so that polling for each refill never succeeds
     refuses: bool = True  # else an attempt that finds it empty is allowed, and does not consume from it
 
+    def full_at(self, now: int) -> int:
+        """Return the time at which the bucket is full again if it is empty now."""
+        return now + self.size * self.interval
+
 
 # The generic cell rate algorithm (ITU-T I.371) keeps one number for a bucket: the time at which it is full again. If
 # that time is later than an empty bucket can have, the clock was set back; the bucket then has one attempt left.
 # SQLite has one writer at a time, so Python computes there, in _consumed(). PostgreSQL consumes from all buckets in one
 # statement and one round trip. There, a bucket that another client empties between the check and the update becomes
 # NULL, which the column refuses. All statements lock the rows in the order in which they are given.
-ASKED = """
+CONSUME = """
     WITH asked AS MATERIALIZED (
-        SELECT key, pause, most, emptied, refuses, place
-          FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :emptied::boolean[], :refuses::boolean[])
-               WITH ORDINALITY AS asked (key, pause, most, emptied, refuses, place)
-    )"""
-CONSUME = f"""
-    {ASKED}, taken AS (
+        SELECT key, pause, most, refuses, place
+          FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :refuses::boolean[])
+               WITH ORDINALITY AS asked (key, pause, most, refuses, place)
+    ), taken AS (
         INSERT INTO throttle (key, full_at)
         SELECT key, :now + pause FROM asked
          WHERE NOT EXISTS (SELECT 1 FROM throttle JOIN asked USING (key)
@@ -53,21 +55,8 @@ CONSUME = f"""
     )
     SELECT key FROM taken
 """
-WAIT = f"""
-    {ASKED}
-    SELECT max(CASE WHEN full_at <= most + :tolerance AND refuses THEN full_at + pause - most END),
-           max(CASE WHEN emptied AND full_at < most THEN pause END)
-      FROM asked JOIN throttle USING (key)
-"""
-EMPTY = f"""
-    {ASKED}
-    UPDATE throttle SET full_at = most
-      FROM (SELECT key, most FROM throttle JOIN asked USING (key)
-             WHERE emptied AND full_at < most ORDER BY place FOR NO KEY UPDATE OF throttle) AS used
-     WHERE throttle.key = used.key AND throttle.full_at < most
-"""
-
 FIND = "SELECT key, full_at FROM throttle WHERE key = :key"
+FIND_ALL = "SELECT key, full_at FROM throttle WHERE key = ANY (:keys)"
 
 # A full bucket needs no row. On PostgreSQL a row that an attempt has locked is left alone, as in CONSUME.
 FULL = "SELECT key FROM throttle WHERE full_at <= :now LIMIT :limit"
@@ -75,6 +64,9 @@ DELETE_FULL = {
     "SQLite": f"DELETE FROM throttle WHERE key IN ({FULL})",
     "PostgreSQL": f"DELETE FROM throttle WHERE key IN ({FULL} FOR UPDATE SKIP LOCKED)",
 }
+
+
+Found = dict[str, int]  # why an attempt is refused: of each bucket that has a row, the time at which it is full again
 
 
 class RateLimits:
@@ -97,53 +89,52 @@ class RateLimits:
         and return the seconds to wait.
         """
         consume = self._consume_together if self._engine.name == "PostgreSQL" else self._consume_in_turn
-        return consume(buckets, now)
+        found = consume(buckets, now)
+        if found is None:
+            return 0
+        waits = [_consumed(bucket, found.get(bucket.key, now), now)[0] for bucket in buckets if bucket.refuses]
+        for bucket in buckets:
+            full = bucket.full_at(now)
+            if bucket.emptied and found.get(bucket.key, full) < full:
+                statement = "UPDATE throttle SET full_at = :full WHERE key = :key AND full_at < :full"
+                self._engine.write(statement, {"key": bucket.key, "full": full})
+                waits.append(bucket.interval)
+        return max(1, *waits)
 
     def is_empty(self, bucket: Bucket, now: int) -> bool:
         """Return whether a bucket has no attempt left."""
         row = self._engine.read(FIND, {"key": bucket.key})
         return row is not None and _consumed(bucket, row[1], now)[0] > 0
 
-    def _consume_in_turn(self, buckets: Sequence[Bucket], now: int) -> int:
+    def _consume_in_turn(self, buckets: Sequence[Bucket], now: int) -> Found | None:
         with self._engine.transaction() as db:
-            found = [db.execute(FIND, {"key": bucket.key}).fetchone() for bucket in buckets]
-            used = dict(row for row in found if row)
-            consumed = [(bucket, *_consumed(bucket, used.get(bucket.key, now), now)) for bucket in buckets]
-            wait = max((wait for bucket, wait, _ in consumed if bucket.refuses), default=0)
-            if not wait:
-                statement = """
-                    INSERT INTO throttle (key, full_at) VALUES (:key, :full_at)
-                    ON CONFLICT (key) DO UPDATE SET full_at = :full_at"""
-                rows = [{"key": bucket.key, "full_at": full_at} for bucket, empty, full_at in consumed if not empty]
-                db.executemany(statement, rows)
-                if len(used) < len(buckets):  # it deletes more rows than it has added
-                    db.execute(DELETE_FULL["SQLite"], {"now": now, "limit": 10})
-                return 0
-            for bucket in buckets:
-                full = now + bucket.size * bucket.interval
-                if bucket.emptied and used.get(bucket.key, full) < full:
-                    statement = "UPDATE throttle SET full_at = :full WHERE key = :key"
-                    db.execute(statement, {"key": bucket.key, "full": full})
-                    wait = max(wait, bucket.interval)
-            return wait
+            rows = [db.execute(FIND, {"key": bucket.key}).fetchone() for bucket in buckets]
+            found = dict(row for row in rows if row)
+            consumed = [(bucket, *_consumed(bucket, found.get(bucket.key, now), now)) for bucket in buckets]
+            if any(wait for bucket, wait, _ in consumed if bucket.refuses):
+                return found
+            statement = """
+                INSERT INTO throttle (key, full_at) VALUES (:key, :full_at)
+                ON CONFLICT (key) DO UPDATE SET full_at = :full_at"""
+            filled = [{"key": bucket.key, "full_at": full_at} for bucket, wait, full_at in consumed if not wait]
+            db.executemany(statement, filled)
+            if len(found) < len(buckets):  # it deletes more rows than it has added
+                db.execute(DELETE_FULL["SQLite"], {"now": now, "limit": 10})
+            return None
 
-    def _consume_together(self, buckets: Sequence[Bucket], now: int) -> int:
+    def _consume_together(self, buckets: Sequence[Bucket], now: int) -> Found | None:
         values = {
             "keys": [bucket.key for bucket in buckets],
             "intervals": [bucket.interval for bucket in buckets],
-            "fulls": [now + bucket.size * bucket.interval for bucket in buckets],
-            "emptied": [bucket.emptied for bucket in buckets],
+            "fulls": [bucket.full_at(now) for bucket in buckets],
             "refuses": [bucket.refuses for bucket in buckets],
             "now": now,
             "tolerance": CLOCK_TOLERANCE,
         }
         with suppress(ValueError):  # NULL: somebody else emptied a bucket meanwhile
             if self._engine.write(CONSUME, values):
-                return 0
-        wait, emptied = self._engine.read(WAIT, values)
-        if emptied:
-            self._engine.write(EMPTY, values)
-        return max(1, wait or 0, emptied or 0)
+                return None
+        return dict(self._engine.read_all(FIND_ALL, values))
 
     def refund(self, buckets: Sequence[Bucket]) -> None:
         """Put one attempt back into each bucket."""
@@ -159,7 +150,7 @@ class RateLimits:
 
 def _consumed(bucket: Bucket, full_at: int, now: int) -> tuple[int, int]:
     """Return the seconds until one attempt can be consumed, and the time at which the bucket is then full again."""
-    full = now + bucket.size * bucket.interval
+    full = bucket.full_at(now)
     if full_at > full + CLOCK_TOLERANCE:
         return 0, full
     consumed = max(full_at, now) + bucket.interval
