@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from engines import Transaction, open_engine, operations
+from engines import Result, Transaction, open_engine, operations
 from engines.errors import RolledBack
 from engines.rows import hash_as_given, is_storable
 from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
@@ -28,10 +28,6 @@ IDS = range(-(2**63), 2**63)  # what a column of integers can hold
 # The names that callers may use. No other strings enter a statement.
 UPDATABLE_COLUMNS = frozenset({"email", "hashed_password", "session_id", "reset_token"})
 LOOKUP_COLUMNS = {name: name for name in UPDATABLE_COLUMNS} | {"id": "id", "email": "email_key"}
-# In the order of the fields of User.
-USER_COLUMNS = """users.id, users.email, users.hashed_password, users.session_id, users.reset_token,
-               users.created_at, users.disabled_at, users.totp_secret, users.totp_since, users.device_key,
-               users.last_login_at, users.cut_salt"""
 
 # Conditions that several statements share.
 IS_LIVE_SESSION = """sessions.expires_at > :now AND sessions.last_seen_at > :idle_since
@@ -100,6 +96,11 @@ class Session:
     def id(self) -> str:
         """The public id."""
         return public_id(self.session_hash)
+
+
+USER_COLUMNS = ", ".join(f"users.{name}" for name in User.__slots__)
+SESSION_COLUMNS = ", ".join(Session.__slots__)
+SESSION_VALUES = ", ".join(f":{name}" for name in Session.__slots__)
 
 
 class LiveSession(NamedTuple):
@@ -247,8 +248,7 @@ class DB:
         Return False and change nothing if the password was changed meanwhile or the session has ended.
         """
         with suppress(RolledBack), self._user_transaction(user_id) as db:
-            if not db.execute(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new}).rowcount:
-                return False
+            _require_row(db.execute(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new}))
             _revoke_credentials(db, user_id, session_hash, new_session_hash, devices=True)
             return True
         return False
@@ -319,17 +319,12 @@ class DB:
         """
         values = _columns(session) | {"user_id": user.id, "verified": user.hashed_password}
         values |= {"totp_since": user.totp_since or 0, "idle_since": idle_since, "limit": limit}
-        with self._user_transaction(user.id, replaced) as db:
-            statement = """
-                INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent,
-                                      remember, factor_at)
-                SELECT :session_hash, id, :created_at, :last_seen_at, :expires_at, :address, :user_agent,
-                       :remember, :factor_at
-                  FROM users
+        with suppress(RolledBack), self._user_transaction(user.id, replaced) as db:
+            statement = f"""
+                INSERT INTO sessions (user_id, {SESSION_COLUMNS}) SELECT id, {SESSION_VALUES} FROM users
                  WHERE id = :user_id AND hashed_password = :verified AND coalesce(totp_since, 0) = :totp_since
                    AND disabled_at IS NULL"""
-            if not db.execute(statement, values).rowcount:
-                return False
+            _require_row(db.execute(statement, values))
             if replaced is not None:
                 _end_session(db, replaced)
             statement = """
@@ -340,7 +335,8 @@ class DB:
                                    ORDER BY id DESC LIMIT :limit)"""
             db.execute(statement, values)
             _update_newest_session(db, user.id, login_at=session.created_at)
-        return True
+            return True
+        return False
 
     def find_session(self, session_hash: str, **window: int) -> tuple[User, LiveSession] | None:
         """Return a live session with its user.
@@ -358,8 +354,7 @@ class DB:
     def list_sessions(self, user_id: int, **window: int) -> list[Session]:
         """Return the live sessions of a user, newest first; ``window`` as in find_session()."""
         statement = f"""
-            SELECT session_hash, created_at, last_seen_at, expires_at, address, user_agent, remember, factor_at
-              FROM sessions WHERE user_id = :user_id AND {IS_LIVE_SESSION} ORDER BY id DESC"""
+            SELECT {SESSION_COLUMNS} FROM sessions WHERE user_id = :user_id AND {IS_LIVE_SESSION} ORDER BY id DESC"""
         return [Session(*row) for row in self._engine.read_all(statement, window | {"user_id": user_id})]
 
     def touch_session(self, session_hash: str, now: int) -> None:
@@ -439,16 +434,15 @@ class DB:
         Return False and change nothing if TOTP is on, if the password is no longer that of ``user``, or if the session
         has ended.
         """
-        with self._user_transaction(user.id) as db:
-            statement = (
-                f"UPDATE users SET totp_secret = :secret, totp_step = 0 WHERE {IS_VERIFIED} AND totp_since IS NULL"
-            )
-            values = {"user_id": user.id, "verified": user.hashed_password, "session_hash": session_hash}
-            if not db.execute(statement, values | {"secret": secret}).rowcount:
-                return False
+        values = {"user_id": user.id, "verified": user.hashed_password, "session_hash": session_hash}
+        with suppress(RolledBack), self._user_transaction(user.id) as db:
+            statement = f"""
+                UPDATE users SET totp_secret = :secret, totp_step = 0 WHERE {IS_VERIFIED} AND totp_since IS NULL"""
+            _require_row(db.execute(statement, values | {"secret": secret}))
             _renew_session(db, user.id, session_hash, new_session_hash)
             _update_newest_session(db, user.id)
             return True
+        return False
 
     def confirm_totp(
         self, user: User, step: int, code_hashes: Iterable[str], *, now: int, session_hash: str, new_session_hash: str
@@ -464,8 +458,7 @@ class DB:
                 UPDATE users SET totp_since = :now, totp_step = :step
                  WHERE id = :user_id AND totp_secret = :secret AND totp_since IS NULL"""
             values = {"user_id": user.id, "secret": user.totp_secret, "now": now, "step": step}
-            if not db.execute(statement, values).rowcount:
-                return False
+            _require_row(db.execute(statement, values))
             statement = "INSERT INTO recovery_codes (user_id, code_hash) VALUES (:user_id, :code_hash)"
             db.executemany(statement, [{"user_id": user.id, "code_hash": code_hash} for code_hash in code_hashes])
             _revoke_credentials(db, user.id, session_hash, new_session_hash, devices=True)
@@ -494,8 +487,7 @@ class DB:
             statement = """
                 UPDATE users SET totp_secret = NULL, totp_since = NULL, totp_step = 0
                  WHERE id = :user_id AND totp_since IS NOT NULL"""
-            if not db.execute(statement, {"user_id": user_id}).rowcount:
-                return False
+            _require_row(db.execute(statement, {"user_id": user_id}))
             db.execute("DELETE FROM recovery_codes WHERE user_id = :user_id", {"user_id": user_id})
             _revoke_credentials(db, user_id, session_hash, new_session_hash)
             db.execute("UPDATE sessions SET factor_at = NULL WHERE user_id = :user_id", {"user_id": user_id})
@@ -594,6 +586,12 @@ def _check_storable(**values: object) -> None:
             raise ValueError(f"{name} cannot be {type(value).__name__}")
 
 
+def _require_row(changed: Result) -> None:
+    """Undo the transaction if a statement has changed no row: what its caller has seen is no longer so."""
+    if not changed.rowcount:
+        raise RolledBack
+
+
 def _end_session(db: Transaction, session_hash: str) -> bool:
     statement = "DELETE FROM sessions WHERE session_hash = :session_hash RETURNING user_id"
     row = db.execute(statement, {"session_hash": session_hash}).fetchone()
@@ -632,8 +630,7 @@ def _revoke_credentials(
 
 def _renew_session(db: Transaction, user_id: int, session_hash: str, new_session_hash: str | None) -> None:
     statement = "UPDATE sessions SET session_hash = :new WHERE session_hash = :old AND user_id = :user_id"
-    if not db.execute(statement, {"user_id": user_id, "old": session_hash, "new": new_session_hash}).rowcount:
-        raise RolledBack
+    _require_row(db.execute(statement, {"user_id": user_id, "old": session_hash, "new": new_session_hash}))
 
 
 def _update_newest_session(db: Transaction, user_id: int, login_at: int | None = None) -> None:
