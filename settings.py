@@ -148,14 +148,16 @@ class Settings:
         for one in fields(self):
             # Most values are in UTF-8, which Python has misread in another locale.
             stray = _STRAY.search(os.fsencode(str(getattr(self, one.name))).decode(errors="replace"))
-            self._require(
-                not stray, one.name, "must have no control characters, and no blanks, quotes or comment around it"
-            )
+            form = "must have no control characters, and no blanks, quotes or comment around it"
+            self._require(not stray, one.name, form)
         for name, (least, most) in RANGES.items():
             self._require(least <= getattr(self, name) <= most, name, f"must be from {least} to {most}")
         self._check_database()
         self._require(self.registration in REGISTRATION, "registration", f"must be one of {', '.join(REGISTRATION)}")
-        self._check_proxies()
+        try:
+            parse_networks(self.trusted_proxy)
+        except ValueError as error:
+            self._require(False, "trusted_proxy", _without_password(str(error)))
         paired = bool(self.smtp_url) == bool(self.mail_from)
         self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL must both be set, or neither")
         self._require(not self.mail_from or MAILBOX.fullmatch(self.mail_from), "mail_from", "must be name@host")
@@ -180,19 +182,15 @@ class Settings:
             with suppress(ImportError):  # without psycopg it cannot be checked; engines/postgres.py refuses to open it
                 options = _connection_options(self.database)
                 self._require(options is not None, "database", form)
-                safe = not self.production or _is_encrypted(options or {})
-                self._require(safe, "database", "would connect without TLS: add ?sslmode=verify-full")
-                if self.database_password_file and not (options or {}).get("password"):
+                options = options or {}
+                encrypted = options.get("sslmode") in ENCRYPTED_MODES or _is_local(options)
+                form = "would connect without TLS: add ?sslmode=verify-full"
+                self._require(encrypted or not self.production, "database", form)
+                if self.database_password_file and not options.get("password"):
                     password = read_password("AUTHSVC_DATABASE_PASSWORD_FILE", self.database_password_file)
                     url, _, query = self.database.partition("?")
                     query = f"{query}&password={quote(password, safe='')}".lstrip("&").replace("&&", "&")
                     object.__setattr__(self, "database", f"{url}?{query}")
-
-    def _check_proxies(self) -> None:
-        try:
-            parse_networks(self.trusted_proxy)
-        except ValueError as error:
-            self._require(False, "trusted_proxy", _without_password(str(error)))
 
     def _check_production(self) -> None:
         host = re.fullmatch(r"https://([a-z0-9-]+(?:\.[a-z0-9-]+)*)(?::([1-9][0-9]{0,4}))?", self.public_url, re.ASCII)
@@ -348,11 +346,6 @@ def _servers(options: dict[str, str]) -> list[tuple[str, str]]:
     """Return hosts and ports. As in libpq, hostaddr takes precedence, and "" is the Unix socket of this machine."""
     hosts = options.get("hostaddr") or options.get("host") or ""
     return list(zip_longest(hosts.split(","), options.get("port", "").split(","), fillvalue=""))
-
-
-def _is_encrypted(options: dict[str, str]) -> bool:
-    """Return whether a connection is local or always uses TLS."""
-    return options.get("sslmode") in ENCRYPTED_MODES or _is_local(options)
 
 
 def _is_local(options: dict[str, str]) -> bool:
