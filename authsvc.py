@@ -106,30 +106,28 @@ class Handlers:
         self._auth.check_registration()  # before the form, which needs no password where emails are confirmed
         email, password = _read_form("email", "password")
         user = self._auth.create_account(email, password, address=_client())
-        _log("user_created", user_id=user.id)
-        return json_response(200, email=email, message="user created")
+        return _logged("user_created", user, email=email, message="user created")
 
     @_route("PUT", "/users", hashes=True)
     def confirm_account(self) -> Response:
         email, token, password = _read_form("email", "token", "password")
         user = self._auth.confirm_account(email, token, password, address=_client())
-        _log("user_created", user_id=user.id)
-        return json_response(200, email=email, message="email confirmed")
+        return _logged("user_created", user, email=email, message="email confirmed")
 
     @_route("POST", "/sessions", hashes=True)
     def log_in(self) -> Response:
         email, password, otp, remember = _read_form("email", "password", optional=("otp",), flags=("remember",))
-        device, agent = _device(), request.environ.get("HTTP_USER_AGENT", "")
-        arguments = {"address": _client(), "device": device, "replaced": self._cookie(), "user_agent": agent}
+        session = {"replaced": self._cookie(), "user_agent": request.environ.get("HTTP_USER_AGENT", "")}
+        session |= {"remember": bool(remember), **_caller()}
         try:
-            user, session_id, factors = self._auth.log_in(email, password, otp, remember=bool(remember), **arguments)
+            user, session_id, factors = self._auth.log_in(email, password, otp, **session)
         except rules.LoginFailed as failure:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
             raise
         age = self._settings.session_lifetime if remember else None
         answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id, age)
-        answer = self._with_device(answer, user, device)
+        answer = self._with_device(answer, user)
         _log("authn_login_success", user_id=user.id, factors=factors)  # last: it wakes a thread, which delays the rest
         return answer
 
@@ -155,23 +153,19 @@ class Handlers:
         listed = [self._auth.describe_session(session) | {"current": session.id == own} for session in found]
         return json_response(200, email=user.email, second_factor=user.totp_since is not None, sessions=listed)
 
-    @_route("DELETE", "/sessions/others")
-    def end_other_sessions(self) -> Response:
-        user = self._auth.end_sessions(self._cookie(), except_this=True)
-        _log("session_ended", user_id=user.id, which="others")
-        return json_response(200, message="all other sessions ended")
-
-    @_route("DELETE", "/sessions/all")
-    def end_all_sessions(self) -> Response:
-        user = self._auth.end_sessions(self._cookie(), except_this=False)
-        _log("session_ended", user_id=user.id, which="all")
+    @_route("DELETE", "/sessions/others", "/sessions/all")
+    def end_sessions(self) -> Response:
+        which = request.path.removeprefix("/sessions/")
+        user = self._auth.end_sessions(self._cookie(), except_this=which == "others")
+        _log("session_ended", user_id=user.id, which=which)
+        if which == "others":
+            return json_response(200, message="all other sessions ended")
         return self._without_cookie(json_response(200, message="all sessions ended"))
 
     @_route("DELETE", "/sessions/<public_id>")
     def end_session(self, public_id: str) -> Response:
         user, own = self._auth.end_session(self._cookie(), public_id)
-        _log("session_ended", user_id=user.id)
-        answer = json_response(200, message="session ended")
+        answer = _logged("session_ended", user, message="session ended")
         return self._without_cookie(answer) if own else answer
 
     @_route("GET", "/profile")
@@ -208,23 +202,21 @@ class Handlers:
     @_route("DELETE", "/profile", hashes=True)
     def delete_account(self) -> Response:
         password, otp = _read_form("password", optional=("otp",))
-        user = self._auth.delete_account(self._cookie(), password, otp, address=_client(), device=_device())
-        _log("user_deleted", user_id=user.id)
-        return self._without_cookie(json_response(200, email=user.email, message="account deleted"))
+        user = self._auth.delete_account(self._cookie(), password, otp, **_caller())
+        return self._without_cookie(_logged("user_deleted", user, email=user.email, message="account deleted"))
 
     @_route("PUT", "/password", hashes=True)
     def change_password(self) -> Response:
         fields = _read_form("password", "new_password", optional=("otp",))
-        user, session_id = self._auth.change_password(self._cookie(), *fields, address=_client(), device=_device())
-        _log("authn_password_change", user_id=user.id)
-        answer = self._with_renewed(json_response(200, email=user.email, message="password changed"), session_id)
-        return self._with_device(answer, user, _device())
+        user, session_id = self._auth.change_password(self._cookie(), *fields, **_caller())
+        answer = _logged("authn_password_change", user, email=user.email, message="password changed")
+        return self._with_device(self._with_renewed(answer, session_id), user)
 
     @_route("POST", "/email", hashes=True)
     def begin_email_change(self) -> Response:
         password, email, otp = _read_form("password", "new_email", optional=("otp",))
-        client: dict[str, Any] = {"address": _client(), "device": _device(), "direct": is_direct(request.environ)}
-        token = self._auth.begin_email_change(self._cookie(), password, email, otp, log=_later_log(), **client)
+        caller = {"direct": is_direct(request.environ), **_caller()}
+        token = self._auth.begin_email_change(self._cookie(), password, email, otp, log=_later_log(), **caller)
         return json_response(200, **({"email": email, "token": token} if token else {"message": "confirmation mailed"}))
 
     @_route("PUT", "/email")
@@ -244,23 +236,21 @@ class Handlers:
     @_route("PUT", "/totp")
     def confirm_totp(self) -> Response:
         (otp,) = _read_form("otp")
-        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, address=_client(), device=_device())
-        _log("authn_factor_added", user_id=user.id)
-        answer = self._with_renewed(json_response(200, message="second factor on", recovery_codes=codes), session_id)
-        return self._with_device(answer, user, _device())
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, **_caller())
+        answer = _logged("authn_factor_added", user, message="second factor on", recovery_codes=codes)
+        return self._with_device(self._with_renewed(answer, session_id), user)
 
     @_route("DELETE", "/totp", hashes=True)
     def remove_totp(self) -> Response:
-        fields = _read_form("password", "otp")
-        user, session_id = self._auth.remove_totp(self._cookie(), *fields, address=_client(), device=_device())
-        _log("authn_factor_removed", user_id=user.id)
-        return self._with_renewed(json_response(200, message="second factor off"), session_id)
+        password, otp = _read_form("password", "otp")
+        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, **_caller())
+        return self._with_renewed(_logged("authn_factor_removed", user, message="second factor off"), session_id)
 
     @_route("POST", "/reset_password")
     def request_reset(self) -> Response:
         (email,) = _read_form("email")
         if self._settings.production:
-            self._auth.mail_reset_token(email, _later_log(), address=_client(), device=_device())
+            self._auth.mail_reset_token(email, _later_log(), **_caller())
             return json_response(200, message="if the email has an account, a mail is on its way")
         # Anyone with the token can take over the account.
         if not is_direct(request.environ):
@@ -271,8 +261,8 @@ class Handlers:
     def reset(self) -> Response:
         email, reset_token, new_password = _read_form("email", "reset_token", "new_password")
         user = self._auth.reset_password(reset_token, new_password, email=email, address=_client())
-        _log("authn_password_change", user_id=user.id)
-        return self._with_device(json_response(200, email=email, message="Password updated"), user, _device(), "reset")
+        answer = _logged("authn_password_change", user, email=email, message="Password updated")
+        return self._with_device(answer, user, "reset")
 
     @_route("GET", "/.well-known/change-password")  # https://w3c.github.io/webappsec-change-password-url/
     def change_password_url(self) -> Response:
@@ -302,23 +292,21 @@ class Handlers:
 
         For web/server.py, which calls it on the I/O thread: it only reads.
         """
+        request.bind(environ)
         route = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         try:
             if route not in RANKED_BY_EMAIL:
-                return self._auth.rank_session(self._session_id(environ))
-            email, reset_token, token = read_form(environ, optional=("email", "reset_token", "token"))
+                return self._auth.rank_session(self._cookie())
+            email, reset_token, token = _read_form(optional=("email", "reset_token", "token"))
             if route[0] == "PUT":
                 return self._auth.rank_token(email, reset_token, token)
             creates = route == ("POST", "/users")
-            return self._auth.rank_login(email, None if creates else _device(environ))
+            return self._auth.rank_login(email, None if creates else _device())
         except (Refusal, StorageUnavailable):  # the route answers that
             return False, ""
 
     def _cookie(self) -> str | None:
-        return self._session_id(request.environ)
-
-    def _session_id(self, environ: WSGIEnvironment) -> str | None:
-        found = _read_cookies(environ, self._cookie_name, SESSION_ID)
+        found = _read_cookies(self._cookie_name, SESSION_ID)
         return self._auth.newest_session(found) if len(found) > 1 else found[0] if found else None
 
     def _without_cookie(self, answer: Response) -> Response:
@@ -339,8 +327,8 @@ class Handlers:
             answer.headers.append(("Set-Cookie", f"{self._cookie_name}=; {own_host}; Max-Age=0"))
         return answer
 
-    def _with_device(self, answer: Response, user: User, held: str | None, kind: str = "full") -> Response:
-        if value := self._auth.device_cookie(user, held, kind):
+    def _with_device(self, answer: Response, user: User, kind: str = "full") -> Response:
+        if value := self._auth.device_cookie(user, _device(), kind):
             expiry = f"; Max-Age={self._auth.device_lifetime}"
             answer.headers.append(("Set-Cookie", f"{DEVICE_COOKIE}={value}; {DEVICE_ATTRIBUTES}{expiry}"))
         return answer
@@ -388,9 +376,7 @@ def _application(handlers: Handlers, settings: Settings) -> WSGIApplication:
     return SecurityMiddleware(application, settings)
 
 
-def _open_auth(
-    settings: Settings, run_in_background: Callable[[Callable[[], object]], object] = lambda write: write()
-) -> rules.Auth:
+def _open_auth(settings: Settings, run_in_background: Callable[..., object] = lambda write: write()) -> rules.Auth:
     mailer = Mailer(settings, log_event)  # before the database: a start that fails must not leave a file behind
     return rules.Auth(settings=settings, run_in_background=run_in_background, mailer=mailer)
 
@@ -594,16 +580,17 @@ def _bottle_error(error: HTTPError) -> bytes:
     return responses.json_body({"message": responses.MESSAGES.get(error.status_code, "refused")})
 
 
-def _read_cookies(environ: WSGIEnvironment, name: str, form: re.Pattern[str]) -> list[str]:
+def _read_cookies(name: str, form: re.Pattern[str]) -> list[str]:
     """Return the different values of a cookie that have the right form; none where there are more than MAX_COOKIES."""
     # Not Bottle's reader: it fails on a malformed cookie next to ours.
-    pairs = [pair.strip(" ").partition("=") for pair in environ.get("HTTP_COOKIE", "").split(";") if name in pair]
+    header = request.environ.get("HTTP_COOKIE", "")
+    pairs = [pair.strip(" ").partition("=") for pair in header.split(";") if name in pair]
     found = {value: None for key, _, value in pairs if key == name}
     return [value for value in found if form.fullmatch(value)] if len(found) <= MAX_COOKIES else []
 
 
-def _device(environ: WSGIEnvironment | None = None) -> str | None:
-    found = _read_cookies(environ or request.environ, DEVICE_COOKIE, DEVICE_TOKENS)
+def _device() -> str | None:
+    found = _read_cookies(DEVICE_COOKIE, DEVICE_TOKENS)
     return found[0] if len(found) == 1 else None  # two are ambiguous
 
 
@@ -611,17 +598,23 @@ def _client() -> str:
     return str(request.environ["authsvc.client"])
 
 
-def _context() -> dict[str, str]:
-    return {"request_id": request.environ["authsvc.request_id"], "address": _client()}
+def _caller() -> dict[str, Any]:
+    return {"address": _client(), "device": _device()}
 
 
 def _later_log() -> Callable[..., None]:
-    """Return a function that logs an event of this request after its answer, on another thread."""
-    return functools.partial(log_event, **_context())
+    """Return a function that logs an event of this request, also after its answer and on another thread."""
+    return functools.partial(log_event, request_id=request.environ["authsvc.request_id"], address=_client())
 
 
 def _log(event: str, **details: object) -> None:
-    log_event(event, **_context(), **details)
+    _later_log()(event, **details)
+
+
+def _logged(event: str, user: User, **content: object) -> Response:
+    """Log what a user has done, and return the response that confirms it."""
+    _log(event, user_id=user.id)
+    return json_response(200, **content)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def test_every_log_event_is_documented() -> None:
     events = {error.event for error in refusals(auth.AuthError) if error.event}
     for tree in TREES.values():
         for node in nodes_of(tree):
-            if isinstance(node, ast.Call) and re.search(r"\b_?log(_event)?$", ast.unparse(node.func)) and node.args:
+            if isinstance(node, ast.Call) and re.search(r"\b_?log(_event|ged)?$", ast.unparse(node.func)) and node.args:
                 events |= set(re.findall("'([a-z]+_[a-z_]+)'", ast.unparse(node.args[0])))
     assert {event for row in rows("The log")[2:] for event in re.findall("`([a-z_]+)`", row[0])} == events
 
