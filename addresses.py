@@ -14,16 +14,8 @@ MAX_HOPS = 20  # hops of X-Forwarded-For that are looked at, from the right
 
 UNIQUE_LOCAL = ipaddress.IPv6Network("fc00::/7")  # RFC 4193
 
-PRIVATE_NETWORKS: tuple[Network, ...] = (
-    ipaddress.IPv4Network("127.0.0.0/8"),  # loopback
-    ipaddress.IPv6Network("::1"),
-    ipaddress.IPv4Network("10.0.0.0/8"),  # RFC 1918
-    ipaddress.IPv4Network("172.16.0.0/12"),
-    ipaddress.IPv4Network("192.168.0.0/16"),
-    UNIQUE_LOCAL,
-    ipaddress.IPv4Network("169.254.0.0/16"),  # link-local
-    ipaddress.IPv6Network("fe80::/10"),
-)
+# Loopback, RFC 1918, RFC 4193, and link-local.
+PRIVATE_NETWORKS = "127.0.0.0/8,::1,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,fc00::/7,169.254.0.0/16,fe80::/10"
 
 # A hop with a port, or an IPv6 address in brackets: 203.0.113.7:443, [2001:db8::7]:443, [2001:db8::7].
 _HOP = re.compile(r"(?P<v4>[0-9.]+):[0-9]{1,5}|\[(?P<v6>[0-9A-Fa-f.]*:[^\[\]]*)\](?::[0-9]{1,5})?")
@@ -79,7 +71,7 @@ def is_private_peer(peer: str | None) -> bool:
     A Unix socket has no address, and servers give different names to its peer.
     """
     parsed = parse_address(peer or "")
-    return parsed is None or any(parsed in network for network in PRIVATE_NETWORKS)
+    return parsed is None or _is_listed(parsed, PRIVATE_NETWORKS)
 
 
 def client_address(peer: str, forwarded_for: str | None, trusted_proxy: str) -> str:
@@ -110,7 +102,7 @@ def is_trusted(peer: str | None, trusted_proxy: str) -> bool:
 
     ``trusted_proxy`` is the text of the setting. Parsed addresses are compared, so the spelling does not matter.
     """
-    return bool(peer and trusted_proxy) and _is_listed(parse_address(peer or ""), trusted_proxy)
+    return _is_listed(parse_address(peer or ""), trusted_proxy)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -120,10 +112,8 @@ def client_networks(address: str) -> tuple[str, ...]:
     One client is an IPv4 address, or the /64 network of an IPv6 address: a subscriber has at least a /64, and so 2**64
     addresses to choose from. Many have a /56 or a /48, which follow. Text that is no address stands for itself.
     """
-    parsed = parse_address(address)
-    if isinstance(parsed, ipaddress.IPv6Address):
-        return tuple(_network_of(parsed, length) for length in (64, 56, 48))
-    return (str(parsed or address),)
+    _, site, home, client = network_path(address)
+    return (client,) if client == home else (client, home, site)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,8 +152,8 @@ def _parse_network(item: str) -> Network:
     return network
 
 
-def _is_listed(address: Address | None, trusted_proxy: str) -> bool:
-    return address is not None and any(address in network for network in parse_networks(trusted_proxy))
+def _is_listed(address: Address | None, networks: str) -> bool:
+    return address is not None and any(address in network for network in parse_networks(networks))
 
 
 @functools.lru_cache(maxsize=1024)
