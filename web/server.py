@@ -119,28 +119,13 @@ class PlainTask(WSGITask):  # type: ignore[misc]
     keys into the environment that we never read. Together that takes as long as looking up a session.
     """
 
-    # PEP 3333, environ Variables: those that are the same for every request.
-    CONSTANT_ENVIRON: ClassVar[dict[str, Any]] = {
-        "SCRIPT_NAME": "",
-        "wsgi.version": (1, 0),
-        "wsgi.multithread": True,
-        "wsgi.multiprocess": False,
-        "wsgi.run_once": False,
-        "wsgi.input_terminated": True,
-    }
-
-    def get_environment(self) -> WSGIEnvironment:
+    def get_environment(self) -> Any:
         """Return the WSGI environment of the request. It is built once: a request that hashes needs it twice."""
-        if not hasattr(self.request, "environ"):
-            self.request.environ = self._build_environment()
-        environ: WSGIEnvironment = self.request.environ
-        return environ
-
-    def _build_environment(self) -> WSGIEnvironment:
         request, channel = self.request, self.channel
+        if hasattr(request, "environ"):
+            return request.environ
         headers = dict(request.headers)
-        environ = {
-            **self.CONSTANT_ENVIRON,
+        request.environ = {  # PEP 3333, environ Variables
             "CONTENT_LENGTH": headers.pop("CONTENT_LENGTH", ""),
             "CONTENT_TYPE": headers.pop("CONTENT_TYPE", ""),
             "PATH_INFO": request.path,
@@ -148,16 +133,21 @@ class PlainTask(WSGITask):  # type: ignore[misc]
             "REMOTE_ADDR": channel.addr[0],
             "REQUEST_METHOD": request.command,
             "REQUEST_URI": request.request_uri,
+            "SCRIPT_NAME": "",
             "SERVER_NAME": channel.server.server_name,
             "SERVER_PORT": str(channel.server.effective_port),
             "SERVER_PROTOCOL": f"HTTP/{self.version}",
             "wsgi.errors": sys.stderr,
             "wsgi.input": request.get_body_stream(),
+            "wsgi.input_terminated": True,
+            "wsgi.multiprocess": False,
+            "wsgi.multithread": True,
+            "wsgi.run_once": False,
             "wsgi.url_scheme": request.url_scheme,
+            "wsgi.version": (1, 0),
+            **{f"HTTP_{name}": value for name, value in headers.items()},
         }
-        for name, value in headers.items():
-            environ[f"HTTP_{name}"] = value
-        return environ
+        return request.environ
 
     def execute(self) -> None:
         if self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close":
@@ -187,11 +177,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = PlainTask
     error_task_class = JSONErrorTask
     owner: ClassVar[Server]
+    # These three are as in waitress's class, for mypy. It also has ``requests``, the one that is being served, and
+    # ``last_activity``, when something was received or sent, in unix seconds.
     request: StrictParser | None = None  # one that is not fully received
     sent_continue: bool = False
     close_when_flushed: bool = False
-    last_activity: float  # when something was received or sent, in unix seconds
-    creation_time: float
     serve_now = False  # set by Dispatcher.add_task
     unparsed = b""  # received after the request that is being served
     head_at: float | None = None  # when the head of the request that is being received was complete, monotonic seconds
@@ -199,11 +189,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     client: str | None = None  # who sends the request that is being received, as far as it is known
     discard = 0  # bytes to read and throw away after the last answer
     lingering = False
-
-    @property
-    def unfinished_since(self) -> float | None:
-        """When the first byte of a request came that is not fully received, in monotonic seconds."""
-        return None if self.request is None else self.request.began
 
     def received(self, data: bytes) -> None:
         # waitress calls add_task under requests_lock, which service() takes as well. So add_task sets a flag, and the
@@ -301,8 +286,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return False
         if self.head_at is not None:
             return now - self.head_at > body_timeout
-        if self.unfinished_since is not None:
-            return now - self.unfinished_since > HEAD_TIMEOUT
+        if self.request is not None:
+            return now - self.request.began > HEAD_TIMEOUT
         if self.lingering:
             return now - self.answered_at > ANSWER_TIMEOUT
         reads = self.total_outbufs_len or self.unparsed  # which waits until the kernel takes another answer
@@ -316,8 +301,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """
         if self.requests:
             return None
-        if self.unfinished_since is not None:
-            since, unused = self.unfinished_since, False
+        if self.request is not None:
+            since, unused = self.request.began, False
         elif self.total_outbufs_len or self.lingering:
             since, unused = self.answered_at, False
         else:
@@ -326,11 +311,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     @property
     def _silent_since(self) -> float:
-        return time.monotonic() - (time.time() - self.last_activity)
+        silence: float = time.time() - self.last_activity
+        return time.monotonic() - silence
 
 
 class Dispatcher:
-    """waitress's dispatcher: decides on which thread a request runs. Construct it on the thread that will serve.
+    """waitress's dispatcher: decides on which thread a request runs.
 
     Args:
         hashing_routes: the routes that may hash, as (method, path).
@@ -345,7 +331,6 @@ class Dispatcher:
         self._hashing_routes = hashing_routes
         self.settings = settings
         self._rank = rank
-        self._io_thread = threading.get_ident()
         limit = QUEUE if settings.production else DEVELOPMENT_QUEUE
         self._hashing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
         self._writing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
@@ -368,10 +353,6 @@ class Dispatcher:
                 return
             request.error = Busy("")
         channel.serve_now = True
-
-    def is_io_thread(self) -> bool:
-        """Return whether the caller runs on the I/O thread."""
-        return threading.get_ident() == self._io_thread
 
     def run_in_background(self, write: Callable[[], object]) -> None:
         """Run a write after this request has been answered, or drop it when too many are waiting."""
@@ -449,7 +430,10 @@ class Dispatcher:
 
 
 class Server:
-    """Serves an application on one listening socket, and shuts down without losing an answer."""
+    """Serves an application on one listening socket, and shuts down without losing an answer.
+
+    Construct it on the thread that will run it.
+    """
 
     def __init__(self, application: WSGIApplication, listener: socket.socket, dispatcher: Dispatcher) -> None:
         logging.getLogger("waitress").addHandler(_LogHandler())
@@ -479,22 +463,21 @@ class Server:
         self._accept = self._server.handle_accept
         self._server.handle_accept = functools.partial(setattr, self, "_has_new", True)
         self._wake = self._server.pull_trigger
-        self._server.pull_trigger = lambda: None if dispatcher.is_io_thread() else self._wake()
+        io_thread = threading.get_ident()
+        self._server.pull_trigger = lambda: None if threading.get_ident() == io_thread else self._wake()
         self._server.channel_class = type("Channel", (Channel,), {"owner": self})
 
     def limit_client(self, channel: Channel) -> None:
         """Close the oldest unfinished request of a client that has too many, of which this is the newest."""
         channel.client = self._client_of(channel)
-        if channel.client is not None:
-            same = [
-                (one.request.began, one)
-                for one in self._channels
-                if one.request is not None and one.client == channel.client and not one.will_close
-            ]
-            if len(same) > MAX_UNFINISHED:
-                oldest = min(same, key=lambda pair: pair[0])[1]
-                _log_closing(oldest, "too many unfinished requests of one client")
-                oldest.will_close = True
+        if channel.client is None:
+            return
+        unfinished = [(one.request.began, one) for one in self._channels if one.request and not one.will_close]
+        same = [pair for pair in unfinished if pair[1].client == channel.client]
+        if len(same) > MAX_UNFINISHED:
+            _, oldest = min(same, key=lambda pair: pair[0])
+            _log_closing(oldest, "too many unfinished requests of one client")
+            oldest.will_close = True
 
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler: a second signal of the same kind kills the process."""
@@ -582,9 +565,8 @@ class _LogHandler(logging.Handler):
 
 
 def _log_closing(channel: Channel, reason: str) -> None:
-    log_event(
-        "sys_connection_closed", address=channel.client or client_address(channel.addr[0], None, ""), reason=reason
-    )
+    address = channel.client or client_address(channel.addr[0], None, "")
+    log_event("sys_connection_closed", address=address, reason=reason)
 
 
 def _refuse(channel: Any) -> None:
