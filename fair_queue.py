@@ -14,8 +14,6 @@ address of an attacker again and again.
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import secrets
 import threading
 import time
@@ -29,6 +27,7 @@ MAX_RECENT = 2000  # clients that are remembered, with their networks 2 MB; the 
 
 Item = TypeVar("Item")
 Path = tuple[str, ...]
+Entry = tuple[Item, Path, bool]  # an item, its path, and whether it is preferred
 
 
 class FairQueue(Generic[Item]):
@@ -44,21 +43,20 @@ class FairQueue(Generic[Item]):
         self.class_limit = class_limit
         # How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
         self._limits = (4, client_limit), (2, network_limit)
-        self._smallest = min(client_limit, network_limit)
         self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
+        self._strangers = _Pair[Item](self._newcomers, self._others)
+        self._all = _Pair[Item](self._preferred, self._strangers)
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
         self._served = {True: _Served(), False: _Served()}  # by whether they were preferred
-        self._preferred_in_a_row = 0  # items that strangers had to wait for since one of them had its turn
-        self._newcomers_in_a_row = 0  # items that the others had to wait for since one of them had its turn
         self._idle = 0  # threads in get() that have no item yet
         self._lock = threading.Lock()
-        # One entry for each waiting item. A thread waits for an entry without the lock, so that it is woken only once.
-        self._added: queue.SimpleQueue[None] = queue.SimpleQueue()
+        # The number of waiting items. A thread waits for one without the lock, so that it is woken only once.
+        self._added = threading.Semaphore(0)
 
     def serves_at_once(self) -> bool:
         """Return whether a thread is free for an item that is added now: then its class and account do not matter."""
         with self._lock:
-            return self._idle > self._waiting
+            return self._idle > self._all.waiting
 
     def put(self, item: Item, path: Path, *, preferred: bool, limited: bool) -> list[Item]:
         """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
@@ -73,22 +71,21 @@ class FairQueue(Generic[Item]):
             limited: whether the limits of a client and of a network apply. They would do harm where all clients appear
                 to have one address, as behind a proxy that is not trusted.
         """
-        client = path[-2]
+        client, entry = path[-2], (item, path, preferred)
         with self._lock:
             if preferred:
-                self._preferred.add((item, path), path)
+                self._preferred.add(entry)
             elif time.monotonic() - self._recent.get(client, -RECENT) >= RECENT:
-                self._newcomers.add((item, path), path)
+                self._newcomers.add(entry)
                 self._remember(client)
             else:
-                self._others.add((item, path), path)
+                self._others.add(entry)
             # One loss is enough: before this item, nothing had too many. The narrowest excess is the cause of the rest.
             crowd = (self._preferred,) if preferred else (self._others, self._newcomers)
-            few = self._waiting <= min(self.class_limit, self._smallest)  # then nothing has too many
-            for depth, limit in () if few else (*(self._limits if limited else ()), (0, self.class_limit)):
+            for depth, limit in (*(self._limits if limited else ()), (0, self.class_limit)):
                 if sum(top.count(path[:depth]) for top in crowd) > limit:
                     return [self._drop(path[:depth], crowd, self._served[preferred])]
-        self._added.put(None)
+        self._added.release()
         return []
 
     def get(self) -> Item:
@@ -100,40 +97,26 @@ class FairQueue(Generic[Item]):
         with self._lock:
             self._idle += 1
         while True:
-            self._added.get()
+            self._added.acquire()
             with self._lock:
-                if self._waiting:
+                if self._all.waiting:
                     self._idle -= 1
-                    return self._take()
-
-    def _take(self) -> Item:
-        if self._preferred.waiting and not (self._strangers and self._preferred_in_a_row >= MAX_IN_A_ROW):
-            self._preferred_in_a_row += bool(self._strangers)
-            item, path = self._preferred.take()
-            self._served[True].add(path)
-            return item
-        self._preferred_in_a_row = 0
-        if self._newcomers.waiting and not (self._others.waiting and self._newcomers_in_a_row >= MAX_IN_A_ROW):
-            self._newcomers_in_a_row += bool(self._others.waiting)
-            item, path = self._newcomers.take()
-        else:
-            self._newcomers_in_a_row = 0
-            item, path = self._others.take()
-        self._served[False].add(path)
-        self._remember(path[-2])
-        return item
+                    item, path, preferred = self._all.take()
+                    self._served[preferred].add(path)
+                    if not preferred:
+                        self._remember(path[-2])
+                    return item
 
     def remove(self, condition: Callable[[Item], bool]) -> list[Item]:
         """Remove and return the items for which the condition holds."""
         with self._lock:
             newcomers = self._newcomers.remove(condition)
-            for _, path in newcomers:
+            for _, path, _ in newcomers:
                 self._recent.pop(path[-2], None)  # it may try again as a newcomer
             removed = [*self._preferred.remove(condition), *newcomers, *self._others.remove(condition)]
         for _ in removed:
-            with contextlib.suppress(queue.Empty):  # a thread that has taken the entry will find no item
-                self._added.get_nowait()
-        return [item for item, _ in removed]
+            self._added.acquire(blocking=False)  # fails if a thread was woken, which then finds no item
+        return [item for item, *_ in removed]
 
     def _drop(self, path: Path, crowd: Sequence[_Node[Item]], served: _Served) -> Item:
         if not path:  # the largest network of all classes, so that newcomers of one network displace no others
@@ -142,7 +125,7 @@ class FairQueue(Generic[Item]):
                 sizes.update(top.sizes())
             path = (served.choose(sizes, ()),)
         top = next(top for top in crowd if top.count(path))  # in this network a newcomer only if there is nobody else
-        item, its_path = top.drop(path, served)
+        item, its_path, _ = top.drop(path, served)
         if top is self._newcomers:
             self._recent.pop(its_path[-2], None)  # it may try again as a newcomer
         return item
@@ -153,31 +136,43 @@ class FairQueue(Generic[Item]):
         if len(self._recent) > MAX_RECENT:
             self._recent.popitem(last=False)
 
-    @property
-    def _strangers(self) -> int:
-        return self._newcomers.waiting + self._others.waiting
+
+class _Pair(Generic[Item]):
+    """Two classes of items. The first goes before the second, except that the second gets one of four turns."""
+
+    def __init__(self, first: _Node[Item], second: _Node[Item] | _Pair[Item]) -> None:
+        self._first, self._second = first, second
+        self._in_a_row = 0  # items of the first that the second had to wait for since it had its turn
 
     @property
-    def _waiting(self) -> int:
-        return self._preferred.waiting + self._strangers
+    def waiting(self) -> int:
+        return self._first.waiting + self._second.waiting
+
+    def take(self) -> Entry[Item]:
+        """Remove and return the item that has its turn."""
+        if self._first.waiting and not (self._second.waiting and self._in_a_row >= MAX_IN_A_ROW):
+            self._in_a_row += bool(self._second.waiting)
+            return self._first.take()
+        self._in_a_row = 0
+        return self._second.take()
 
 
 class _Node(Generic[Item]):
-    """The items of a class, a network, a client or an account, each with its path. Only an account holds items."""
+    """The items of a class, a network, a client or an account. Only an account holds them itself."""
 
     def __init__(self) -> None:
         self.waiting = 0
         self._children: OrderedDict[str, _Node[Item]] = OrderedDict()  # the next one to have its turn comes first
-        self._items: list[tuple[Item, Path]] = []
+        self._items: list[Entry[Item]] = []
 
-    def add(self, item: tuple[Item, Path], path: Path) -> None:
-        """Add an item to the account that the path leads to."""
+    def add(self, entry: Entry[Item]) -> None:
+        """Add an item to the account that its path leads to."""
         self.waiting += 1
         node = self
-        for name in path:
+        for name in entry[1]:
             node = node._children.get(name) or node._children.setdefault(name, _Node())
             node.waiting += 1
-        node._items.append(item)
+        node._items.append(entry)
 
     def count(self, path: Path) -> int:
         """Return how many items wait below the node that the path leads to."""
@@ -185,7 +180,7 @@ class _Node(Generic[Item]):
             return self.waiting
         return self._children[path[0]].count(path[1:]) if path[0] in self._children else 0
 
-    def take(self) -> tuple[Item, Path]:
+    def take(self) -> Entry[Item]:
         """Remove and return the item that has its turn. Then each of its nodes goes behind its siblings."""
         self.waiting -= 1
         if not self._children:
@@ -201,7 +196,7 @@ class _Node(Generic[Item]):
         """Return how many items wait below each child."""
         return {name: child.waiting for name, child in self._children.items()}
 
-    def remove(self, condition: Callable[[Item], bool]) -> list[tuple[Item, Path]]:
+    def remove(self, condition: Callable[[Item], bool]) -> list[Entry[Item]]:
         """Remove and return the items for which the condition holds."""
         removed = [entry for entry in self._items if condition(entry[0])]
         self._items = [entry for entry in self._items if not condition(entry[0])]
@@ -211,7 +206,7 @@ class _Node(Generic[Item]):
         self.waiting -= len(removed)
         return removed
 
-    def drop(self, path: Path, served: _Served, above: Path = ()) -> tuple[Item, Path]:
+    def drop(self, path: Path, served: _Served, above: Path = ()) -> Entry[Item]:
         """Remove and return the newest item of the largest part of the node that the path leads to.
 
         ``above`` is the path of this node.

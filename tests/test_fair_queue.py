@@ -40,7 +40,7 @@ class Queue(FairQueue[str]):
         assert [item for item in items if self.add(item, path, preferred=preferred, limited=limited)] == []
 
     def get(self) -> str:
-        assert self._waiting  # a failing test must not wait without end
+        assert self._all.waiting  # a failing test must not wait without end
         return super().get()
 
     def take(self, count: int) -> list[str]:
@@ -235,7 +235,7 @@ def test_the_narrowest_part_that_has_too_many_loses_a_request(queue: Queue) -> N
         queue.fill(f"wn{client}a", *"ABCD")
     queue.fill("xnca", *"abcd")
     queue.fill("xoca", *map(str, range(40)), limited=False)
-    assert queue.class_limit == queue._strangers + 4
+    assert queue.class_limit == queue._strangers.waiting + 4
     queue.class_limit -= 4
     assert queue.add("5", "wnca") == "5"  # its client, its network and its class have one too many
     assert queue.add("new", "wnga") in set("4D")  # its network and its class
@@ -325,7 +325,7 @@ def test_a_lost_request_is_not_served(queue: Queue) -> None:
     queue.fill("wnca", "1", "2")
     assert queue.add("a", "xnca") == "2"
     assert queue.take(2) == ["1", "a"]
-    assert not queue._strangers
+    assert not queue._strangers.waiting
 
 
 # Waiting, and the end
@@ -345,19 +345,19 @@ def test_get_waits_for_a_request() -> None:
 def test_a_thread_is_woken_once_for_each_request_that_still_waits(queue: Queue) -> None:
     for number in range(10):
         queue.add(str(number))
-    assert queue._added.qsize() == MAX_OF_CLIENT
+    assert queue._added._value == MAX_OF_CLIENT
     assert len(queue.remove(lambda item: item != "0")) == MAX_OF_CLIENT - 1
-    assert queue._added.qsize() == 1
+    assert queue._added._value == 1
     assert queue.get() == "0"
-    assert queue._added.empty()
+    assert not queue._added._value
 
 
 def test_a_thread_that_is_woken_for_a_removed_request_waits_for_another(queue: Queue) -> None:
-    queue._added.put(None)  # as if the request was removed between the waking and the lock
+    queue._added.release()  # as if the request was removed between the waking and the lock
     taken: SimpleQueue[str] = SimpleQueue()
     taker = threading.Thread(target=lambda: taken.put(FairQueue.get(queue)), daemon=True)
     taker.start()
-    assert awaited(queue._added.empty)
+    assert awaited(lambda: not queue._added._value)
     queue.add("1")
     assert taken.get(timeout=5) == "1"
 
@@ -633,7 +633,7 @@ def test_50_networks_do_not_keep_a_stranger_out(queue: Queue, seeded: random.Ran
     paths = paths_in(50, 1, 1)
     seeded.shuffle(paths)
     flood = Flood(queue, paths)
-    assert queue._strangers == CLASS_LIMIT
+    assert queue._strangers.waiting == CLASS_LIMIT
     for number in range(4):
         assert queue.add(f"honest {number}", HONEST) != f"honest {number}"
         assert flood.turns_until(f"honest {number}") <= 51
@@ -696,7 +696,7 @@ def test_250_networks_of_one_customer_delay_a_stranger_by_one_hash(
     queue: Queue, seeded: random.Random, parts: tuple[int, int, int], waiting: int
 ) -> None:
     flood = Flood(queue, paths_in(*parts))
-    assert queue._strangers == waiting
+    assert queue._strangers.waiting == waiting
     for number in range(8):
         assert queue.add(f"honest {number}", HONEST) != f"honest {number}"
         assert flood.turns_until(f"honest {number}") <= 2
