@@ -48,10 +48,6 @@ CHUNK_LINE = re.compile(rb"\r\n(?:0\r\n\r\n|(?!0+\r)(?P<size>[0-9A-Fa-f]{1,8})\r
 CHUNK_LINE_START = re.compile(rb"\r(?:\n(?:0(?:\r(?:\n\r?)?)?|(?!0{8})[0-9A-Fa-f]{1,8}|(?!0+\r)[0-9A-Fa-f]{1,8}\r)?)?")
 
 
-class Refused(Exception):
-    """Raised with the ``error`` of a request that is refused."""
-
-
 class StrictChunkedReceiver(ChunkedReceiver):  # type: ignore[misc]
     """Reads a chunked body as RFC 9112, 7.1, defines it, without extensions and trailers.
 
@@ -108,21 +104,18 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
             self.header_plus = stream
             return len(data)
         self.headers_finished = True
-        try:
-            if end < 4 or end >= limit:
-                raise Refused(RequestHeaderFieldsTooLarge("head too large"))
-            self._parse_head(stream[:end].decode("latin-1"))
-        except Refused as refusal:
-            (self.error,) = refusal.args
-            if stream.removeprefix(b"\r\n").startswith(b"HEAD "):  # the answer must have no body
-                self.command = "HEAD"
+        fits = 4 <= end < limit
+        self.error = self._parse_head(stream[:end]) if fits else RequestHeaderFieldsTooLarge("head too large")
+        if self.error and stream.removeprefix(b"\r\n").startswith(b"HEAD "):  # the answer must have no body
+            self.command = "HEAD"
         self.completed = bool(self.error) or self.body_rcv is None
         return len(data) - (len(stream) - end)
 
-    def _parse_head(self, head: str) -> None:
-        found = HEAD.fullmatch(head)
+    def _parse_head(self, head: bytes) -> Any:
+        """Read the head; return the ``error`` of a request that is refused, or None."""
+        found = HEAD.fullmatch(head.decode("latin-1"))
         if not found:
-            raise Refused(BadRequest("malformed head"))
+            return BadRequest("malformed head")
         self.command, scheme, authority, uri, path, self.query, self.version, fields = found.groups("")
         # Only a target in absolute form can lack the path, which is then "/" (RFC 9110, 4.2.3).
         self.request_uri, path = uri if path else f"/{uri}", path or "/"
@@ -140,36 +133,36 @@ class StrictParser(HTTPRequestParser):  # type: ignore[misc]
             headers[name] = value
         # Not before the headers are read: the log needs the address that the proxy added.
         if len(lines) > MAX_HEADERS:
-            raise Refused(RequestHeaderFieldsTooLarge("too many headers"))
+            return RequestHeaderFieldsTooLarge("too many headers")
         if repeated:
-            raise Refused(BadRequest("repeated header"))
+            return BadRequest("repeated header")
         host = headers.get("HOST", "" if self.version == "1.1" else "unnamed")
         if not (_is_host(host) and (not scheme or _is_same_host(authority, headers.get("HOST", ""), scheme))):
-            raise Refused(BadRequest("malformed host"))
+            return BadRequest("malformed host")
         if "CONNECTION" in headers:
             headers["CONNECTION"] = _connection_option(headers["CONNECTION"])
-        if "CONTENT_LENGTH" in headers or "TRANSFER_ENCODING" in headers:
-            self._expect_body()
+        return self._expect_body() if "CONTENT_LENGTH" in headers or "TRANSFER_ENCODING" in headers else None
 
-    def _expect_body(self) -> None:
+    def _expect_body(self) -> Any:
         length, encoding = self.headers.get("CONTENT_LENGTH"), self.headers.pop("TRANSFER_ENCODING", None)
         if encoding is None:
             if not re.fullmatch("[0-9]{1,18}", length):
-                raise Refused(BadRequest("malformed length"))
+                return BadRequest("malformed length")
             self.content_length = int(length)
             if self.content_length >= self.adj.max_request_body_size:
-                raise Refused(RequestEntityTooLarge("body too large"))
+                return RequestEntityTooLarge("body too large")
             if self.content_length:
                 self.body_rcv = FixedStreamReceiver(self.content_length, OverflowableBuffer(self.adj.inbuf_overflow))
         elif self.version == "1.0" or length is not None:
-            raise Refused(BadRequest("ambiguous length"))
+            return BadRequest("ambiguous length")
         elif encoding.lower() != "chunked":
-            raise Refused(ServerNotImplemented("unknown transfer encoding"))
+            return ServerNotImplemented("unknown transfer encoding")
         else:
             self.chunked = True
             self.body_rcv = StrictChunkedReceiver(OverflowableBuffer(self.adj.inbuf_overflow))
         if self.body_rcv is not None and self.version == "1.1":
             self.expect_continue = self.headers.get("EXPECT", "").lower() == "100-continue"
+        return None
 
 
 @functools.lru_cache(maxsize=64)

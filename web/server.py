@@ -246,12 +246,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # and the reset can overtake our answer. So shut down our side only, and keep reading for a while (RFC 9112 9.6).
 
     def writable(self) -> bool:
-        return bool(
-            self.total_outbufs_len
-            or self.will_close
-            or self.close_when_flushed
-            or (self.unparsed and not self.requests)
-        )
+        has_next = self.unparsed and not self.requests
+        return bool(has_next or self.total_outbufs_len or self.will_close or self.close_when_flushed)
 
     def handle_write(self) -> None:
         if self.discard and self.close_when_flushed and not self.total_outbufs_len and not self.will_close:
@@ -266,11 +262,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.received(b"")
 
     def readable(self) -> bool:
-        if self.lingering:
-            return True
-        return not (
-            self.requests or self.unparsed or self.total_outbufs_len or self.will_close or self.close_when_flushed
-        )
+        busy = self.requests or self.unparsed or self.total_outbufs_len
+        return self.lingering or not (busy or self.will_close or self.close_when_flushed)
 
     def handle_read(self) -> None:
         if not self.lingering:
