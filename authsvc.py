@@ -49,7 +49,6 @@ PRUNE_REST = 10  # the pause after a step lasts this many times as long as the s
 PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
 PAGES = PROJECT / "web" / "pages"
 PAGE_NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
-PAGE_FILES = {"style.css": "text/css; charset=utf-8", "script.js": "text/javascript; charset=utf-8"}
 # A page may load files from its own host and send requests to it. Only its one script runs.
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
 PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
@@ -90,8 +89,9 @@ class Handlers:
         self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
         template = (PAGES / "index.html").read_text(encoding="utf-8").replace("{domain}", domain)
         template = template.replace("{confirm}", "on" if settings.confirms_email else "off")
-        self._pages = {f"/{name}": template.replace("{page}", name).encode() for name in PAGE_NAMES}
-        self._files = {name: (kind, (PAGES / name).read_bytes()) for name, kind in PAGE_FILES.items()}
+        self._pages = {f"/{name}": _page("html", template.replace("{page}", name).encode()) for name in PAGE_NAMES}
+        self._pages["/pages/style.css"] = _page("css", (PAGES / "style.css").read_bytes())
+        self._pages["/pages/script.js"] = _page("javascript", (PAGES / "script.js").read_bytes())
 
     @_route("GET", "/")
     def welcome(self) -> Response:
@@ -268,9 +268,10 @@ class Handlers:
     def change_password_url(self) -> Response:
         return json_response(302, ("Location", "/account"), message="change the password here")
 
+    @_route("GET", "/pages/style.css", "/pages/script.js")
     @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout", "/confirm", "/change")
     def page(self) -> Response:
-        return _file("text/html; charset=utf-8", self._pages[request.path])
+        return self._pages[request.path]
 
     @_route("GET", "/account")
     def account(self) -> Response:
@@ -280,12 +281,6 @@ class Handlers:
             # The login page leads back here.
             return json_response(302, ("Location", f"{self._settings.public_url}/login"), message=refusal.message)
         return self.page()
-
-    @_route("GET", "/pages/<name>")
-    def file(self, name: str) -> Response:
-        if name not in self._files:
-            raise HTTPError(404)
-        return _file(*self._files[name])
 
     def rank(self, environ: WSGIEnvironment) -> tuple[bool, str]:
         """Return whether a request goes before those of strangers while many wait, and a name of its account.
@@ -546,8 +541,8 @@ def _is_asked_by_script() -> bool:
     return bool(mode != "navigate" or request.environ.get("HTTP_X_REQUESTED_WITH") == "XMLHttpRequest")
 
 
-def _file(content_type: str, content: bytes) -> Response:
-    headers = [("Content-Type", content_type), ("Content-Length", str(len(content)))]
+def _page(kind: str, content: bytes) -> Response:
+    headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(content)))]
     return Response(200, content, [*headers, ("Content-Security-Policy", PAGE_POLICY)])
 
 

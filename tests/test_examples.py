@@ -36,7 +36,7 @@ def test_the_script_uses_the_whole_api(start: Callable[..., Service]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     used = {re.sub("[0-9a-f]{16}", "<public_id>", line[4:].partition("?")[0]) for line in done.stdout.splitlines()}
     pages = {"GET /login", "GET /register", "GET /forgot", "GET /reset", "GET /logout", "GET /account"}
-    pages |= {"GET /confirm", "GET /change", "GET /pages/<name>"}
+    pages |= {"GET /confirm", "GET /change", "GET /pages/style.css", "GET /pages/script.js"}
     assert used == {f"{method} {path}" for method, path, *_ in ROUTES} - pages
 
 
