@@ -89,27 +89,21 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         error, request_id = self.request.error, new_request_id()
-        self._log_refusal(request_id)
+        settings, peer = self.channel.owner.dispatcher.settings, self.channel.addr[0]
+        client = client_address(peer, self.request.headers.get("X_FORWARDED_FOR"), settings.trusted_proxy)
         message = MESSAGES.get(error.code, "internal error")
-        production = self.channel.owner.dispatcher.settings.production
-        headers, body = complete_error(message, request_id, production)
-        self.status = f"{error.code} {error.reason}"
-        self.response_headers += headers
+        headers, body = complete_error(message, request_id, settings.production)
         if error.code == Busy.code:
-            self.response_headers.append(("Retry-After", str(RETRY_AFTER)))
+            headers.append(("Retry-After", str(RETRY_AFTER)))
+            log_event("sys_busy", request_id=request_id, address=client)
+        elif error.code in MESSAGES:  # else 500, and the exception has a line
+            reason = {"status": error.code, "reason": error.body}
+            log_event("input_validation_fail", request_id=request_id, address=client, **reason)
+        self.status, self.response_headers = f"{error.code} {error.reason}", headers
         self.request.headers["CONNECTION"] = "close"  # whatever the client asked for: waitress says so, and closes
         self.channel.discard = MAX_DISCARD_BYTES
         self.content_length = len(body)
         self.write(b"" if self.request.command == "HEAD" else body)
-
-    def _log_refusal(self, request_id: str) -> None:
-        error, request, channel = self.request.error, self.request, self.channel
-        forwarded, proxies = request.headers.get("X_FORWARDED_FOR"), channel.owner.dispatcher.settings.trusted_proxy
-        context = {"request_id": request_id, "address": client_address(channel.addr[0], forwarded, proxies)}
-        if error.code == Busy.code:
-            log_event("sys_busy", **context)
-        elif error.code in MESSAGES:  # else 500, and the exception has a line
-            log_event("input_validation_fail", **context, status=error.code, reason=error.body)
 
 
 class PlainTask(WSGITask):  # type: ignore[misc]
