@@ -119,7 +119,7 @@ class PlainTask(WSGITask):  # type: ignore[misc]
         if hasattr(request, "environ"):
             return request.environ
         headers = dict(request.headers)
-        request.environ = {  # PEP 3333, environ Variables
+        request.environ = {  # of the variables in PEP 3333, those that our application and Bottle read
             "CONTENT_LENGTH": headers.pop("CONTENT_LENGTH", ""),
             "CONTENT_TYPE": headers.pop("CONTENT_TYPE", ""),
             "PATH_INFO": request.path,
@@ -127,18 +127,9 @@ class PlainTask(WSGITask):  # type: ignore[misc]
             "REMOTE_ADDR": channel.addr[0],
             "REQUEST_METHOD": request.command,
             "REQUEST_URI": request.request_uri,
-            "SCRIPT_NAME": "",
-            "SERVER_NAME": channel.server.server_name,
-            "SERVER_PORT": str(channel.server.effective_port),
-            "SERVER_PROTOCOL": f"HTTP/{self.version}",
-            "wsgi.errors": sys.stderr,
             "wsgi.input": request.get_body_stream(),
             "wsgi.input_terminated": True,
-            "wsgi.multiprocess": False,
-            "wsgi.multithread": True,
-            "wsgi.run_once": False,
             "wsgi.url_scheme": request.url_scheme,
-            "wsgi.version": (1, 0),
             **{f"HTTP_{name}": value for name, value in headers.items()},
         }
         return request.environ
