@@ -64,11 +64,17 @@ Handler = Callable[..., Response]
 ROUTES: list[tuple[str, str, Handler, bool]] = []  # all routes: method, path, handler, whether it may hash a password
 
 
-def _route(method: str, *paths: str, hashes: bool = False) -> Callable[[Handler], Handler]:
-    """Add the handler to ROUTES. One that ``hashes`` runs on a thread pool of its own: see web/server.py."""
+def _route(method: str, *paths: str, hashes: bool = False, **form: tuple[str, ...]) -> Callable[[Handler], Handler]:
+    """Add the handler to ROUTES. It is called with the values of the fields of ``form``, which read_form() names.
+
+    A handler that ``hashes`` runs on a thread pool of its own: see web/server.py.
+    """
 
     def add(handler: Handler) -> Handler:
-        ROUTES.extend((method, path, handler, hashes) for path in paths)
+        def with_form(handlers: Handlers) -> Response:
+            return handler(handlers, *read_form(request.environ, **form))
+
+        ROUTES.extend((method, path, with_form if form else handler, hashes) for path in paths)
         return handler
 
     return add
@@ -100,23 +106,21 @@ class Handlers:
     @_route("POST", "/users", hashes=True)
     def register(self) -> Response:
         if self._settings.confirms_email:
-            (email,) = _read_form("email")
+            (email,) = read_form(request.environ, fields=("email",))
             self._auth.mail_confirmation(email, _later_log(), address=_client())
             return json_response(200, email=email, message="confirmation mailed")
         self._auth.check_registration()  # before the form, which needs no password where emails are confirmed
-        email, password = _read_form("email", "password")
+        email, password = read_form(request.environ, fields=("email", "password"))
         user = self._auth.create_account(email, password, address=_client())
         return _logged("user_created", user, email=email, message="user created")
 
-    @_route("PUT", "/users", hashes=True)
-    def confirm_account(self) -> Response:
-        email, token, password = _read_form("email", "token", "password")
+    @_route("PUT", "/users", fields=("email", "token", "password"), hashes=True)
+    def confirm_account(self, email: str, token: str, password: str) -> Response:
         user = self._auth.confirm_account(email, token, password, address=_client())
         return _logged("user_created", user, email=email, message="email confirmed")
 
-    @_route("POST", "/sessions", hashes=True)
-    def log_in(self) -> Response:
-        email, password, otp, remember = _read_form("email", "password", optional=("otp",), flags=("remember",))
+    @_route("POST", "/sessions", fields=("email", "password"), optional=("otp",), flags=("remember",), hashes=True)
+    def log_in(self, email: str, password: str, otp: str, remember: str) -> Response:
         session = {"replaced": self._cookie(), "user_agent": request.environ.get("HTTP_USER_AGENT", "")}
         session |= {"remember": bool(remember), **_caller()}
         try:
@@ -199,56 +203,50 @@ class Handlers:
         self._auth.check_storage()
         return json_response(200, message="ok")
 
-    @_route("DELETE", "/profile", hashes=True)
-    def delete_account(self) -> Response:
-        password, otp = _read_form("password", optional=("otp",))
+    @_route("DELETE", "/profile", fields=("password",), optional=("otp",), hashes=True)
+    def delete_account(self, password: str, otp: str) -> Response:
         user = self._auth.delete_account(self._cookie(), password, otp, **_caller())
         return self._without_cookie(_logged("user_deleted", user, email=user.email, message="account deleted"))
 
-    @_route("PUT", "/password", hashes=True)
-    def change_password(self) -> Response:
-        fields = _read_form("password", "new_password", optional=("otp",))
-        user, session_id = self._auth.change_password(self._cookie(), *fields, **_caller())
+    @_route("PUT", "/password", fields=("password", "new_password"), optional=("otp",), hashes=True)
+    def change_password(self, password: str, new_password: str, otp: str) -> Response:
+        user, session_id = self._auth.change_password(self._cookie(), password, new_password, otp, **_caller())
         answer = _logged("authn_password_change", user, email=user.email, message="password changed")
         return self._with_device(self._with_renewed(answer, session_id), user)
 
-    @_route("POST", "/email", hashes=True)
-    def begin_email_change(self) -> Response:
-        password, email, otp = _read_form("password", "new_email", optional=("otp",))
+    @_route("POST", "/email", fields=("password", "new_email"), optional=("otp",), hashes=True)
+    def begin_email_change(self, password: str, new_email: str, otp: str) -> Response:
         caller = {"direct": is_direct(request.environ), **_caller()}
-        token = self._auth.begin_email_change(self._cookie(), password, email, otp, log=_later_log(), **caller)
-        return json_response(200, **({"email": email, "token": token} if token else {"message": "confirmation mailed"}))
+        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, log=_later_log(), **caller)
+        return json_response(
+            200, **({"email": new_email, "token": token} if token else {"message": "confirmation mailed"})
+        )
 
-    @_route("PUT", "/email")
-    def change_email(self) -> Response:
-        email, token = _read_form("email", "token")
+    @_route("PUT", "/email", fields=("email", "token"))
+    def change_email(self, email: str, token: str) -> Response:
         user, session_id = self._auth.change_email(self._cookie(), email, token, address=_client())
         _log("user_updated", user_id=user.id, changed="email")
         return self._with_renewed(json_response(200, email=email, message="email changed"), session_id)
 
-    @_route("POST", "/totp", hashes=True)
-    def begin_totp(self) -> Response:
-        (password,) = _read_form("password")
+    @_route("POST", "/totp", fields=("password",), hashes=True)
+    def begin_totp(self, password: str) -> Response:
         secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, address=_client())
         answer = json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
         return self._with_renewed(answer, session_id)
 
-    @_route("PUT", "/totp")
-    def confirm_totp(self) -> Response:
-        (otp,) = _read_form("otp")
+    @_route("PUT", "/totp", fields=("otp",))
+    def confirm_totp(self, otp: str) -> Response:
         user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, **_caller())
         answer = _logged("authn_factor_added", user, message="second factor on", recovery_codes=codes)
         return self._with_device(self._with_renewed(answer, session_id), user)
 
-    @_route("DELETE", "/totp", hashes=True)
-    def remove_totp(self) -> Response:
-        password, otp = _read_form("password", "otp")
+    @_route("DELETE", "/totp", fields=("password", "otp"), hashes=True)
+    def remove_totp(self, password: str, otp: str) -> Response:
         user, session_id = self._auth.remove_totp(self._cookie(), password, otp, **_caller())
         return self._with_renewed(_logged("authn_factor_removed", user, message="second factor off"), session_id)
 
-    @_route("POST", "/reset_password")
-    def request_reset(self) -> Response:
-        (email,) = _read_form("email")
+    @_route("POST", "/reset_password", fields=("email",))
+    def request_reset(self, email: str) -> Response:
         if self._settings.production:
             self._auth.mail_reset_token(email, _later_log(), **_caller())
             return json_response(200, message="if the email has an account, a mail is on its way")
@@ -257,9 +255,8 @@ class Handlers:
             raise Refusal(403, "reset tokens are given only to this machine, and through no proxy")
         return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, address=_client()))
 
-    @_route("PUT", "/reset_password", hashes=True)
-    def reset(self) -> Response:
-        email, reset_token, new_password = _read_form("email", "reset_token", "new_password")
+    @_route("PUT", "/reset_password", fields=("email", "reset_token", "new_password"), hashes=True)
+    def reset(self, email: str, reset_token: str, new_password: str) -> Response:
         user = self._auth.reset_password(reset_token, new_password, email=email, address=_client())
         answer = _logged("authn_password_change", user, email=email, message="Password updated")
         return self._with_device(answer, user, "reset")
@@ -292,7 +289,7 @@ class Handlers:
         try:
             if route not in RANKED_BY_EMAIL:
                 return self._auth.rank_session(self._cookie())
-            email, reset_token, token = _read_form(optional=("email", "reset_token", "token"))
+            email, reset_token, token = read_form(environ, optional=("email", "reset_token", "token"))
             if route[0] == "PUT":
                 return self._auth.rank_token(email, reset_token, token)
             creates = route == ("POST", "/users")
@@ -529,10 +526,6 @@ def _bind(settings: Settings) -> socket.socket:
         return socket.create_server((str(host), port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise SettingsError(f"AUTHSVC_LISTEN={settings.listen}: {os.strerror(error.errno or 0).lower()}") from None
-
-
-def _read_form(*names: str, optional: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> tuple[str, ...]:
-    return read_form(request.environ, *names, optional=optional, flags=flags)
 
 
 def _is_asked_by_script() -> bool:

@@ -238,8 +238,10 @@ def test_every_field_of_a_form_is_documented() -> None:
     names = {
         node.value
         for call in nodes_of(TREES["authsvc"])
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "_read_form"
-        for node in ast.walk(call)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("_route", "read_form")
+        for word in call.keywords
+        if word.arg in ("fields", "optional", "flags")
+        for node in ast.walk(word.value)
         if isinstance(node, ast.Constant)
     }
     assert names == {"email", "new_email", "password", "new_password", "otp", "remember", "reset_token", "token"}

@@ -55,7 +55,7 @@ def read(
         "wsgi.input": io.BytesIO(body),
         **environ,
     }
-    return read_form(environ, *names)
+    return read_form(environ, names)
 
 
 def refusal(body: bytes, content_type: str = URLENCODED, **rest: Any) -> tuple[int, str]:

@@ -26,11 +26,11 @@ PARAMETERS = re.compile(r"(?:[ \t]*+;[ \t]*+(?:" + _PARAMETER + r")?+)*+[ \t]*+"
 PART_HEADER = re.compile("(" + _TCHAR + r"++):[ \t]*+([^\r\n]*+)", re.ASCII)
 END = re.compile(rb"--[ \t]*+(?:\r\n|\Z)")
 
+Names = tuple[str, ...]
 
-def read_form(
-    environ: WSGIEnvironment, *names: str, optional: tuple[str, ...] = (), flags: tuple[str, ...] = ()
-) -> tuple[str, ...]:
-    """Return the values of the named fields, of the optional ones, and of the flags; one that is absent is "".
+
+def read_form(environ: WSGIEnvironment, fields: Names = (), optional: Names = (), flags: Names = ()) -> tuple[str, ...]:
+    """Return the values of the required fields, of the optional ones, and of the flags; one that is absent is "".
 
     Raises:
         Refusal: 413 the body is too large, 415 it is of another type, 400 it is malformed or a field is missing, empty,
@@ -47,7 +47,7 @@ def read_form(
     for name in set(flags) - absent:
         if _field(pairs, name) != "1":
             raise Refusal(400, f"{name} must be 1")
-    return tuple("" if name in absent else _field(pairs, name) for name in names + optional + flags)
+    return tuple("" if name in absent else _field(pairs, name) for name in fields + optional + flags)
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
