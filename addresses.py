@@ -58,10 +58,9 @@ def is_wide(network: Network) -> bool:
 @functools.lru_cache(maxsize=1024)
 def is_loopback(address: str | None) -> bool:
     """Return whether a peer is on this machine. ``None`` means that there is no network peer."""
-    if address is None or address == "localhost":  # waitress uses this name for the peer of a Unix socket
-        return True
-    parsed = parse_address(address)
-    return parsed is not None and parsed.is_loopback
+    parsed = parse_address(address or "")
+    named = address in (None, "localhost")  # waitress uses this name for the peer of a Unix socket
+    return named or (parsed is not None and parsed.is_loopback)
 
 
 @functools.lru_cache(maxsize=1024)
