@@ -81,7 +81,7 @@ def _route(method: str, *paths: str, hashes: bool = False, **form: tuple[str, ..
 
 
 class Handlers:
-    """The handlers of the routes. Each reads a form or a cookie, calls the rules, and returns a response."""
+    """The handlers of the routes. Each gets a form or reads a cookie, calls the rules, and returns a response."""
 
     def __init__(self, auth: rules.Auth, settings: Settings) -> None:
         self._auth = auth

@@ -431,7 +431,6 @@ class Server:
             max_request_body_size=MAX_BODY_BYTES + 1,  # waitress refuses a body of this size
             max_request_header_size=MAX_HEADER_BYTES,
         )
-        # waitress wakes the I/O thread after each answer. On that thread itself there is nothing to wake.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)  # connections inherit it
         # Only Linux has this. It also ends the waiting for clients of closed connections that acknowledge no answer.
         with contextlib.suppress(AttributeError, OSError):
@@ -440,6 +439,7 @@ class Server:
         # theirs. So only note here that there are some; they are accepted together when no event is left to handle.
         self._accept = self._server.handle_accept
         self._server.handle_accept = functools.partial(setattr, self, "_has_new", True)
+        # waitress wakes the I/O thread after each answer. On that thread itself there is nothing to wake.
         self._wake = self._server.pull_trigger
         io_thread = threading.get_ident()
         self._server.pull_trigger = lambda: None if threading.get_ident() == io_thread else self._wake()
