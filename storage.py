@@ -102,6 +102,12 @@ USER_COLUMNS = ", ".join(f"users.{name}" for name in User.__slots__)
 SESSION_COLUMNS = ", ".join(Session.__slots__)
 SESSION_VALUES = ", ".join(f":{name}" for name in Session.__slots__)
 
+# A constant, as it is run for most requests, and a text that is put together takes time.
+FIND_SESSION = f"""
+    SELECT sessions.id, last_seen_at, sessions.expires_at, remember, factor_at, {USER_COLUMNS}
+      FROM sessions JOIN users ON users.id = sessions.user_id
+     WHERE sessions.session_hash = :session_hash AND {IS_LIVE_SESSION}"""
+
 
 class LiveSession(NamedTuple):
     """What the rules ask of a session at each request."""
@@ -344,11 +350,7 @@ class DB:
         ``window`` has three times: ``now``, ``idle_since`` and ``latest``. A session is live if it has not expired, was
         used after ``idle_since``, and has no time later than ``latest``.
         """
-        statement = f"""
-            SELECT sessions.id, last_seen_at, expires_at, remember, factor_at, {USER_COLUMNS}
-              FROM sessions JOIN users ON users.id = sessions.user_id
-             WHERE sessions.session_hash = :session_hash AND {IS_LIVE_SESSION}"""
-        row = self._engine.read(statement, window | {"session_hash": session_hash})
+        row = self._engine.read(FIND_SESSION, window | {"session_hash": session_hash})
         return row and (_user(row[5:]), LiveSession(*row[:5]))
 
     def list_sessions(self, user_id: int, **window: int) -> list[Session]:
