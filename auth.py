@@ -63,6 +63,8 @@ INVITATION_LIFETIME = 604_800  # seconds, 7 days: longer than a reset link, as t
 SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
 PRUNE_STEP = 200  # expired rows that are deleted in one transaction: 10 ms in which nobody else can write
 FACTOR_VALIDITY = 600  # seconds for which a second factor that a session has shown allows changes of the account
+GROUP = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
+MAX_GROUPS = 32  # of one user: the header that names them stays below 2.1 KB
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
 Log = Callable[..., None]  # takes the name of an event and its details
@@ -157,6 +159,14 @@ class SecondFactorRequired(AuthError, status=403, event="authz_fail", message="s
 
 class SecondFactorNotShown(SessionRequired, status=403, event="authz_fail", message="sign in with your second factor"):
     """A second factor is required. The user has one, but signed in to this session without it."""
+
+
+class NotAMember(AuthError, status=403, event="authz_verify_fail", message="not allowed here"):
+    """The user is in none of the groups that may use an application."""
+
+
+class GroupRejected(AuthError, status=400, event="input_validation_fail"):
+    """The user cannot be in these groups; the message says why."""
 
 
 class SecondFactorRejected(AuthError, status=400, event="input_validation_fail"):
@@ -416,6 +426,27 @@ class Auth:
         if not except_this or len(self.sessions_of(user.id)) > 1:  # where nothing ends, nothing is written
             self._db.end_sessions(user.id, kept=_digest(session_id) if except_this else None)
         return user
+
+    # Groups
+
+    def require_member(self, user: User, groups: set[str]) -> None:
+        """Raise NotAMember if a user is in none of these groups."""
+        if groups.isdisjoint(user.group_names):
+            raise NotAMember(user_id=user.id)
+
+    def change_groups(self, user: User, group: str, *, member: bool) -> bool:
+        """Add a user to a group, or remove the user from it; return False if nothing had to be changed.
+
+        Raises:
+            GroupRejected: the name of the group is not acceptable, or the user would be in more than MAX_GROUPS.
+            UnknownEmail: the user was deleted meanwhile.
+        """
+        check_groups([group])
+        while member != (group in user.group_names):
+            if self._db.set_groups(user, check_groups({group} ^ set(user.group_names))):
+                return True
+            user = self.find_user(user.email)  # somebody else changed them meanwhile
+        return False
 
     # Known browsers
 
@@ -1029,6 +1060,20 @@ def _check_email(email: str, *, production: bool) -> None:
         raise EmailRejected("email must not contain control characters")
     if production and not MAILBOX.fullmatch(email):
         raise EmailRejected("email must be name@host as mail servers accept it, in ASCII, without spaces and quotes")
+
+
+def check_groups(names: Iterable[str]) -> str:
+    """Return the groups of a user as they are stored: sorted, with commas between them.
+
+    Raises:
+        GroupRejected: one has another form, or there are too many.
+    """
+    groups = sorted(set(names))
+    if not all(map(GROUP.fullmatch, groups)):
+        raise GroupRejected("a group is up to 64 of a-z, 0-9, _ and -, and begins with a letter or a digit")
+    if len(groups) > MAX_GROUPS:
+        raise GroupRejected(f"a user can be in at most {MAX_GROUPS} groups")
+    return ",".join(groups)
 
 
 def _account_name(email: str) -> str:

@@ -58,6 +58,7 @@ DEVICE_TOKENS = re.compile("[A-Za-z0-9_.~-]{1,1024}", re.ASCII)
 MAX_COOKIES = 4  # different values of one cookie in a request, each of which is looked up
 DEVICE_COOKIE = "__Host-device"  # never shared with sibling hosts, even where the session is
 DEVICE_ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax; Secure"
+VERIFY_QUERY = re.compile("login=1|group=[a-z0-9][a-z0-9_-]{0,63}")  # a part of the query of /verify; rules.GROUP
 HEADER_TEXT = re.compile("[!-$&-~]+")  # an email that a header can hold unencoded; "%" begins an encoded character
 
 Handler = Callable[..., Response]
@@ -178,18 +179,25 @@ class Handlers:
 
     @_route("GET", "/verify")
     def verify(self) -> Response:
-        """Tell a proxy which user sent a request to an application."""
+        """Tell a proxy which user sent a request to an application, if the user may use it."""
+        # The query is that of the proxy's own request, and compared as it is: a misspelt group lets nobody in.
+        query = request.query_string.split("&") if request.query_string else []
+        if not all(map(VERIFY_QUERY.fullmatch, query)):
+            raise Refusal(400, "the query may only contain login=1 and group=NAME")
         try:
             user = self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
             _log("authz_verify_fail", reason=refusal.message)
-            if request.query_string != "login=1" or _is_asked_by_script():
+            if "login=1" not in query or _is_asked_by_script():
                 return json_response(401, message=refusal.message)
             return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)
+        if groups := {part.removeprefix("group=") for part in query} - {"login=1"}:
+            self._auth.require_member(user, groups)
         # Percent-encoded where a header cannot hold it. "%" is encoded, too, so that no two users get the same name.
         name = user.email if HEADER_TEXT.fullmatch(user.email) else quote(user.email, safe="@")
-        # Always both: where one is missing, Caddy before 2.11.2 passes on the header that the client sent.
-        return json_response(200, ("Remote-User", name), ("Remote-Email", name), email=user.email)
+        # Always all four: where one is missing, Caddy before 2.11.2 passes on the header that the client sent.
+        names = ("Remote-User", name), ("Remote-Email", name)
+        return json_response(200, *names, ("Remote-Groups", user.groups), ("Remote-Id", str(user.id)), email=user.email)
 
     def _sign_in_url(self, refusal: rules.AuthError) -> str:
         # The page checks the return address when it uses it.

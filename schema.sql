@@ -22,7 +22,8 @@ CREATE TABLE users (
     last_login_at    INTEGER,                            -- NULL: never, or before this column
     cut_salt         TEXT,                               -- the salt of an imported hash for which only the first 72
                                                          -- bytes of a password count; void once the hash is another
-    untold_logins    INTEGER NOT NULL DEFAULT 0          -- sign-ins from new browsers that no mail has told of yet
+    untold_logins    INTEGER NOT NULL DEFAULT 0,         -- sign-ins from new browsers that no mail has told of yet
+    groups           TEXT NOT NULL DEFAULT ''            -- sorted, with commas between them
 ) STRICT;
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;

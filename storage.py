@@ -48,8 +48,10 @@ REVOKE_PENDING = f"""
            totp_secret = CASE WHEN totp_since IS NULL THEN NULL ELSE totp_secret END"""  # an unconfirmed seed
 
 INSERT_USER = """
-    INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since, cut_salt)
-    VALUES (:email, :email_key, :hashed_password, :created_at, :disabled_at, :totp_secret, :totp_since, :cut_salt)
+    INSERT INTO users (email, email_key, hashed_password, created_at, disabled_at, totp_secret, totp_since, cut_salt,
+                       groups)
+    VALUES (:email, :email_key, :hashed_password, :created_at, :disabled_at, :totp_secret, :totp_since, :cut_salt,
+            :groups)
 """
 
 
@@ -77,6 +79,12 @@ class User:
     device_key: str | None = field(default=None, repr=False)
     last_login_at: int | None = None
     cut_salt: str | None = field(default=None, repr=False)
+    groups: str = ""  # sorted, with commas between them
+
+    @property
+    def group_names(self) -> list[str]:
+        """The groups of the user."""
+        return self.groups.split(",") if self.groups else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +266,11 @@ class DB:
             _revoke_credentials(db, user_id, session_hash, new_session_hash, devices=True)
             return True
         return False
+
+    def set_groups(self, user: User, groups: str) -> bool:
+        """Replace the groups of a user; return False and change nothing if they are no longer those of ``user``."""
+        statement = "UPDATE users SET groups = :new WHERE id = :id AND groups = :old"
+        return self._engine.write(statement, {"id": user.id, "old": user.groups, "new": groups}) == 1
 
     def disable_user(self, user_id: int, now: int) -> None:
         """Disable a user: end all sessions, void the device cookies, and refuse login and reset."""

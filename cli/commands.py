@@ -1,4 +1,4 @@
-"""The operator's commands: users, sessions, links, imports and exports, backups and checks.
+"""The operator's commands: users, groups, sessions, links, imports and exports, backups and checks.
 
 A command uses the database of the settings, and takes its locks, so it may run beside the service. Each change is
 logged on standard error and in syslog as ``authsvc``. No command reads, sets or prints a password: the operator passes
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ import log
 from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
 from cli import user_files
 from cli.copy import CopyRefused, copy
+from cli.operator import CommandFailed, Operator, printable, user_name
 from engines import operations
 from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from log import log_event, timestamp
@@ -32,18 +32,8 @@ from storage import DB, User, newest_session_time
 from tables.emails import EXPIRED
 from tables.rate_limits import CLOCK_TOLERANCE
 
-with suppress(ImportError):  # the settings say that Windows, which lacks them, is not supported
-    import pwd
-    import syslog
-
 PROGRESS_STEP = 5000  # rows between two updates of the progress display
 PRUNE_PAUSE = 0.02  # seconds between two steps of deleting, in which other writers get the lock
-
-
-class CommandFailed(Exception):
-    """The command changed nothing; the message gives the reason."""
-
-
 REFUSALS = CommandFailed, user_files.UnknownFormat, AuthError, AlreadyExists, DatabaseRefused, StorageUnavailable
 
 
@@ -62,8 +52,9 @@ def new_parser(program: str, description: str, epilog: str) -> argparse.Argument
     parser = Parser(prog=program, description=description, epilog=epilog)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     groups = {"": parser.add_subparsers(dest="command", metavar="COMMAND")}
-    for name, text in GROUPS.items():
-        groups[name] = groups[""].add_parser(name, help=text).add_subparsers(required=True, metavar="COMMAND")
+    for name in GROUPS:
+        verbs = ", ".join(names.split()[1] for names, *_ in COMMANDS if names.startswith(f"{name} "))
+        groups[name] = groups[""].add_parser(name, help=verbs).add_subparsers(required=True, metavar="COMMAND")
     for names, run, argument in COMMANDS:
         group, _, name = names.rpartition(" ")
         command = groups[group].add_parser(name, allow_abbrev=False, help=run.__doc__, description=run.__doc__)
@@ -117,11 +108,11 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would report the closed pipe at exit
         return 0
     except REFUSALS as error:
-        print(_printable(f"authsvc: {error}{_remedy(error.__cause__, arguments, settings)}"), file=sys.stderr)
+        print(printable(f"authsvc: {error}{_remedy(error.__cause__, arguments, settings)}"), file=sys.stderr)
     except OSError as error:
         place = error.filename or "cannot write the output"  # the command itself may be done
         text = f"{place}: {error.strerror}{_remedy(error, arguments, settings)}"
-        print(_printable(f"authsvc: {text}"), file=sys.stderr)
+        print(printable(f"authsvc: {text}"), file=sys.stderr)
     except KeyboardInterrupt:
         print("authsvc: interrupted", file=sys.stderr)
     return 1
@@ -136,54 +127,7 @@ def _remedy(error: BaseException | None, arguments: argparse.Namespace, settings
         place = os.path.dirname(os.path.abspath(settings.database)) if os.path.exists(settings.database) else ""
         remedy = f"use a file and a folder that this user may read and write{place and f', such as {place}'}"
         remedy += ', or "-" for standard input or output' if arguments.command in ("import", "export") else ""
-    return f": this command runs as the user {_user_name()}: {remedy}"
-
-
-class Operator:
-    """What a command works with: its arguments, the settings, the database, the output and the log."""
-
-    def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
-        self.arguments = arguments
-        self.settings = settings
-
-    def require_database(self) -> None:
-        """Raise CommandFailed if there is no database. Opening it would create one, perhaps in the wrong place."""
-        database = self.settings.database
-        if not operations(database).exists(database):
-            try:
-                os.stat(database)
-            except PermissionError:  # this user cannot enter its folder
-                raise
-            except OSError:
-                pass
-            remedy = "start the service once to create it, or set AUTHSVC_DATABASE to the service's value"
-            raise CommandFailed(f"there is no database {redacted(database)}: {remedy}")
-
-    @contextmanager
-    def open_database(self) -> Iterator[tuple[Auth, DB]]:
-        """Open the existing database; yield the rules on it, and the storage itself."""
-        self.require_database()
-        with closing(DB(self.settings.database, private=self.settings.production)) as db:
-            yield Auth(db, self.settings), db
-
-    @contextmanager
-    def open_user(self) -> Iterator[tuple[Auth, DB, User]]:
-        """Open the database and find the user named by the argument ``email``."""
-        with self.open_database() as (auth, db):
-            yield auth, db, auth.find_user(self.arguments.email)
-
-    def print_record(self, text: str, **record: Any) -> None:
-        """Print the text, or the record as JSON with ``--json``."""
-        # JSON has no place for the bytes in a file's name that are no text: each becomes a question mark.
-        line = json.loads(json.dumps(record, ensure_ascii=False).encode(errors="replace"))
-        print(json.dumps(line) if self.arguments.json else _printable(text))
-
-    def log(self, event: str, **details: Any) -> None:
-        """Log a change and the name of the person who made it."""
-        name = _login_name()
-        log_event(event, operator=name, **details)
-        syslog.openlog("authsvc", 0, syslog.LOG_AUTH)  # standard error of a terminal is not kept anywhere
-        syslog.syslog(json.dumps({"event": event, "operator": name, **details}))
+    return f": this command runs as the user {user_name()}: {remedy}"
 
 
 Command = Callable[[Operator], int | None]
@@ -263,12 +207,40 @@ def _release_email(operator: Operator) -> None:
         operator.print_record(f"released {email}", email=email, state="released")
 
 
+def _add_to_group(operator: Operator) -> None:
+    """Add a user to a group, which may use the applications whose proxy asks for it."""
+    _change_groups(operator, member=True)
+
+
+def _remove_from_group(operator: Operator) -> None:
+    """Remove a user from a group."""
+    _change_groups(operator, member=False)
+
+
+def _change_groups(operator: Operator, *, member: bool) -> None:
+    group = operator.arguments.group
+    with operator.open_user() as (auth, _, user):
+        if changed := auth.change_groups(user, group, member=member):
+            operator.log("user_updated", user_id=user.id, changed="groups")
+        verb = ("added to" if member else "removed from") if changed else "already in" if member else "not in"
+        operator.print_record(f"{user.email}: {verb} {group}", group=group, email=user.email, member=member)
+
+
+def _list_groups(operator: Operator) -> None:
+    """List all groups with their members, or the groups of one user."""
+    email = operator.arguments.email
+    with operator.open_database() as (auth, db):
+        users = [auth.find_user(email)] if email else db.each_user()
+        for group, member in sorted((group, user.email) for user in users for group in user.group_names):
+            operator.print_record(f"{group}  {member}", group=group, email=member)
+
+
 def _confirm(question: str) -> None:
     if not sys.stdin.isatty():
         raise CommandFailed("cannot ask for confirmation without a terminal: add --yes")
     answer = ""
     with suppress(EOFError):  # Ctrl-D
-        answer = input(_printable(question))
+        answer = input(printable(question))
     if answer.strip().lower() not in ("y", "yes"):
         raise CommandFailed("not confirmed; nothing was deleted")
 
@@ -280,6 +252,7 @@ def _user_record(user: User) -> dict[str, Any]:
         "state": "disabled" if user.disabled_at else "invited" if user.hashed_password == NO_PASSWORD else "active",
         "created": timestamp(user.created_at) if user.created_at else None,
         "second_factor": user.totp_since is not None,
+        "groups": " ".join(user.group_names) or None,
     }
 
 
@@ -394,7 +367,7 @@ def _import_users(operator: Operator) -> None:
         if not problems:
             db.import_users(users)
     for line in sorted(problems):
-        print(_printable(f"{path}:{line}: {problems[line]}"), file=sys.stderr)
+        print(printable(f"{path}:{line}: {problems[line]}"), file=sys.stderr)
     if problems:
         raise CommandFailed(f"{_count(len(problems), 'problem')}: nothing was imported")
     operator.log("users_imported", users=len(users))
@@ -589,24 +562,6 @@ def _utf_8(text: str) -> str:
     return text.encode().decode()
 
 
-def _login_name() -> str:
-    # Environment variables such as LOGNAME are not used: anybody can set them.
-    with suppress(OSError):  # there is no terminal, as under a timer or in a container
-        return os.getlogin()  # the person who logged in, even under sudo
-    return _user_name()
-
-
-def _user_name() -> str:
-    with suppress(KeyError):
-        return pwd.getpwuid(os.getuid()).pw_name
-    return str(os.getuid())
-
-
-def _printable(text: str) -> str:
-    # User agents, emails and file contents come from strangers and must not send control sequences to the terminal.
-    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -618,7 +573,7 @@ def _format(value: object) -> str:
 # All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
 # here; options are added in new_parser(). Brackets mark an argument that may be left out.
 
-GROUPS = {"user": "users: add, list, show, disable, enable, delete, rename, release", "sessions": "sessions: list, end"}
+GROUPS = "user", "group", "sessions"  # the first words of commands of two words
 
 COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("user list", _list_users, ""),
@@ -629,6 +584,9 @@ COMMANDS: tuple[tuple[str, Command, str], ...] = (
     ("user delete", _delete_user, "email"),
     ("user rename", _rename_user, "email new_email"),
     ("user release", _release_email, "email"),
+    ("group add", _add_to_group, "email group"),
+    ("group remove", _remove_from_group, "email group"),
+    ("group list", _list_groups, "[email]"),
     ("invite", _invite, "email"),
     ("reset-link", _print_reset_link, "email"),
     ("totp-off", _disable_totp, "email"),

@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from auth import NO_PASSWORD
+from auth import NO_PASSWORD, check_groups
 from credentials import passwords
 from log import timestamp
 from settings import RANGES
@@ -28,7 +28,7 @@ from tables.rate_limits import CLOCK_TOLERANCE
 
 # File name suffix: format.
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".htpasswd": "htpasswd"}
-FIELDS = "email", "hashed_password", "created", "disabled", "totp_secret", "cut_at_72"
+FIELDS = "email", "hashed_password", "created", "disabled", "totp_secret", "cut_at_72", "groups"
 NAMES = {field.replace("_", ""): field for field in FIELDS}  # without case, blanks and punctuation: field
 NAMES |= dict.fromkeys(("hash", "password", "passwordhash", "encryptedpassword", "passworddigest"), "hashed_password")
 BOOLEANS = dict.fromkeys(("", "false", "f", "no", "n", "off", "0"), False)
@@ -91,10 +91,11 @@ def parse_user(record: Record, check_email: Callable[[str], None], now: int, *, 
     hashes = [name for name, value in record.items() if name not in FIELDS and passwords.cost_of(f"{value}")]
     if hashes and not text["hashed_password"]:
         raise ValueError(_is_hash(hashes[0]))
-    try:
-        check_email(text["email"])
-    except ValueError as error:
-        raise ValueError(f"{named('email', text['email'])}: {error}") from None
+    for name, check in (("email", check_email), ("groups", _parse_groups)):
+        try:
+            check(text[name])
+        except ValueError as error:
+            raise ValueError(f"{named(name, text[name])}: {error}") from None
     hashed = SCHEME.sub("", text["hashed_password"]) or NO_PASSWORD
     _check_hash(hashed)
     return User(
@@ -106,6 +107,7 @@ def parse_user(record: Record, check_email: Callable[[str], None], now: int, *, 
         totp_secret=_parse_seed(text["totp_secret"]) if text["totp_secret"] else None,
         totp_since=now if text["totp_secret"] else None,
         cut_salt=passwords.salt_of(hashed) if _parse_boolean("cut_at_72", text["cut_at_72"]) or cut_at_72 else None,
+        groups=_parse_groups(text["groups"]),
     )
 
 
@@ -227,10 +229,14 @@ def _text(name: str, value: object) -> str:
         return str(value)
     if not isinstance(value, str | None):
         raise ValueError(f"{name} must be text")
-    if name == "email":
-        return value or ""  # as it is: blanks belong to it
+    if name in ("email", "groups"):
+        return value or ""  # as it is: blanks belong to an email, and "none" is the name of a group
     text = (value or "").strip(" \t")
     return "" if text.lower() in NULLS else text
+
+
+def _parse_groups(text: str) -> str:
+    return check_groups(text.split())
 
 
 def _parse_boolean(name: str, text: str) -> bool:
@@ -293,4 +299,5 @@ def _to_record(user: User) -> dict[str, str]:
         "disabled": "true" if user.disabled_at is not None else "",
         "totp_secret": user.totp_secret or "" if user.totp_since is not None else "",
         "cut_at_72": "true" if user.cut_salt and user.cut_salt == passwords.salt_of(hashed) else "",
+        "groups": " ".join(user.group_names),
     }

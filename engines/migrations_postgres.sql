@@ -39,3 +39,6 @@ CREATE TABLE IF NOT EXISTS former_emails (
     released_at bigint NOT NULL
 );
 CREATE INDEX IF NOT EXISTS former_emails_released_at ON former_emails (released_at);
+
+-- to version 6
+ALTER TABLE users ADD COLUMN groups text COLLATE "C" NOT NULL DEFAULT '';

@@ -55,3 +55,6 @@ CREATE TABLE IF NOT EXISTS former_emails (
     released_at INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS former_emails_released_at ON former_emails (released_at);
+
+-- to version 7
+ALTER TABLE users ADD COLUMN groups TEXT NOT NULL DEFAULT '';

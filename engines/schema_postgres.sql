@@ -24,7 +24,8 @@ CREATE TABLE users (
     device_key       text COLLATE "C",
     last_login_at    bigint,
     cut_salt         text COLLATE "C",
-    untold_logins    bigint NOT NULL DEFAULT 0
+    untold_logins    bigint NOT NULL DEFAULT 0,
+    groups           text COLLATE "C" NOT NULL DEFAULT ''
 );
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;

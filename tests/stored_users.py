@@ -224,6 +224,7 @@ LOOKUPS: dict[str, Callable[[DB], object]] = {
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "a"),
     "remove_totp": lambda db: db.remove_totp(1, "w", "x"),
     "prune": lambda db: prune(db, NOW + 1000),
+    "set_groups": lambda db: db.set_groups(db.find_user_by(id=1), "a,b"),
     "disable_user": lambda db: db.disable_user(1, NOW),
     "enable_user": lambda db: db.enable_user(1),
     "delete_user": lambda db: db.delete_verified_user(db.find_user_by(id=1), "s"),

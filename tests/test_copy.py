@@ -117,6 +117,7 @@ def fill(database: str) -> None:
         old = db.add_user("old@x.io", HASH)  # a hash as text, and no time of creation, as in an old file
         db.disable_user(old.id, 1_700_000_000)
         db.count_untold_logins(old.id, 3)
+        assert db.set_groups(old, "admin,wiki")
         db._engine.write("UPDATE users SET cut_salt = 'salt' WHERE id = :id", {"id": old.id})
         db.delete_user(db.find_user_by(email="gone@x.io").id)
         db.delete_user(db.add_user("last@x.io", b"$2b$04$bytes").id)  # its id is never used again

@@ -121,6 +121,7 @@ def use_every_route(call: Client, auth: Auth, clock: Clock, odd: str) -> list[st
     for method, path in paths:
         ask(call, method, path, cookie="__Host-session_id=canary-cookie", **environ)
         ask(call, method, path, cookie=f"__Host-session_id={session_id}", **environ)
+    ask(call, "GET", "/verify", **environ | {"QUERY_STRING": f"group={SECRETS[3]}"})
     ask(call, "POST", "/reset_password", {"email": "walk@x.io"}, **environ)
     token = auth.get_reset_password_token("walk@x.io")
     change = {"email": "walk@x.io", "reset_token": "canary-token", "new_password": "canary-password the second"}

@@ -147,6 +147,10 @@ def test_every_successful_answer_is_as_documented(
     send("GET", "/health")
     send("GET", "/profile")
     send("GET", "/verify")
+    send("GET", "/verify?group=Wiki", 400)
+    send("GET", "/verify?group=wiki", 403)
+    assert auth.change_groups(auth.find_user("bob@x.io"), "wiki", member=True)
+    send("GET", "/verify?login=1&group=admin&group=wiki")
     token = send("POST", "/email", password="b4l0u", new_email="rob@x.io")["token"]
     send("PUT", "/email", email="rob@x.io", token=token)
     login["email"] = "rob@x.io"

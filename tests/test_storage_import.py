@@ -29,7 +29,7 @@ def emails_in(db: DB) -> list[str]:
 
 @pytest.mark.both_engines
 def test_imported_users_have_all_but_sessions_and_tokens(db: DB) -> None:
-    first = User(7, "Bob@x.io", HASH, "session", "token", NOW, NOW + 1, "SEED", NOW + 2, cut_salt="salt")
+    first = User(7, "Bob@x.io", HASH, "session", "token", NOW, NOW + 1, "SEED", NOW + 2, cut_salt="salt", groups="a,b")
     db.import_users([first, User(7, "eve@x.io", HASH.decode())])
     assert list(db.each_user()) == [
         replace(first, id=1, session_id=None, reset_token=None),

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auth import _check_email
+from auth import GROUP, MAX_GROUPS, _check_email
 from cli import user_files
 from cli.user_files import Record, UnknownFormat
 from storage import User
@@ -300,6 +300,16 @@ def test_the_name_of_the_scheme_before_a_hash_is_taken_off(scheme: str) -> None:
         ({"totp_secret": "AA==" + SEED}, "totp_secret is not base32"),
         ({"totp_secret": f"otpauth://totp/bob?secret={SEED}"}, "totp_secret is not base32"),
         ({"totp_secret": 5}, "totp_secret must be text"),
+        ({"groups": "wiki Admin"}, "groups 'wiki Admin': a group is up to 64 of a-z"),
+        ({"groups": "wiki,admin"}, "groups 'wiki,admin': a group is"),
+        ({"groups": "NULL"}, "groups 'NULL': a group is"),
+        ({"groups": "-a"}, "a group is"),
+        ({"groups": "é"}, "a group is"),
+        ({"groups": "a\0"}, "a group is"),
+        ({"groups": "a" * 65}, "a group is"),
+        ({"groups": " ".join(f"g{number}" for number in range(33))}, "a user can be in at most 32 groups"),
+        ({"groups": 5}, "groups must be text"),
+        ({"groups": ["wiki"]}, "groups must be text"),
     ],
 )
 def test_an_invalid_user_is_refused_with_the_reason(fields: dict[str, Any], reason: str) -> None:
@@ -355,6 +365,20 @@ def test_a_second_factor_is_imported() -> None:
 )
 def test_a_seed_of_128_bits_is_imported_as_apps_show_it(shown: str) -> None:
     assert user(totp_secret=shown).totp_secret == SEED[:26] + "======"
+
+
+@each(
+    ("text", "groups"),
+    [
+        *((value, "") for value in ("", " ", None)),
+        ("wiki", "wiki"),
+        ("wiki admin  wiki\t0_a-b", "0_a-b,admin,wiki"),
+        ("none null", "none,null"),
+        ("a" * 64, "a" * 64),
+    ],
+)
+def test_the_groups_of_a_user_are_imported(text: Any, groups: str) -> None:
+    assert user(groups=text).groups == groups
 
 
 @each("missing", [{"hashed_password": value} for value in ("", None, "null", "NULL", r"\N", " ")])
@@ -424,6 +448,8 @@ def written(form: str, *users: User) -> tuple[str, int, int]:
 
 words = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60)
 formulas = st.from_regex(r"[ ']{0,3}[=+@;,'＝－ -]{1,3}[a-z\"]{0,3}", fullmatch=True)
+groups = st.from_regex(GROUP, fullmatch=True) | st.sampled_from(["none", "null"])
+group_lists = st.sets(groups, max_size=MAX_GROUPS).map(sorted).map(",".join)
 texts = st.one_of(words, formulas).filter(str.strip)
 
 
@@ -440,6 +466,7 @@ texts = st.one_of(words, formulas).filter(str.strip)
             totp_secret=st.just(SEED),
             totp_since=st.just(NOW),
             cut_salt=st.none(),
+            groups=group_lists,
         )
         | st.builds(User, st.just(0), texts, st.just(HASH), created_at=st.just(NOW), cut_salt=st.just(HASH[7:29])),
         max_size=5,
@@ -457,7 +484,7 @@ def test_written_users_read_back_equal(users: list[User], form: str) -> None:
 
 def test_an_unconfirmed_seed_is_not_exported() -> None:
     text, *_ = written("csv", User(1, "bob@x.io", HASH.encode(), totp_secret=SEED))
-    assert text == f"email,hashed_password,created,disabled,totp_secret,cut_at_72\nbob@x.io,{HASH},,,,\n"
+    assert text == f"email,hashed_password,created,disabled,totp_secret,cut_at_72,groups\nbob@x.io,{HASH},,,,,\n"
 
 
 @each("email", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "'=1", "＝1", "＠SUM"])
@@ -475,13 +502,13 @@ def test_no_part_of_an_exported_email_becomes_a_cell_where_semicolons_split() ->
 def test_a_mark_of_another_hash_is_not_exported() -> None:
     marked = written("csv", User(1, "bob@x.io", HASH, cut_salt=HASH[7:29]))[0]
     changed = written("csv", User(1, "bob@x.io", HASH.encode(), cut_salt="." * 22))[0]
-    assert (marked.endswith(",true\n"), changed.endswith(",\n")) == (True, True)
+    assert (marked.endswith(",true,\n"), changed.endswith(",,\n")) == (True, True)
 
 
 def test_htpasswd_leaves_out_users_that_it_cannot_represent() -> None:
     text, count, left_out = written(
         "htpasswd",
-        User(1, "bob@x.io", HASH),
+        User(1, "bob@x.io", HASH, groups="admin,wiki"),
         User(2, "long@x.io", LONG),
         User(3, "invited@x.io", "!"),
         User(4, "disabled@x.io", HASH, disabled_at=1),

@@ -14,7 +14,7 @@ import pytest
 
 import authsvc
 import log
-from auth import Auth
+from auth import GROUP, Auth
 from engines.sqlite import SQLiteEngine
 from settings import Settings
 from storage import DB
@@ -39,9 +39,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedApp]:
         yield app
 
 
+REMOTE = {"Remote-User", "Remote-Email", "Remote-Groups", "Remote-Id"}
+
+
 def verified_name(answer: Answer) -> str:
-    """Return the user that an answer of /verify names, the same in both headers."""
+    """Return the user that an answer of /verify names, the same in both headers, beside groups and an id."""
     assert answer.status == 200
+    assert {name for name in answer.headers if name.startswith("Remote-")} == REMOTE
+    assert re.fullmatch("[1-9][0-9]*", answer.headers["Remote-Id"])
     assert answer.headers["Remote-User"] == answer.headers["Remote-Email"]
     return answer.headers["Remote-User"]
 
@@ -50,7 +55,7 @@ def assert_no_user(answer: Answer, status: int = 401) -> Answer:
     """Assert that an answer of /verify names no user, and return it."""
     assert answer.status == status
     assert list(answer.json) == ["message"]
-    assert not {"Remote-User", "Remote-Email", "Set-Cookie"} & answer.headers.keys()
+    assert not (REMOTE | {"Set-Cookie"}) & answer.headers.keys()
     assert (status == 302) == ("Location" in answer.headers)
     return answer
 
@@ -188,7 +193,6 @@ def test_no_email_breaks_or_forges_a_header(call: Client, email: str) -> None:
     assert_200(answer, {"email": email})
     assert re.fullmatch("[ -~]+", verified_name(answer))
     assert len(names) == len(set(names))
-    assert not {name for name in names if name.startswith("Remote-")} - {"Remote-User", "Remote-Email"}
     if not email.isascii():
         assert re.fullmatch(r"[A-Za-z0-9@._~%-]+", verified_name(answer))
         assert unquote(verified_name(answer), errors="strict") == email
@@ -215,21 +219,25 @@ def test_two_users_never_have_the_same_name(call: Client, one: str, other: str) 
         {"HTTP_X_FORWARDED_FOR": "127.0.0.1", "HTTP_X_FORWARDED_HOST": "x", "HTTP_X_FORWARDED_PROTO": "https"},
         {
             "HTTP_X_FORWARDED_METHOD": "DELETE",
-            "HTTP_X_FORWARDED_URI": "/?session_id=x",
+            "HTTP_X_FORWARDED_URI": "/?session_id=x&group=eve",
             "HTTP_X_ORIGINAL_URL": "/health",
         },
         {"HTTP_ORIGIN": "https://evil.example", "HTTP_SEC_FETCH_SITE": "cross-site", "HTTP_HOST": "evil.example"},
-        {"form": {"email": "eve@x.io", "session_id": "x"}},
+        {"HTTP_REMOTE_GROUPS": "eve", "HTTP_REMOTE_ID": "2", "HTTP_X_ORIGINAL_URI": "/verify?group=eve"},
+        {"form": {"email": "eve@x.io", "session_id": "x", "group": "eve"}},
         {"body": b"\xff" * 20_000, "content_type": "text/plain"},
     ],
 )
 def test_only_the_cookie_says_which_user_it_is(shared: SharedApp, claim: dict[str, Any]) -> None:
-    for query in ("", "?email=eve@x.io", f"?{shared.cookie}", "?Remote-User=eve@x.io"):
-        answer = shared.call("GET", f"/verify{query}", cookie=shared.cookie, **claim)
-        assert_200(answer, {"email": "bob@x.io"})
-        assert verified_name(answer) == "bob@x.io"
-        assert "eve" not in str(answer.headers)
-        assert "eve" not in str(assert_no_user(shared.call("GET", f"/verify{query}", **claim)).headers)
+    answer = shared.call("GET", "/verify", cookie=shared.cookie, **claim)
+    assert_200(answer, {"email": "bob@x.io"})
+    assert verified_name(answer) == "bob@x.io"
+    assert (answer.headers["Remote-Groups"], answer.headers["Remote-Id"]) == ("", "1")
+    assert "eve" not in str(answer.headers)
+    assert "eve" not in str(assert_no_user(shared.call("GET", "/verify", **claim)).headers)
+    for query in ("email=eve@x.io", shared.cookie, "Remote-User=eve@x.io"):
+        for cookie in (shared.cookie, None):
+            assert_no_user(shared.call("GET", f"/verify?{query}", cookie=cookie, **claim), 400)
 
 
 # The redirect to the sign-in page
@@ -241,10 +249,12 @@ FORWARDED: dict[str, Any] = {
 }
 
 
-@each("query", ["", "login", "login=", "login=0", "login=2", "login=1&", "login=1&x=1", "x=1&login=1", "LOGIN=1"])
-def test_only_the_query_login_1_is_answered_with_a_redirect(shared: SharedApp, query: str) -> None:
-    assert_no_user(shared.call("GET", f"/verify?{query}", **FORWARDED))
-    assert_no_user(shared.call("GET", f"/verify?{query.replace('1', '%31')}", **FORWARDED))
+@each(
+    ("query", "status"),
+    [("", 401), ("group=a", 401), *((query, 302) for query in ("login=1", "login=1&group=a", "group=a&login=1"))],
+)
+def test_only_login_1_is_answered_with_a_redirect(shared: SharedApp, query: str, status: int) -> None:
+    assert_no_user(shared.call("GET", f"/verify?{query}", **FORWARDED), status)
 
 
 @each(
@@ -325,6 +335,104 @@ def test_a_missing_required_second_factor_names_no_user(db: DB, settings: Settin
     assert answer.headers["Location"].startswith("/login?return=")
     answer = bob.call("GET", "/account", cookie=bob.cookie)
     assert (answer.status, answer.headers["Location"]) == (302, "/login")
+
+
+# The groups
+
+
+@each(
+    "query",
+    [
+        *("login", "login=", "login=0", "login=2", "login=1&", "login=1&x=1", "x=1&login=1", "LOGIN=1", "login=%31"),
+        *("&", "?", "=", "&group=a", "group=a&", "group=a&&group=b", "group", "group=", "groups=a", "Group=a", "a"),
+        *("group=A", "group=-a", "group=_a", "group=a,b", "group=a+b", "group=a%20b", "group=%61", "gr%6Fup=a"),
+        *("group=a;group=b", "group=a;", "group=a%00", "group=a%0A", "group=a%26login=1", "group[]=a", "group=a=b"),
+        *("group=é", "group=a.b", "group=a/b", " group=a", "group=a ", "group= a", f"group={'a' * 65}", "group=a#b"),
+        *("group=a?group=b", "group=a&login=2", "group=a&x", "group=a|b", "group=*", "group=a\n", "email=bob@x.io"),
+    ],
+)
+def test_any_other_query_is_refused_with_or_without_a_session(shared: SharedApp, query: str) -> None:
+    for cookie in (shared.cookie, None):
+        answer = assert_no_user(shared.call("GET", "/verify", QUERY_STRING=query, cookie=cookie, **FORWARDED), 400)
+        assert answer.json == {"message": "the query may only contain login=1 and group=NAME"}
+
+
+def test_the_query_names_groups_as_the_rules_do() -> None:
+    assert authsvc.VERIFY_QUERY.pattern == f"login=1|group={GROUP.pattern}"
+
+
+@pytest.mark.both_engines
+@pytest.mark.parametrize(
+    ("groups", "query", "status"),
+    [
+        ("", "", 200),
+        ("", "group=a", 403),
+        ("", "login=1&group=a", 403),
+        ("a", "", 200),
+        ("a", "login=1", 200),
+        ("a", "group=a", 200),
+        ("a", "group=a&group=a", 200),
+        ("a", "group=b&group=a&group=c", 200),
+        ("a", "group=a&login=1", 200),
+        ("a", "login=1&group=a&login=1", 200),
+        ("a", "group=b", 403),
+        ("a", "group=aa", 403),
+        ("a,b-1,c", "group=b-1", 200),
+        ("a,b-1,c", "group=b", 403),
+        ("a,b-1,c", "group=d&group=login", 403),
+    ],
+)
+def test_only_members_of_a_group_of_the_query_are_let_in(
+    call: Client, db: DB, groups: str, query: str, status: int
+) -> None:
+    register(call)
+    register(call, "eve@x.io")
+    assert db.set_groups(db.find_user_by(id=2), groups)
+    answer = call("GET", f"/verify?{query}", cookie=cookie_of(log_in(call, "eve@x.io")), **FORWARDED)
+    if status == 403:
+        assert assert_no_user(answer, 403).json == {"message": "not allowed here"}
+        return
+    assert verified_name(answer) == "eve@x.io"
+    assert (answer.headers["Remote-Groups"], answer.headers["Remote-Id"]) == (groups, "2")
+
+
+@each("claim", ["group=a", "/verify?group=a", "/?group=a", "https://auth.x.io/verify?group=a", "a"])
+def test_groups_are_read_from_no_header_and_no_body(shared: SharedApp, claim: str) -> None:
+    names = ("X_FORWARDED_URI", "X_ORIGINAL_URI", "X_ORIGINAL_URL", "X_REWRITE_URL", "REMOTE_GROUPS", "REFERER")
+    sent: dict[str, Any] = {f"HTTP_{name}": claim for name in (*names, "X_AUTH_REQUEST_GROUPS", "GROUP")}
+    for form in (None, {"group": "a", "groups": "a"}):
+        cookie = f"{shared.cookie}; group=a"
+        assert_no_user(shared.call("GET", "/verify?group=a", form, cookie=cookie, **sent), 403)
+        answer = shared.call("GET", "/verify", form, cookie=cookie, **sent)  # nor do they ask for a group
+        assert (answer.status, answer.headers["Remote-Groups"]) == (200, "")
+
+
+def test_a_change_of_the_groups_counts_at_once(call: Client, db: DB) -> None:
+    register(call)
+    cookie = cookie_of(log_in(call))
+    for groups, status in [("", 403), ("a", 200), ("a,b", 200), ("b", 403), ("", 403)]:
+        assert db.set_groups(db.find_user_by(id=1), groups)
+        assert call("GET", "/verify?group=a", cookie=cookie).status == status
+
+
+def test_a_disabled_member_is_not_signed_in(call: Client, db: DB, clock: Clock) -> None:
+    register(call)
+    cookie = cookie_of(log_in(call))
+    assert db.set_groups(db.find_user_by(id=1), "a")
+    db.disable_user(1, int(clock()))
+    assert_no_user(call("GET", "/verify?group=a", cookie=cookie))
+    assert_no_user(call("GET", "/verify?group=a&login=1", cookie=cookie), 302)
+
+
+def test_a_user_who_is_no_member_is_named_in_the_log(call: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    register(call)
+    cookie = cookie_of(log_in(call))
+    capsys.readouterr()
+    answer = call("GET", "/verify?group=secret-name", cookie=cookie)
+    (line,) = events(capsys)
+    assert (line["event"], line["user_id"]) == ("authz_verify_fail", 1)
+    assert line["request_id"] == answer.headers["X-Request-Id"]
+    assert "secret-name" not in str(line)
 
 
 # Writes
