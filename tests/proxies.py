@@ -1,4 +1,4 @@
-"""A site for the tests: nginx or Caddy with the files of deploy/, the service, and an application, over TLS."""
+"""A site for the tests: nginx or Caddy with the files of deploy/, the service, and two applications, over TLS."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ import trustme
 
 from tests.conftest import HERE, Service
 
-AUTH, APP = "auth.example.com", "app.example.com"
+AUTH, APP, WIKI = "auth.example.com", "app.example.com", "wiki.example.com"
 PROXIES = {"nginx": "nginx.conf", "caddy": "Caddyfile", "caddy 2.6": "Caddyfile.debian12"}  # kind: its file in deploy/
 PROTOCOLS = "http/1.1", "h2"
+# The second application, which is commented out in the files of deploy/.
+SECOND = re.compile(r"^( *)# (wiki\.example\.com \S.*|server_name wiki.*|\timport .*|})$", re.MULTILINE)
 SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 PASSWORD = "correct horse battery"
 START_TIMEOUT = 30.0  # seconds; only a machine with too much to do needs more than one
@@ -78,7 +80,10 @@ def reserve_port() -> int:
 
 
 class Application(ThreadingHTTPServer):
-    """The protected application. It answers with the request it got, and counts requests; a WebSocket echoes."""
+    """A protected application. It answers with the request it got, and counts requests; a WebSocket echoes.
+
+    A header ``Location`` of the request also becomes one of the response.
+    """
 
     daemon_threads = True
 
@@ -115,6 +120,8 @@ class _Echo(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if "Location" in self.headers:
+            self.send_header("Location", self.headers["Location"])
         self.end_headers()
         self.wfile.write(content)
 
@@ -142,7 +149,7 @@ class Reply:
 
 
 class Site:
-    """A proxy, the service behind it, and the application beside the service. Close it at the end.
+    """A proxy, the service behind it, and two applications beside the service. Close it at the end.
 
     Args:
         kind: one of PROXIES.
@@ -170,6 +177,7 @@ class Site:
         self.program = proxy_program(kind)
         self.port = reserve_port()
         self.application = Application()
+        self.wiki_application = Application()
         self.application_port = application_port or self.application.server_port
         try:
             self._issue_certificate()
@@ -192,6 +200,7 @@ class Site:
             self.process.terminate()
             self.process.wait(timeout=20)
         self.application.close()
+        self.wiki_application.close()
         self.end_service()
 
     def end_service(self) -> None:
@@ -212,6 +221,11 @@ class Site:
     def app(self) -> str:
         """The URL of the application."""
         return f"https://{APP}:{self.port}"
+
+    @property
+    def wiki(self) -> str:
+        """The URL of the second application, which is only for the group ``wiki``."""
+        return f"https://{WIKI}:{self.port}"
 
     def connect(self, host: str, source: str = "127.0.0.1", *, protocol: str = "http/1.1") -> ssl.SSLSocket:
         """Connect to the proxy from this address, and name this host and this protocol in the TLS handshake."""
@@ -253,7 +267,7 @@ class Site:
 
     def _issue_certificate(self) -> None:
         authority = trustme.CA()
-        certificate = authority.issue_cert(AUTH, APP)
+        certificate = authority.issue_cert(AUTH, APP, WIKI)
         authority.cert_pem.write_to_path(str(self.folder / "authority.pem"))
         certificate.private_key_pem.write_to_path(str(self.folder / "key.pem"))
         certificate.cert_chain_pems[0].write_to_path(str(self.folder / "certificate.pem"))
@@ -263,11 +277,12 @@ class Site:
 
     def _start_proxy(self) -> None:
         assert self.service
-        text = (self.configuration / PROXIES[self.kind]).read_text()
+        text = SECOND.sub(r"\1\2", (self.configuration / PROXIES[self.kind]).read_text())
         text = self._nginx(text) if self.kind == "nginx" else self._caddy(text)
         # Whole numbers only: the port of the proxy may begin with the same digits.
         text = re.sub(r"127\.0\.0\.1:5000\b", "{}:{}".format(*self.service.address), text)
         text = re.sub(r"127\.0\.0\.1:8000\b", f"127.0.0.1:{self.application_port}", text)
+        text = re.sub(r"127\.0\.0\.1:8001\b", f"127.0.0.1:{self.wiki_application.server_port}", text)
         (self.folder / "proxy.conf").write_text(text)
         command = [self.program, "run", "--adapter", "caddyfile", "--config", "proxy.conf"]
         if self.kind == "nginx":
@@ -302,7 +317,7 @@ class Site:
         return text
 
     def _caddy(self, text: str) -> str:
-        for host in (AUTH, APP):
+        for host in (AUTH, APP, WIKI):
             text = text.replace(f"\n{host} {{", f"\nhttps://{host}:{self.port} {{\n\ttls certificate.pem key.pem\n")
         options = "\tadmin off\n\tauto_https disable_redirects\n\tdefault_bind 127.0.0.1\n"
         return text.replace("\n{\n", f"\n{{\n{options}", 1)

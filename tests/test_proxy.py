@@ -1,10 +1,11 @@
-"""The configurations in deploy/, in nginx and two versions of Caddy, before the service and a protected application."""
+"""The configurations in deploy/, in nginx and two versions of Caddy, before the service and two applications."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import re
+import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,27 +15,48 @@ import pytest
 
 from tests.cases import each
 from tests.conftest import HERE
-from tests.proxies import APP, AUTH, PASSWORD, PROXIES, Site
+from tests.proxies import APP, AUTH, PASSWORD, PROXIES, WIKI, Reply, Site
 from web.forms import MAX_BODY_BYTES
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.proxies]
 
 BOB = "bob@example.com"
+CAROL = "carol@example.com"  # in the groups staff and wiki
 
 
 @pytest.fixture(scope="module", params=PROXIES)
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """One site of each kind for all tests that do not stop a part of it. Bob has an account."""
+    """One site of each kind for all tests that do not stop a part of it. Bob and Carol have an account."""
     folder = tmp_path_factory.mktemp(request.param)
     with closing(Site(request.param, folder, {"AUTHSVC_SESSIONS_PER_USER": "100"})) as shared:
         shared.create_account(BOB)
+        shared.create_account(CAROL)
+        set_groups(shared, CAROL, "staff,wiki")
         yield shared
+
+
+def set_groups(site: Site, email: str, groups: str) -> None:
+    with closing(sqlite3.connect(site.folder / "authsvc.db")) as database, database:
+        database.execute("UPDATE users SET groups = ? WHERE email = ?", (groups, email))
 
 
 @pytest.fixture(scope="module")
 def cookie(site: Site) -> str:
     """The cookie of a session of Bob."""
     return site.sign_in(BOB)
+
+
+@pytest.fixture(scope="module")
+def member(site: Site) -> str:
+    """The cookie of a session of Carol."""
+    return site.sign_in(CAROL)
+
+
+def identity(reply: Reply) -> dict[str, list[str]]:
+    """Return the headers about the user that the application got, without empty ones, which nginx leaves out."""
+    assert reply.status == 200, reply.body
+    headers = reply.json["headers"].items()
+    return {name: values for name, values in headers if re.match("remote[-_]", name) and values != [""]}
 
 
 def test_the_service_answers_through_the_proxy(site: Site, cookie: str) -> None:
@@ -116,6 +138,10 @@ CLAIMS = {
     "Remote-Email": "eve@example.com",
     "REMOTE-USER": "eve@example.com",
     "Remote-Groups": "eves",
+    "REMOTE-GROUPS": "eves",
+    "Remote_Groups": "eves",
+    "Remote-Id": "99",
+    "Remote_Id": "99",
     "Remote-Name": "Eve",
     "Remote_User": "eve@example.com",
     "REMOTE_EMAIL": "eve@example.com",
@@ -140,7 +166,7 @@ def test_a_client_cannot_claim_an_identity_by_a_header(site: Site, cookie: str, 
     assert "eve" not in stranger.headers["Location"]
     assert site.application.request_count == before
     bob = site.request("GET", f"{site.app}/page", cookie=cookie, headers={name: value})
-    assert bob.json["headers"]["remote-user"] == bob.json["headers"]["remote-email"] == [BOB]
+    assert identity(bob) == {"remote-user": [BOB], "remote-email": [BOB], "remote-id": ["1"]}
     assert bob.json["path"] == "/page"
     if not name.startswith(
         ("X-Original", "X-Rewrite")
@@ -246,10 +272,151 @@ def test_no_protocol_other_than_websocket_is_tunnelled(site: Site, cookie: str, 
     assert "foo" not in seen
 
 
-def test_a_client_cannot_have_the_identity_headers_removed(site: Site, cookie: str) -> None:
-    for connection in ("Remote-User", "close, Remote-User, Remote-Email"):
+def test_a_client_cannot_have_the_identity_headers_removed(site: Site, cookie: str, member: str) -> None:
+    for connection in ("Remote-User", "close, Remote-User, Remote-Email", "Remote-Groups", "Remote-Groups, Remote-Id"):
         reply = site.request("GET", f"{site.app}/", cookie=cookie, headers={"Connection": connection})
         assert reply.json["headers"]["remote-user"] == reply.json["headers"]["remote-email"] == [BOB]
+        reply = site.request("GET", f"{site.wiki}/", cookie=member, headers={"Connection": connection})
+        assert identity(reply) == IDENTITY_OF_CAROL
+
+
+def test_nginx_replaces_the_address_of_an_application_in_its_redirects(site: Site, member: str) -> None:
+    for url, application in ((site.app, site.application), (site.wiki, site.wiki_application)):
+        inner = f"http://127.0.0.1:{application.server_port}"
+        reply = site.request("GET", f"{url}/", cookie=member, headers={"Location": f"{inner}/there"})
+        assert reply.headers["Location"] == f"{url if site.kind == 'nginx' else inner}/there"
+
+
+# The second application, which is only for the group "wiki"
+
+IDENTITY_OF_CAROL = {
+    "remote-user": [CAROL],
+    "remote-email": [CAROL],
+    "remote-groups": ["staff,wiki"],
+    "remote-id": ["2"],
+}
+
+
+def test_a_member_reaches_the_application_of_the_group(site: Site, member: str) -> None:
+    before = site.application.request_count, site.wiki_application.request_count
+    reply = site.request("GET", f"{site.wiki}/page?group=staff&a=%2F", cookie=member)
+    assert identity(reply) == IDENTITY_OF_CAROL
+    assert reply.json["path"] == "/page?group=staff&a=%2F"
+    assert member.partition("=")[2] not in str(reply.json)
+    assert (site.application.request_count, site.wiki_application.request_count) == (before[0], before[1] + 1)
+    assert identity(site.request("GET", f"{site.app}/", cookie=member)) == IDENTITY_OF_CAROL
+
+
+@pytest.mark.parametrize("path", ["/", "/?group=staff", "/?group=&login=1", "/verify?group=staff", "//", "/x/..%2f?"])
+def test_a_user_outside_the_group_is_refused(site: Site, cookie: str, path: str) -> None:
+    before = site.wiki_application.request_count
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PROPFIND", "get", "GROUP"):
+        reply = site.request(method, f"{site.wiki}{path}", cookie=cookie)
+        # nginx knows upper-case methods only.
+        assert reply.status == (400 if (site.kind, method) == ("nginx", "get") else 403)
+        assert "Location" not in reply.headers
+    assert site.wiki_application.request_count == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[
+            (name, "wiki")
+            for name in ("Remote-Groups", "REMOTE-GROUPS", "Remote_Groups", "Groups", "X-Forwarded-Groups")
+        ],
+        *[(name, "2") for name in ("Remote-Id", "Remote_Id")],
+        *[(name, CAROL) for name in ("Remote-User", "Remote_User")],
+        *[(name, "/?group=staff") for name in ("X-Forwarded-Uri", "X-Original-URL", "X-Original-URI", "X-Rewrite-URL")],
+        *[(name, APP) for name in ("X-Forwarded-Host", "X-Forwarded-Server", "X-Original-Host")],
+        ("X-Forwarded-Method", "OPTIONS"),
+        ("X-HTTP-Method-Override", "OPTIONS"),
+        ("Forwarded", f"host={APP}"),
+        ("Connection", "Remote-Groups, X-Forwarded-Uri"),
+        ("Upgrade", "websocket"),
+    ],
+)
+def test_a_client_cannot_claim_a_group_by_a_header(site: Site, cookie: str, member: str, name: str, value: str) -> None:
+    before = site.wiki_application.request_count
+    assert site.request("GET", f"{site.wiki}/", cookie=cookie, headers={name: value}).status == 403
+    assert site.request("GET", f"{site.wiki}/", headers={name: value}).status == 302
+    assert site.wiki_application.request_count == before
+    if name != "Upgrade":
+        assert identity(site.request("GET", f"{site.wiki}/", cookie=member, headers={name: value})) == IDENTITY_OF_CAROL
+
+
+@pytest.mark.parametrize("name", [APP, WIKI])  # in the TLS handshake
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("/", f"Host: {WIKI}"),
+        ("/", f"Host: {WIKI.upper()}"),
+        ("/", f"Host: {WIKI}."),
+        ("/", f"Host: {WIKI}:80"),
+        ("/", f"Host: {APP}\r\nHost: {WIKI}"),
+        ("/", f"Host: {WIKI}\r\nHost: {APP}"),
+        ("/", f"Host: {APP}\r\nX-Forwarded-Host: {WIKI}"),
+        (f"https://{WIKI}/", f"Host: {APP}"),
+        (f"https://{APP}/", f"Host: {WIKI}"),
+        (f"https://{APP}@{WIKI}/", f"Host: {APP}"),
+        ("/", "X-No-Host: 1"),
+    ],
+)
+def test_a_user_outside_the_group_gets_in_by_no_spelling_of_the_host(
+    site: Site, cookie: str, name: str, target: str, host: str
+) -> None:
+    before = site.wiki_application.request_count
+    with site.connect(name) as connection, connection.makefile("rb") as received:
+        version = "1.0" if "X-No-Host" in host else "1.1"
+        connection.sendall(f"GET {target} HTTP/{version}\r\n{host}\r\nCookie: {cookie}\r\n\r\n".encode())
+        received.readline()
+    assert site.wiki_application.request_count == before
+
+
+def test_without_a_session_the_application_of_a_group_leads_to_the_sign_in_page(site: Site) -> None:
+    before = site.wiki_application.request_count
+    reply = site.request("GET", f"{site.wiki}/page?group=wiki")
+    assert reply.status == 302
+    assert unquote(reply.headers["Location"]) == f"{site.auth}/login?return={site.wiki}/page?group=wiki"
+    assert site.request("GET", f"{site.wiki}/page", headers={"Sec-Fetch-Mode": "cors"}).status == 401
+    assert site.wiki_application.request_count == before
+
+
+def test_a_change_of_groups_counts_at_the_next_request(site: Site) -> None:
+    cookie = site.sign_in(BOB)
+    statuses = []
+    for groups in ("", "wiki", "wiki-2,wikis", "a,wiki,z", ""):
+        set_groups(site, BOB, groups)
+        statuses.append(site.request("GET", f"{site.wiki}/", cookie=cookie).status)
+    assert statuses == [403, 200, 403, 200, 403]
+
+
+@pytest.mark.parametrize("groups", ["group=staff&group=admins", "group=Staff"])
+@pytest.mark.parametrize("kind", PROXIES)
+def test_the_file_names_several_groups_and_a_misspelt_one_admits_nobody(tmp_path: Path, kind: str, groups: str) -> None:
+    text = (HERE / "deploy" / PROXIES[kind]).read_text()
+    (tmp_path / PROXIES[kind]).write_text(
+        re.sub("^( *# .*)group=wiki(?=;| 127)", rf"\1{groups}", text, flags=re.MULTILINE)
+    )
+    with closing(Site(kind, tmp_path, configuration=tmp_path)) as site:
+        statuses = []
+        for email, held in ((CAROL, "staff"), (BOB, "wiki")):
+            site.create_account(email)
+            set_groups(site, email, held)
+            statuses.append(site.request("GET", f"{site.wiki}/", cookie=site.sign_in(email)).status)
+        assert statuses == ([500 if kind == "nginx" else 400] * 2 if "Staff" in groups else [200, 403])
+        assert site.wiki_application.request_count == statuses.count(200)
+
+
+@pytest.mark.parametrize("missing", ["127.0.0.1:8001", "group=wiki"])
+def test_nginx_refuses_an_application_that_one_of_the_maps_does_not_have(tmp_path: Path, missing: str) -> None:
+    text = (HERE / "deploy" / PROXIES["nginx"]).read_text()
+    (tmp_path / PROXIES["nginx"]).write_text(text.replace(f"    # wiki.example.com {missing};\n", ""))
+    with closing(Site("nginx", tmp_path, configuration=tmp_path)) as site:
+        site.create_account(CAROL)
+        set_groups(site, CAROL, "wiki")
+        assert site.request("GET", f"{site.wiki}/", cookie=site.sign_in(CAROL)).status == 500
+        assert site.application.request_count == site.wiki_application.request_count == 0
 
 
 @pytest.mark.parametrize("path", ["/.authsvc", "/.authsvc?login=1"])
@@ -282,14 +449,24 @@ def test_without_the_service_no_request_reaches_the_application(kind: str, tmp_p
 def test_all_configurations_name_the_same_hosts_and_ports() -> None:
     for name in (*PROXIES.values(), "traefik.yml"):
         text = (HERE / "deploy" / name).read_text()
-        for word in (AUTH, APP, "127.0.0.1:5000", "127.0.0.1:8000", "Remote-User", "Remote-Email", "verify"):
-            assert word.lower().replace("remote-user", "remote") in text.lower().replace("remote_user", "remote"), name
+        for word in (AUTH, APP, WIKI, "127.0.0.1:5000", "127.0.0.1:8000", "127.0.0.1:8001", "/verify?", "group=wiki"):
+            assert word in text, name
+        for word in ("Remote-User", "Remote-Email", "Remote-Groups", "Remote-Id"):
+            assert word in text, name
 
 
-def test_the_two_files_for_caddy_differ_only_in_the_names_of_the_buffers() -> None:
+def test_traefik_replaces_every_header_about_the_user() -> None:
+    text = (HERE / "deploy" / "traefik.yml").read_text()
+    assert text.count("forwardAuth:") == 2
+    assert text.count("authResponseHeaders: [Remote-User, Remote-Email, Remote-Groups, Remote-Id]") == 2
+    assert '{Remote_User: "", Remote_Email: "", Remote_Groups: "", Remote_Id: "", Remote-Name: "", Upgrade: ""}' in text
+
+
+def test_the_two_files_for_caddy_differ_only_in_their_spelling_of_buffers_and_arguments() -> None:
     newest, debian = ((HERE / "deploy" / PROXIES[kind]).read_text() for kind in ("caddy", "caddy 2.6"))
     for side in ("request", "response"):
         newest = re.sub(rf"(\t+){side}_buffers (.+)", rf"\1buffer_{side}s\n\1max_buffer_size \2", newest)
+    newest = re.sub(r"\{args\[([01])]}", r"{args.\1}", newest)
     for text, name in ((newest, "Caddyfile.debian12"), (debian, "Caddyfile")):
         assert len(re.findall(rf"\n# This file is for Caddy .*\b{re.escape(name)} is for .*", text)) == 1
     version = re.compile("# This file is for Caddy .*")
