@@ -327,10 +327,13 @@ def test_a_service_on_all_ipv6_addresses_takes_ipv4_too(start: Callable[..., Ser
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
 def test_a_service_on_one_ipv6_address_does_not_take_ipv4(start: Callable[..., Service]) -> None:
-    url = start(AUTHSVC_LISTEN="[::1]:0").url
-    assert requests.get(url, timeout=5).status_code == 200
-    with pytest.raises(requests.ConnectionError):
-        requests.get(url.replace("[::1]", "127.0.0.1"), timeout=5)
+    with socket.socket() as held:  # it refuses connections, and no other process of the machine can get its port
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        url = start(AUTHSVC_LISTEN=f"[::1]:{port}").url
+        assert requests.get(url, timeout=5).status_code == 200
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"http://127.0.0.1:{port}", timeout=5)
 
 
 @pytest.mark.process
