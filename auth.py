@@ -218,8 +218,9 @@ class Auth:
         self._limiter = RateLimiter(self._db.rate_limits, self._settings, clock)
 
     def close(self) -> None:
-        """Close the database. No thread may use it then or later."""
-        self._db.close()
+        """Close the database. No other thread may use it, so a mail that is being written is waited for."""
+        if not self._mailer or self._mailer.stop(timeout=1.0):
+            self._db.close()
 
     # Accounts
 

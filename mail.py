@@ -92,6 +92,10 @@ class Mailer:
         for _ in self._resets.put(waiting, path, preferred=known, limited=limited):
             self._log("mail_dropped", reason="queue full")
 
+    def stop(self, timeout: float) -> bool:
+        """Begin no further task with a link, as these read the database; return whether none runs any more."""
+        return self._reset_sender.stop(timeout)
+
     def sign_in(self, email: str, what: str, seen: tuple[object, ...] = ()) -> EmailMessage:
         """Return the mail that notifies a user of sign-ins. ``what`` becomes its subject.
 
@@ -186,6 +190,7 @@ class _Sender:
         self._retries: list[tuple[float, int, int, float, EmailMessage]] = []
         self._added = threading.Condition()  # guards the heap
         self._starting = threading.Lock()
+        self._running = threading.Lock()  # held while a task runs, and for good once no further one may begin
         self._took = FIRST_DELIVERY  # seconds of the latest task whose mail was sent
         steps = self._work, self._retry
         self._threads = [threading.Thread(target=self._repeat, args=(step,), daemon=True) for step in steps]
@@ -201,6 +206,10 @@ class _Sender:
                     return
                 self._threads.pop()
 
+    def stop(self, timeout: float) -> bool:
+        """Begin no further task; return whether none runs any more after ``timeout`` seconds."""
+        return self._running.acquire(timeout=timeout)
+
     def _repeat(self, step: Callable[[], None]) -> None:
         while True:
             try:
@@ -214,10 +223,11 @@ class _Sender:
         due, task, concealed = self._get()
         time.sleep(max(0.0, due - time.monotonic()))
         began, mail = time.monotonic(), None
-        try:
-            mail = task()
-        except Exception as error:
-            self._log("mail_dropped", reason=type(error).__name__)
+        with self._running:
+            try:
+                mail = task()
+            except Exception as error:
+                self._log("mail_dropped", reason=type(error).__name__)
         if mail:
             sent = self._deliver(mail, 0, began + self._lifetime)
             elapsed = time.monotonic() - began

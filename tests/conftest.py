@@ -29,6 +29,7 @@ from auth import Auth, _default_cost
 from authsvc import create_app
 from cli import commands
 from engines.schema import TABLES
+from mail import Mailer
 from settings import Settings, is_url
 from storage import DB
 from tests import postgres
@@ -59,6 +60,16 @@ sys.modules["segno"] = None  # type: ignore[assignment]
 log.direct = True  # the tests read what the service in this process has logged; test_log.py tests the thread
 
 
+MAILERS: list[Mailer] = []  # those of this test, whose threads may still read the database
+_new_mailer = Mailer.__init__
+
+
+def _remember_mailer(self: Mailer, *arguments: Any) -> None:
+    _new_mailer(self, *arguments)
+    MAILERS.append(self)
+
+
+Mailer.__init__ = _remember_mailer  # type: ignore[assignment,method-assign]
 MEASURED: dict[str, str] = {}  # the environment of a process of which the coverage is measured
 
 
@@ -340,6 +351,8 @@ def settings(database: str) -> Settings:
 def db(settings: Settings) -> Iterator[DB]:
     with closing(DB(settings.database)) as db:
         yield db
+        while MAILERS:  # SQLite crashes where one thread closes a connection that another one uses
+            MAILERS.pop().stop(timeout=1)
 
 
 @contextmanager

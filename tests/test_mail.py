@@ -210,6 +210,32 @@ def confirm(call: Client, token: str, password: str = NEW_PASSWORD) -> int:
     return call("PUT", "/reset_password", form, REMOTE_ADDR=CLIENT).status
 
 
+def test_the_database_is_closed_when_the_mail_that_is_being_written_is_complete(
+    settings: Settings, mailer: Mailer
+) -> None:
+    auth = Auth(DB(settings.database), settings, mailer=mailer)
+    begun, going_on, found = threading.Event(), threading.Event(), queue.SimpleQueue[list[object]]()
+
+    def task() -> None:
+        begun.set()
+        going_on.wait(10)
+        found.put([*auth.prune()])  # reads the database
+
+    enqueue_reset(mailer, task)
+    assert begun.wait(10)
+    closing = threading.Thread(target=auth.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    going_on.set()
+    assert found.get(timeout=10) == []
+    closing.join(10)
+    assert not closing.is_alive()
+    enqueue_reset(mailer, task)  # it waits until the process ends, as the database is closed
+    with pytest.raises(queue.Empty):
+        found.get(timeout=0.1)
+
+
 @pytest.mark.parametrize(
     ("user", "password", "problem"),
     [
