@@ -38,6 +38,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from email.message import EmailMessage
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -430,7 +431,7 @@ class Auth:
 
     # Groups
 
-    def require_member(self, user: User, groups: set[str]) -> None:
+    def require_member(self, user: User, groups: AbstractSet[str]) -> None:
         """Raise NotAMember if a user is in none of these groups."""
         if groups.isdisjoint(user.group_names):
             raise NotAMember(user_id=user.id)

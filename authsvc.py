@@ -180,18 +180,15 @@ class Handlers:
     @_route("GET", "/verify")
     def verify(self) -> Response:
         """Tell a proxy which user sent a request to an application, if the user may use it."""
-        # The query is that of the proxy's own request, and compared as it is: a misspelt group lets nobody in.
-        query = request.query_string.split("&") if request.query_string else []
-        if not all(map(VERIFY_QUERY.fullmatch, query)):
-            raise Refusal(400, "the query may only contain login=1 and group=NAME")
+        leads, groups = _parse_verify_query(request.query_string)
         try:
             user = self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
             _log("authz_verify_fail", reason=refusal.message)
-            if "login=1" not in query or _is_asked_by_script():
+            if not leads or _is_asked_by_script():
                 return json_response(401, message=refusal.message)
             return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)
-        if groups := {part.removeprefix("group=") for part in query} - {"login=1"}:
+        if groups:
             self._auth.require_member(user, groups)
         # Percent-encoded where a header cannot hold it. "%" is encoded, too, so that no two users get the same name.
         name = user.email if HEADER_TEXT.fullmatch(user.email) else quote(user.email, safe="@")
@@ -534,6 +531,18 @@ def _bind(settings: Settings) -> socket.socket:
         return socket.create_server((str(host), port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise SettingsError(f"AUTHSVC_LISTEN={settings.listen}: {os.strerror(error.errno or 0).lower()}") from None
+
+
+@functools.lru_cache(maxsize=64)  # a proxy always sends the same few
+def _parse_verify_query(query: str) -> tuple[bool, frozenset[str]]:
+    """Return whether /verify leads to the sign-in page, and the groups that may use the application; none: all users.
+
+    The query is that of the proxy's own request, and compared as it is: a misspelt group lets nobody in.
+    """
+    parts = query.split("&") if query else []
+    if not all(map(VERIFY_QUERY.fullmatch, parts)):
+        raise Refusal(400, "the query may only contain login=1 and group=NAME")
+    return "login=1" in parts, frozenset(part.removeprefix("group=") for part in parts) - {"login=1"}
 
 
 def _is_asked_by_script() -> bool:
