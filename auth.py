@@ -30,7 +30,6 @@ response; each refusal names its status. Knows no SQL.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import re
@@ -897,7 +896,7 @@ class Auth:
             return user
         hashed = _hash_password(password, self._settings.bcrypt_cost)
         self._db.replace_hash(user.id, user.hashed_password, hashed)
-        return dataclasses.replace(user, hashed_password=hashed)  # if it was not stored, no session can start from it
+        return user._replace(hashed_password=hashed)  # if it was not stored, no session can start from it
 
     def _check_password(self, password: str, email: str) -> None:
         reason = passwords.length_error(password)

@@ -49,9 +49,6 @@ PRUNE_REST = 10  # the pause after a step lasts this many times as long as the s
 PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
 PAGES = PROJECT / "web" / "pages"
 PAGE_NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
-# A page may load files from its own host and send requests to it. Only its one script runs.
-PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
-PAGE_POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 SESSION_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
 DEVICE_TOKENS = re.compile("[A-Za-z0-9_.~-]{1,1024}", re.ASCII)
@@ -553,7 +550,7 @@ def _is_asked_by_script() -> bool:
 
 def _page(kind: str, content: bytes) -> Response:
     headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(content)))]
-    return Response(200, content, [*headers, ("Content-Security-Policy", PAGE_POLICY)])
+    return Response(200, content, [*headers, responses.PAGE_POLICY])
 
 
 def _answer(handler: Handler, **parts: str) -> Response:

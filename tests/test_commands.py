@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -589,7 +588,7 @@ def test_imported_users_without_a_password_are_counted_and_can_be_invited(
     assert result.err == ["authsvc: 2 users without a password; next: invite each"]
     assert run("user", "add", "ed@x.io").code == 0
     carol, dan, ed = (people.find_user(f"{name}@x.io") for name in ("carol", "dan", "ed"))
-    assert carol == replace(ed, id=carol.id, email=carol.email, created_at=carol.created_at)
+    assert carol == ed._replace(id=carol.id, email=carol.email, created_at=carol.created_at)
     assert dan.disabled_at
     (link,) = run("invite", "carol@x.io", "--json").records
     people.update_password(link["reset_token"], "c4r0l")

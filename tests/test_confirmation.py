@@ -344,7 +344,7 @@ def test_of_several_links_of_one_email_used_at_once_one_creates_the_account(call
 
 CLAIMS: dict[str, Callable[[Auth], object]] = {
     "invitation": lambda auth: auth.add_account(BOB),
-    "import": lambda auth: auth._db.import_users([replace(auth.find_user(EVE), email=BOB)]),
+    "import": lambda auth: auth._db.import_users([auth.find_user(EVE)._replace(email=BOB)]),
     "rename": lambda auth: auth.rename(auth.find_user(EVE), BOB),
 }
 

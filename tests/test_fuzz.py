@@ -373,7 +373,7 @@ def check_answer(status: int, headers: dict[str, str], body: bytes, production: 
     assert status < 500 or status == 501, (status, body)
     page = headers["Content-Type"].startswith("text/")
     common = dict([*responses.SECURITY_HEADERS, responses.HSTS] if production else responses.SECURITY_HEADERS)
-    common |= {"Content-Security-Policy": authsvc.PAGE_POLICY} if page else {"Content-Type": "application/json"}
+    common |= {"Content-Security-Policy": responses.PAGE_POLICY[1]} if page else {"Content-Type": "application/json"}
     for name, value in common.items():
         assert headers[name] == value, (status, name)
     assert re.fullmatch("[0-9a-f]{16}", headers["X-Request-ID"])

@@ -37,7 +37,7 @@ from tests.routes import (
     register,
 )
 from web.middleware import SecurityMiddleware
-from web.responses import SECURITY_HEADERS
+from web.responses import PAGE_POLICY, SECURITY_HEADERS
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +373,7 @@ def test_a_page_loads_only_the_files_that_are_served(shared: SharedApp) -> None:
 @each("path", PAGES)
 def test_a_page_carries_the_headers_with_a_policy_of_its_own(shared: SharedApp, path: str) -> None:
     headers = shared.call("GET", path, cookie=shared.cookie).headers
-    assert headers == headers | dict(SECURITY_HEADERS) | {"Content-Security-Policy": authsvc.PAGE_POLICY}
+    assert headers == headers | dict(SECURITY_HEADERS) | {"Content-Security-Policy": PAGE_POLICY[1]}
 
 
 def test_a_password_field_is_masked_and_open_to_password_managers(shared: SharedApp) -> None:
@@ -401,7 +401,7 @@ def test_the_script_makes_no_markup_and_no_code_and_changes_no_prototype(shared:
 
 
 def test_the_policy_of_a_page_allows_only_what_the_page_needs() -> None:
-    policy = dict(part.split(" ", 1) for part in authsvc.PAGE_POLICY.split("; "))
+    policy = dict(part.split(" ", 1) for part in PAGE_POLICY[1].split("; "))
     own = {"script-src": "'self'", "style-src": "'self'", "connect-src": "'self'", "img-src": "data:"}
     none = dict.fromkeys(("default-src", "frame-ancestors", "base-uri", "form-action"), "'none'")
     assert policy == own | none

@@ -226,7 +226,7 @@ def test_destroy_session_can_be_repeated(auth: Auth, user: User, row: Row) -> No
     auth.create_session(EMAIL)
     auth.destroy_session(user.id)
     after = row()
-    assert after == replace(user, last_login_at=after.last_login_at)
+    assert after == user._replace(last_login_at=after.last_login_at)
     auth.destroy_session(user.id)
     assert row() == after
 

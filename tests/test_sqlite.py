@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -538,7 +537,7 @@ def test_a_file_name_may_contain_characters_of_a_url(tmp_path: Path) -> None:
     with closing(DB(path)) as db:
         back_up(path, tmp_path / "copy?x")
         user = User(1, "bob@x.io", HASH, created_at=LAST_CHANGED, last_login_at=LAST_CHANGED)
-        assert replace(db.find_user_by(id=1), session_id=None) == user
+        assert db.find_user_by(id=1)._replace(session_id=None) == user
     assert emails(tmp_path / "copy?x") == ["bob@x.io"]
 
 

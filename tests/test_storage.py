@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import FrozenInstanceError
 from typing import Any
 
 import bcrypt
@@ -78,16 +77,13 @@ def test_a_new_user_has_neither_session_nor_token(db: DB) -> None:
 
 
 def test_a_user_is_a_snapshot(bob: User) -> None:
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         bob.email = "eve@x.io"  # type: ignore[misc]
 
 
 def test_the_repr_of_a_user_contains_no_secrets() -> None:
     user = User(1, "bob@x.io", HASH, "session", "token", totp_secret="seed", device_key="key", last_login_at=NOW)
-    assert repr(user) == (
-        "User(id=1, email='bob@x.io', created_at=None, disabled_at=None, totp_since=None, last_login_at=1800000000, "
-        "groups='')"
-    )
+    assert repr(user) == "User(id=1, email='bob@x.io')"
 
 
 def test_the_errors_of_a_lookup_are_unrelated() -> None:

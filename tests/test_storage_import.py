@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 
@@ -32,7 +31,7 @@ def test_imported_users_have_all_but_sessions_and_tokens(db: DB) -> None:
     first = User(7, "Bob@x.io", HASH, "session", "token", NOW, NOW + 1, "SEED", NOW + 2, cut_salt="salt", groups="a,b")
     db.import_users([first, User(7, "eve@x.io", HASH.decode())])
     assert list(db.each_user()) == [
-        replace(first, id=1, session_id=None, reset_token=None),
+        first._replace(id=1, session_id=None, reset_token=None),
         User(2, "eve@x.io", HASH.decode()),
     ]
 

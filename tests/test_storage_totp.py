@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,12 +32,12 @@ eve = stored_users.eve
 populated = stored_users.populated
 
 UNCONFIRMED: dict[str, tuple[User, str]] = {
-    "the seed was replaced": (replace(SEEDED, totp_secret="OLD"), "1"),
-    "there was no seed": (replace(SEEDED, totp_secret=None), "1"),
+    "the seed was replaced": (SEEDED._replace(totp_secret="OLD"), "1"),
+    "there was no seed": (SEEDED._replace(totp_secret=None), "1"),
     "the session has ended": (SEEDED, "ended"),
     "the session is another user's": (SEEDED, "eve"),
-    "it is another user": (replace(SEEDED, id=2), "eve"),
-    "there is no such user": (replace(SEEDED, id=9), "1"),
+    "it is another user": (SEEDED._replace(id=2), "eve"),
+    "there is no such user": (SEEDED._replace(id=9), "1"),
 }
 
 
@@ -46,7 +45,7 @@ UNCONFIRMED: dict[str, tuple[User, str]] = {
 def test_an_unconfirmed_seed_is_stored_and_not_used(db: DB, eve: User, bob: User) -> None:
     add_session(db, bob, "s")
     assert [begin_totp(db, 1, "FIRST"), begin_totp(db, 1, "SECOND")] == [True, True]
-    assert db.find_user_by(id=1) == replace(bob, session_id="s", totp_secret="SECOND", last_login_at=NOW)
+    assert db.find_user_by(id=1) == bob._replace(session_id="s", totp_secret="SECOND", last_login_at=NOW)
     assert db.find_user_by(id=2) == eve
     assert not db.spend_totp(1, 1, 1)
     assert add_session(db, bob, "t")  # signing in needs no code yet
@@ -59,7 +58,7 @@ def test_a_seed_needs_the_current_password_and_a_session(db: DB, eve: User, bob:
         add_session(db, user, name)
     db.end_session("ended")
     before = all_rows(other)
-    user = {"an old password": replace(bob, hashed_password=NEW_HASH), "an unknown user": replace(bob, id=9)}.get(
+    user = {"an old password": bob._replace(hashed_password=NEW_HASH), "an unknown user": bob._replace(id=9)}.get(
         reason, bob
     )
     session = {"an ended session": "ended", "a session of eve": "eve"}.get(reason, "bob")
@@ -103,14 +102,14 @@ def test_a_confirmed_second_factor_leaves_one_session_under_a_new_hash(
     assert enable_totp(db, bob, "1", "renewed", "a", "b")
     confirmed = db.find_user_by(id=1)
     assert confirmed.device_key
-    assert replace(confirmed, device_key=None) == replace(
-        bob, session_id="renewed", totp_secret="SEED", totp_since=NOW, last_login_at=NOW
+    assert confirmed._replace(device_key=None) == bob._replace(
+        session_id="renewed", totp_secret="SEED", totp_since=NOW, last_login_at=NOW
     )
     assert live_sessions(db, "1", "2", "renewed", "eve") == ["renewed", "eve"]
     assert not spend_token(db)
     assert rows(other, "SELECT * FROM recovery_codes") == [(1, "a"), (1, "b")]
     assert not db.spend_totp(1, 1000, 1010)  # it was used to confirm
-    assert db.find_user_by(id=2) == replace(eve, session_id="eve", last_login_at=NOW)
+    assert db.find_user_by(id=2) == eve._replace(session_id="eve", last_login_at=NOW)
 
 
 @pytest.mark.both_engines

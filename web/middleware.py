@@ -14,7 +14,8 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from addresses import client_address, is_loopback, is_trusted, parse_address
 from log import log_crash, log_event
 from settings import Settings
-from web.responses import Header, Refusal, common_headers, json_body, json_headers, new_request_id, status_line
+from web import responses
+from web.responses import Header, Refusal, json_body, json_headers, new_request_id, status_line
 
 # Each of these, and each X-Forwarded-… header, says that a proxy stands between us and the caller.
 FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
@@ -28,8 +29,8 @@ class SecurityMiddleware:
     def __init__(self, application: WSGIApplication, settings: Settings) -> None:
         self._application = application
         self._settings = settings
-        self._headers = common_headers(settings.production)
-        self._page_headers = [header for header in self._headers if header[0] != "Content-Security-Policy"]
+        self._headers = responses.common_headers(settings.production)
+        self._page_headers = [header for header in self._headers if header[0] != responses.PAGE_POLICY[0]]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request. An unexpected error becomes a JSON answer with status 500 and one line in the log."""
@@ -37,8 +38,7 @@ class SecurityMiddleware:
         environ["authsvc.client"] = self._client(environ)
 
         def start(status: str, headers: list[Header], exc_info: Any = None) -> Any:
-            has_own_policy = "Content-Security-Policy" in [name for name, _ in headers]
-            common = self._page_headers if has_own_policy else self._headers
+            common = self._page_headers if responses.PAGE_POLICY in headers else self._headers
             return start_response(status, [*headers, *common, ("X-Request-ID", request_id)], exc_info)
 
         try:

@@ -20,6 +20,12 @@ SECURITY_HEADERS: tuple[Header, ...] = (
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
 )
+# A page may load files from its own host and send requests to it. Only its one script runs.
+_PAGE_SOURCES = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
+PAGE_POLICY: Header = (
+    "Content-Security-Policy",
+    f"{_PAGE_SOURCES}frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+)
 HSTS: Header = ("Strict-Transport-Security", "max-age=31536000")  # one year, for this host only
 
 RETRY_AFTER = 5  # seconds that a client is asked to wait after a 503
@@ -34,6 +40,8 @@ MESSAGES = {
     501: "transfer encoding not supported",
     503: "busy, try again later",
 }
+
+_encoded = json.JSONEncoder().encode  # dumps() takes three times as long for a short string
 
 
 class Response(NamedTuple):
@@ -61,8 +69,8 @@ def json_response(status: int, *headers: Header, **content: object) -> Response:
 
 def json_body(content: dict[str, Any]) -> bytes:
     """Return ``content`` as JSON in ASCII, which reads the same in every encoding and cannot end a script or a line."""
-    # One value at a time: dumps() encodes a string five times as fast as a dict. Our names need no escaping.
-    return ("{" + ", ".join([f'"{name}": {json.dumps(value)}' for name, value in content.items()]) + "}").encode()
+    # One value at a time: a string is encoded five times as fast as a dict. Our names need no escaping.
+    return ("{" + ", ".join([f'"{name}": {_encoded(value)}' for name, value in content.items()]) + "}").encode()
 
 
 def json_headers(body: bytes) -> list[Header]:

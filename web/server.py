@@ -139,8 +139,8 @@ class PlainTask(WSGITask):  # type: ignore[misc]
             super().execute()
             return
         body = b"".join(self.channel.server.application(self.get_environment(), self._begin))
-        lines = "".join([f"{name}: {value}\r\n" for name, value in self.response_headers])
-        head = f"HTTP/1.1 {self.status}\r\n{lines}Date: {_date(int(self.start_time))}\r\n\r\n"
+        lines = "\r\n".join(map(": ".join, self.response_headers))
+        head = f"HTTP/1.1 {self.status}\r\n{lines}\r\nDate: {_date(int(self.start_time))}\r\n\r\n"
         self.wrote_header = True
         self.channel.write_soon(head.encode("latin-1") + body)
 
