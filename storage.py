@@ -367,7 +367,7 @@ class DB:
         used after ``idle_since``, and has no time later than ``latest``.
         """
         row = self._engine.read(FIND_SESSION, window | {"session_hash": session_hash})
-        return row and (_user(row[5:]), LiveSession(*row[:5]))
+        return row and (_user(row[5:]), LiveSession._make(row[:5]))
 
     def list_sessions(self, user_id: int, **window: int) -> list[Session]:
         """Return the live sessions of a user, newest first; ``window`` as in find_session()."""
