@@ -349,8 +349,7 @@ def _import_users(operator: Operator) -> None:
     path = operator.arguments.file
     form = user_files.detect_format(".csv" if path == "-" else path, operator.arguments.format)
     problems: dict[int, str] = {}
-    users: list[User] = []
-    lines: dict[str, tuple[int, str]] = {}  # number and email, by email in folded letter case
+    users: dict[str, tuple[int, User]] = {}  # with their lines, by email in folded letter case
     now = int(time.time())
     with _open_input(path) as file, operator.open_database() as (auth, db):
         for line, record in _with_progress(f"reading {path}", user_files.read_records(file, form)):
@@ -359,20 +358,18 @@ def _import_users(operator: Operator) -> None:
             except ValueError as error:
                 problems[line] = str(error)
                 continue
-            if lines.setdefault(user.email.casefold(), (line, user.email))[0] == line:
-                users.append(user)
-            else:
+            if users.setdefault(user.email.casefold(), (line, user))[0] != line:
                 problems[line] = _taken(user.email)
-        problems |= {line: _taken(email) for line, email in map(lines.__getitem__, db.taken_emails(list(lines)))}
+        problems |= {line: _taken(user.email) for line, user in map(users.__getitem__, db.taken_emails(list(users)))}
         if not problems:
-            db.import_users(users)
+            db.import_users(user for _, user in users.values())
     for line in sorted(problems):
         print(printable(f"{path}:{line}: {problems[line]}"), file=sys.stderr)
     if problems:
         raise CommandFailed(f"{_count(len(problems), 'problem')}: nothing was imported")
     operator.log("users_imported", users=len(users))
     operator.print_record(f"{_count(len(users), 'user')} imported", imported=len(users))
-    if waiting := sum(user.hashed_password == NO_PASSWORD for user in users):
+    if waiting := sum(user.hashed_password == NO_PASSWORD for _, user in users.values()):
         print(f"authsvc: {_count(waiting, 'user')} without a password; next: invite each", file=sys.stderr)
 
 

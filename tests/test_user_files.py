@@ -467,8 +467,12 @@ texts = st.one_of(words, formulas).filter(str.strip)
             totp_since=st.just(NOW),
             cut_salt=st.none(),
             groups=group_lists,
+            session_id=st.none(),
+            reset_token=st.none(),
+            device_key=st.none(),
+            last_login_at=st.none(),
         )
-        | st.builds(User, st.just(0), texts, st.just(HASH), created_at=st.just(NOW), cut_salt=st.just(HASH[7:29])),
+        | texts.map(lambda email: User(0, email, HASH, created_at=NOW, cut_salt=HASH[7:29])),
         max_size=5,
     ),
     st.sampled_from(["csv", "jsonl"]),
