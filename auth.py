@@ -39,7 +39,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from email.message import EmailMessage
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlsplit
 
 from addresses import network_path
@@ -71,6 +71,19 @@ Log = Callable[..., None]  # takes the name of an event and its details
 Compose = Callable[[Mailer, str, Log], EmailMessage | None]  # takes the email that was asked for
 
 NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; matches no password  # noqa: S105
+
+
+class Caller(NamedTuple):
+    """Who sends a request."""
+
+    address: str | None  # an IP address; None: attempts are not counted
+    device: str | None = None  # the value of the device cookie
+    agent: str = ""  # the User-Agent header
+    direct: bool = False  # whether it is a program on this machine that asks for itself
+    log: Log = lambda *_, **__: None  # logs an event of the request, also after its answer
+
+
+UNCOUNTED = Caller(None)
 
 
 class AuthError(ValueError):
@@ -193,9 +206,9 @@ class Auth:
 
     ``clock`` returns unix seconds. ``run_in_background`` runs a write that no answer waits for, by default at once.
 
-    A method that takes the ``address`` of a client counts the attempt, and raises TooManyAttempts if a rate limit is
-    exceeded. With ``address=None`` nothing is counted; only the methods of the Python contract pass it. ``device`` is
-    the device cookie that came with the request: an attempt from a browser that the account knows is counted apart.
+    A method that takes a ``caller`` counts the attempt, and raises TooManyAttempts if a rate limit is exceeded. Only
+    the methods of the Python contract pass UNCOUNTED. An attempt from a browser that the account knows, by its device
+    cookie, is counted apart.
     """
 
     device_lifetime = devices.LIFETIME  # seconds
@@ -224,7 +237,7 @@ class Auth:
 
     # Accounts
 
-    def create_account(self, email: str, password: str, *, address: str | None) -> User:
+    def create_account(self, email: str, password: str, *, caller: Caller) -> User:
         """Create an account.
 
         Raises:
@@ -236,10 +249,10 @@ class Auth:
         self.check_registration()
         self.check_email(email)
         self._check_password(password, email)
-        self._count(address, self._limiter.registration)
+        self._count(caller, self._limiter.registration)
         return self._add_user(email, _hash_password(password, self._settings.bcrypt_cost))
 
-    def mail_confirmation(self, email: str, log: Log, *, address: str | None) -> None:
+    def mail_confirmation(self, email: str, *, caller: Caller) -> None:
         """Queue a mail with a link to create an account, or to its owner if the email has an account.
 
         Neither the result nor the timing reveals which. Mails to one email are counted as in mail_reset_token().
@@ -248,10 +261,10 @@ class Auth:
             EmailRejected: as in create_account().
         """
         self.check_email(email)
-        self._count(address, self._limiter.registration)
-        self._enqueue("confirm", email, self._confirmation_mail, log, address)
+        self._count(caller, self._limiter.registration)
+        self._enqueue("confirm", email, self._confirmation_mail, caller)
 
-    def confirm_account(self, email: str, token: str, password: str, *, address: str | None) -> User:
+    def confirm_account(self, email: str, token: str, password: str, *, caller: Caller) -> User:
         """Create the account of a waiting registration, with this password.
 
         Raises:
@@ -264,7 +277,7 @@ class Auth:
             with contextlib.suppress(AlreadyExists):
                 if user := self._db.confirm_registration(self._link(email, token, CONFIRMATION_LIFETIME), hashed):
                     return user
-        raise self._rejected("invalid confirmation token", address)
+        raise self._rejected("invalid confirmation token", caller)
 
     def check_registration(self) -> None:
         """Raise RegistrationClosed if only the operator can add accounts."""
@@ -278,21 +291,12 @@ class Auth:
     # Sessions
 
     def log_in(
-        self,
-        email: str,
-        password: str,
-        otp: str = "",
-        *,
-        address: str | None,
-        device: str | None = None,
-        replaced: str | None = None,
-        user_agent: str = "",
-        remember: bool = False,
+        self, email: str, password: str, otp: str = "", *, caller: Caller, ended: str | None = None, remember: int = 0
     ) -> tuple[User, str, str]:
         """Check the password, and the one-time or recovery code if the account has a second factor.
 
         Return the user, the id of a new session, and which factors were shown: "password", "password+totp" or
-        "password+recovery_code". ``replaced`` is the session that this client held; it ends. ``remember`` is whether
+        "password+recovery_code". ``ended`` is the session that this client held; it ends. ``remember`` is 1 if
         the browser keeps the new one when it is closed. A sign-in from a new browser is told by mail.
 
         Raises:
@@ -301,25 +305,25 @@ class Auth:
         """
         email = email[: MAX_EMAIL_BYTES + 1]  # a longer one is as unknown as this, and takes long to compute with
         found = self._find_user(email)
-        known = self._known_device(found, device)
+        known = self._known_device(found, caller.device)
         nonce = known.nonce if known else None
-        buckets = self._count(address, lambda client: self._limiter.login(email, client, nonce))
+        buckets = self._count(caller, lambda address: self._limiter.login(email, address, nonce))
         checked_since = None  # of the second factor whose code was checked
         factors, factor_at = "password", None
-        agent = user_agent.replace("\0", "")[:MAX_USER_AGENT]  # PostgreSQL stores no NUL
-        details = {"address": address or "", "user_agent": agent, "remember": int(remember)}
+        caller = caller._replace(agent=caller.agent.replace("\0", "")[:MAX_USER_AGENT])  # PostgreSQL stores no NUL
+        details = {"address": caller.address or "", "user_agent": caller.agent, "remember": int(remember)}
         for _ in range(LOGIN_TRIES):
             user = self._verified(found, password)
             if not user:
                 break
             if user.totp_since != checked_since:
-                factors = self._check_code(user, otp, address, known, buckets, agent)
+                factors = self._check_code(user, otp, caller, known, buckets)
                 checked_since, factor_at = user.totp_since, self._now() if user.totp_since else None
             user = self._with_current_hash(user, password)
-            if session_id := self._start_session(user, replaced, factor_at=factor_at, **details):
+            if session_id := self._start_session(user, ended, factor_at=factor_at, **details):
                 self._run_in_background(self._limiter.refund, buckets)
                 if user.last_login_at is not None:
-                    self._tell_of_sign_in(user, known, NEW_BROWSER, address, agent)
+                    self._tell_of_sign_in(user, known, NEW_BROWSER, caller)
                 return user, session_id, factors
             found = self._find_user(email)  # the password or the second factor has changed: compare again
         raise LoginFailed(user_id=found.id if found else None)
@@ -491,14 +495,7 @@ class Auth:
     # well if the user has a second factor that the session has not shown of late.
 
     def change_password(
-        self,
-        session_id: str | None,
-        password: str,
-        new: str,
-        otp: str = "",
-        *,
-        address: str | None,
-        device: str | None = None,
+        self, session_id: str | None, password: str, new: str, otp: str = "", *, caller: Caller
     ) -> tuple[User, str]:
         """Set a new password; return the user and the new id of this session. All other sessions end.
 
@@ -509,7 +506,7 @@ class Auth:
         """
         user, session = self._identify(session_id)
         self._check_password(new, user.email)
-        self._reauthenticate(user, session, password, otp, address, device)
+        self._reauthenticate(user, session, password, otp, caller)
         new_hash, new_id = _hash_password(new, self._settings.bcrypt_cost), self._new_secret()
         old, session_hash = user.hashed_password, _digest(session_id)
         if not self._db.change_password(user.id, old, new_hash, session_hash, _digest(new_id)):
@@ -517,9 +514,7 @@ class Auth:
         self._notify(user, "Your password was changed")
         return self._reloaded(user), new_id
 
-    def delete_account(
-        self, session_id: str | None, password: str, otp: str = "", *, address: str | None, device: str | None = None
-    ) -> User:
+    def delete_account(self, session_id: str | None, password: str, otp: str = "", *, caller: Caller) -> User:
         """Delete the account with everything that belongs to it; return the former user.
 
         Raises:
@@ -527,27 +522,18 @@ class Auth:
             SessionCodeRequired: the code is missing.
         """
         user, session = self._identify(session_id)
-        self._reauthenticate(user, session, password, otp, address, device)
+        self._reauthenticate(user, session, password, otp, caller)
         if not self._db.delete_verified_user(user, _digest(session_id), self.reserved_at()):
             raise SessionRequired
         self._notify(user, "Your account was deleted")
         return user
 
     def begin_email_change(
-        self,
-        session_id: str | None,
-        password: str,
-        email: str,
-        otp: str = "",
-        *,
-        log: Log,
-        address: str | None,
-        device: str | None = None,
-        direct: bool,
+        self, session_id: str | None, password: str, email: str, otp: str = "", *, caller: Caller
     ) -> str | None:
         """Queue a mail with a link to a new email, if nobody has it, and a notice to the present one.
 
-        Where there is no mail server, a development service returns the token to a ``direct`` caller.
+        Where there is no mail server, a development service returns the token to a direct caller.
 
         Raises:
             EmailRejected: as in create_account().
@@ -557,17 +543,17 @@ class Auth:
         """
         user, session = self._identify(session_id)
         self.check_email(email)
-        if not self._mailer and (self._settings.production or not direct):
+        if not self._mailer and (self._settings.production or not caller.direct):
             raise MailUnavailable
-        self._reauthenticate(user, session, password, otp, address, device)
-        self._count(address, lambda _: self._limiter.changes("email", user.id))
+        self._reauthenticate(user, session, password, otp, caller)
+        self._count(caller, lambda _: self._limiter.changes("email", user.id))
         if not self._mailer:
             return self._new_change(_digest(session_id), email)
-        self._enqueue("change", email, functools.partial(self._change_mail, user, _digest(session_id)), log, address)
+        self._enqueue("change", email, functools.partial(self._change_mail, user, _digest(session_id)), caller)
         self._notify(user, kind="change_requested", new=email)
         return None
 
-    def change_email(self, session_id: str | None, email: str, token: str, *, address: str | None) -> tuple[User, str]:
+    def change_email(self, session_id: str | None, email: str, token: str, *, caller: Caller) -> tuple[User, str]:
         """Give the user the new email that this session asked for; return the user and the new id of this session.
 
         All other sessions end.
@@ -582,11 +568,9 @@ class Auth:
             if self._db.change_email(user.id, email, self._now(), self.reserved_at(), pending):
                 self._notify(user, kind="changed", new=email)
                 return self._reloaded(user), new_id
-        raise self._rejected("invalid confirmation token", address)
+        raise self._rejected("invalid confirmation token", caller)
 
-    def begin_totp(
-        self, session_id: str | None, password: str, *, address: str | None
-    ) -> tuple[str, str, str | None, str]:
+    def begin_totp(self, session_id: str | None, password: str, *, caller: Caller) -> tuple[str, str, str | None, str]:
         """Make a TOTP seed, which a code must confirm; return it in base32, as a link for an app, and as a QR code.
 
         The QR code is an image URL, or None where the extra ``qr`` is not installed. The last of the four is the new id
@@ -599,16 +583,14 @@ class Auth:
         user, session = self._identify(session_id, enrolling=True)
         if user.totp_since:
             raise SecondFactorRejected("a second factor is on already")
-        self._reauthenticate(user, session, password, "", address, None)
+        self._reauthenticate(user, session, password, "", caller)
         seed, new_id = totp.new_seed(), self._new_secret()
         if not self._db.set_totp(user, seed, _digest(session_id), _digest(new_id)):
             raise SessionRequired  # the session ended, or a second factor was switched on, while we hashed
         uri = totp.uri(seed, user.email, urlsplit(self._settings.public_url).hostname or "authsvc")
         return seed, uri, totp.qr_code(uri), new_id
 
-    def confirm_totp(
-        self, session_id: str | None, otp: str, *, address: str | None, device: str | None = None
-    ) -> tuple[User, str, list[str]]:
+    def confirm_totp(self, session_id: str | None, otp: str, *, caller: Caller) -> tuple[User, str, list[str]]:
         """Switch the second factor on; return the user, the new id of this session, and the recovery codes.
 
         Raises:
@@ -618,7 +600,7 @@ class Auth:
         user = self.identify(session_id, enrolling=True)
         if not user.totp_secret or user.totp_since:
             raise SecondFactorRejected("no second factor is being set up")
-        buckets = self._count_code(user, address, self._known_device(user, device))
+        buckets = self._count_code(user, caller, self._known_device(user, caller.device))
         step = totp.matching_step(user.totp_secret, otp, self._now())
         if step is None:
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
@@ -630,9 +612,7 @@ class Auth:
         self._notify(user, "A second factor was switched on")
         return self._reloaded(user), new_id, codes
 
-    def remove_totp(
-        self, session_id: str | None, password: str, otp: str, *, address: str | None, device: str | None = None
-    ) -> tuple[User, str]:
+    def remove_totp(self, session_id: str | None, password: str, otp: str, *, caller: Caller) -> tuple[User, str]:
         """Switch the second factor off; return the user and the new id of this session. All other sessions end.
 
         Raises:
@@ -643,7 +623,7 @@ class Auth:
         if not user.totp_since:
             raise SecondFactorRejected("no second factor is on")
         # The code is asked for in any case, as if none had been shown.
-        self._reauthenticate(user, session._replace(factor_at=None), password, otp, address, device)
+        self._reauthenticate(user, session._replace(factor_at=None), password, otp, caller)
         new_id = self._new_secret()
         if not self._db.remove_totp(user.id, _digest(session_id), _digest(new_id)):
             raise SessionRequired
@@ -652,31 +632,31 @@ class Auth:
 
     # Password reset
 
-    def issue_reset_token(self, email: str, *, address: str | None) -> str:
+    def issue_reset_token(self, email: str, *, caller: Caller) -> str:
         """Return a new reset token, which replaces the previous one.
 
         Raises:
             UnknownEmail: no account has this email, or its user may not reset the password.
         """
-        self._count(address, self._limiter.reset_address)
-        self._count(address, lambda _: self._limiter.mails("reset", email))
+        self._count(caller, self._limiter.reset_address)
+        self._count(caller, lambda _: self._limiter.mails("reset", email))
         user = self._find_user(email)
         if not user or not _may_reset(user):
             raise UnknownEmail
         return self._replace_reset_token(user, self._settings.reset_lifetime)
 
-    def mail_reset_token(self, email: str, log: Log, *, address: str | None, device: str | None = None) -> None:
+    def mail_reset_token(self, email: str, *, caller: Caller) -> None:
         """Queue a reset mail if the account exists. Neither the result nor the timing reveals whether it does.
 
         The mails to one account are counted later, on the mail thread, without an answer. A browser that the account
         knows is not counted by its address, so that no neighbour can keep the mail from it.
         """
-        known = self._known_browser(email, device) is not None
+        known = self._known_browser(email, caller.device) is not None
         if not known:
-            self._count(address, self._limiter.reset_address)
-        self._enqueue("reset of devices" if known else "reset", email, self._reset_mail, log, address, known)
+            self._count(caller, self._limiter.reset_address)
+        self._enqueue("reset of devices" if known else "reset", email, self._reset_mail, caller, known)
 
-    def reset_password(self, reset_token: str, password: str, *, email: str | None, address: str | None) -> User:
+    def reset_password(self, reset_token: str, password: str, *, email: str | None, caller: Caller) -> User:
         """Set a new password, spend the token and end all sessions, in one transaction; return the user.
 
         Raises:
@@ -686,7 +666,7 @@ class Auth:
         token_hash = _digest(reset_token)
         user = self._db.find_reset(token_hash, **self._window())  # first: a guess costs no bcrypt
         if not user or (email is not None and user.email.casefold() != email.casefold()):
-            raise self._rejected("invalid reset token", address)
+            raise self._rejected("invalid reset token", caller)
         self._check_password(password, user.email)
         new_hash = _hash_password(password, self._settings.bcrypt_cost)
         if not self._db.spend_reset(token_hash, new_hash, **self._window()):
@@ -763,7 +743,7 @@ class Auth:
 
     def register_user(self, email: str, password: str) -> User:
         """Create an account without counting the attempt; see create_account()."""
-        return self.create_account(email, password, address=None)
+        return self.create_account(email, password, caller=UNCOUNTED)
 
     def valid_login(self, email: str, password: str) -> bool:
         """Return whether this is the password of this email, in the same time whether or not the email is known."""
@@ -792,11 +772,11 @@ class Auth:
 
     def get_reset_password_token(self, email: str) -> str:
         """Return a new reset token without counting the attempt; see issue_reset_token()."""
-        return self.issue_reset_token(email, address=None)
+        return self.issue_reset_token(email, caller=UNCOUNTED)
 
     def update_password(self, reset_token: str, password: str) -> None:
         """Set a new password with a reset token, without counting the attempt; see reset_password()."""
-        self.reset_password(reset_token, password, email=None, address=None)
+        self.reset_password(reset_token, password, email=None, caller=UNCOUNTED)
 
     # Private helpers
 
@@ -814,9 +794,9 @@ class Auth:
         if self._mailer:
             self._mailer.enqueue(functools.partial(self._mailer.compose, kind, user.email, what=what, new=new))
 
-    def _tell_of_sign_in(self, user: User, known: object, kind: str, address: str | None, user_agent: str) -> None:
+    def _tell_of_sign_in(self, user: User, known: object, kind: str, caller: Caller) -> None:
         if self._mailer and self._settings.production and not known:
-            seen = timestamp(self._now()), address, user_agent
+            seen = timestamp(self._now()), caller.address, caller.agent
             self._run_in_background(self._enqueue_sign_in_mail, self._mailer, user, kind, seen)
 
     def _enqueue_sign_in_mail(self, mailer: Mailer, user: User, kind: str, seen: tuple[object, ...]) -> None:
@@ -839,9 +819,7 @@ class Auth:
         right = passwords.verify(password, hashed, self._settings.bcrypt_cost, cut_salt)
         return user if right and user and not user.disabled_at else None
 
-    def _reauthenticate(
-        self, user: User, session: LiveSession, password: str, otp: str, address: str | None, device: str | None
-    ) -> None:
+    def _reauthenticate(self, user: User, session: LiveSession, password: str, otp: str, caller: Caller) -> None:
         """Check the password again, and the code if the session has shown no second factor for FACTOR_VALIDITY seconds.
 
         Where mail is sent, changes are counted: a stranger who registered somebody's email could mail it without end.
@@ -851,7 +829,7 @@ class Auth:
             ReauthenticationFailed: the password or the code is wrong.
             SessionCodeRequired: the code is missing.
         """
-        buckets = self._count(address, lambda _: self._limiter.session_password(session.row_id, user.email))
+        buckets = self._count(caller, lambda _: self._limiter.session_password(session.row_id, user.email))
         if not passwords.verify(password, user.hashed_password, self._settings.bcrypt_cost, user.cut_salt):
             raise ReauthenticationFailed("wrong password", user_id=user.id)
         self._run_in_background(self._limiter.refund, buckets)
@@ -859,30 +837,28 @@ class Auth:
         if user.totp_since and not now - FACTOR_VALIDITY < (session.factor_at or 0) <= now + CLOCK_TOLERANCE:
             if not otp:
                 raise SessionCodeRequired(user_id=user.id)
-            if not self._spend_code(user, otp, address, self._known_device(user, device)):
+            if not self._spend_code(user, otp, caller, self._known_device(user, caller.device)):
                 raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
             self._run_in_background(self._db.record_factor, session.row_id, now)
-        self._count(address if self._mailer else None, lambda _: self._limiter.changes("account", user.id))
+        self._count(caller if self._mailer else UNCOUNTED, lambda _: self._limiter.changes("account", user.id))
 
-    def _check_code(
-        self, user: User, otp: str, address: str | None, known: devices.Device | None, buckets: Buckets, agent: str
-    ) -> str:
+    def _check_code(self, user: User, otp: str, caller: Caller, known: devices.Device | None, buckets: Buckets) -> str:
         """Check the code if the account has a second factor; return the factors that were shown."""
         if not user.totp_since:
             return "password"
         if not otp:
             self._run_in_background(self._limiter.refund, buckets)  # the password was right, so this was no guess
-            self._tell_of_sign_in(user, known, CODE_MISSING, address, agent)
+            self._tell_of_sign_in(user, known, CODE_MISSING, caller)
             raise CodeRequired(user_id=user.id)
-        if not self._spend_code(user, otp, address, known):
-            self._tell_of_sign_in(user, known, CODE_MISSING, address, agent)
+        if not self._spend_code(user, otp, caller, known):
+            self._tell_of_sign_in(user, known, CODE_MISSING, caller)
             raise LoginFailed("wrong one-time code", user_id=user.id)
         return "password+totp" if totp.is_code(otp) else "password+recovery_code"
 
-    def _spend_code(self, user: User, otp: str, address: str | None, known: devices.Device | None) -> bool:
+    def _spend_code(self, user: User, otp: str, caller: Caller, known: devices.Device | None) -> bool:
         if not totp.is_code(otp):  # a recovery code is too long to be guessed
             return self._db.spend_recovery_code(user.id, totp.recovery_hash(otp))
-        buckets = self._count_code(user, address, known)
+        buckets = self._count_code(user, caller, known)
         step = totp.matching_step(user.totp_secret or "", otp, self._now())
         if step is None or not self._db.spend_totp(user.id, step, step + CLOCK_TOLERANCE // totp.STEP):
             return False
@@ -922,19 +898,19 @@ class Auth:
         now = self._now()
         return {"now": now, "latest": now + CLOCK_TOLERANCE}
 
-    def _count(self, address: str | None, limit: Callable[[str], Iterable[Buckets]]) -> Buckets:
+    def _count(self, caller: Caller, limit: Callable[[str], Iterable[Buckets]]) -> Buckets:
         """Count an attempt of the client with this address, and return the buckets for a refund.
 
         Raises:
             TooManyAttempts: the limit is exceeded.
         """
-        wait, buckets = (0, ()) if address is None else self._limiter.consume(limit(address))
+        wait, buckets = (0, ()) if caller.address is None else self._limiter.consume(limit(caller.address))
         if wait:
             raise TooManyAttempts(wait)
         return buckets
 
-    def _count_code(self, user: User, address: str | None, known: devices.Device | None) -> Buckets:
-        return self._count(address, lambda _: self._limiter.code(user.email, known.kind if known else None))
+    def _count_code(self, user: User, caller: Caller, known: devices.Device | None) -> Buckets:
+        return self._count(caller, lambda _: self._limiter.code(user.email, known.kind if known else None))
 
     def _reloaded(self, user: User) -> User:
         # A new password or second factor has replaced the device key, which device_cookie() needs. The change is done,
@@ -983,26 +959,24 @@ class Auth:
         token = self._new_secret()
         return token if self._db.emails.set_change(session_hash, self._link(email, token, CHANGE_LIFETIME)) else None
 
-    def _rejected(self, message: str, address: str | None) -> TokenRejected:
-        self._count(address, self._limiter.unknown_token)
+    def _rejected(self, message: str, caller: Caller) -> TokenRejected:
+        self._count(caller, self._limiter.unknown_token)
         return TokenRejected(message)
 
     # Mails with links. The answer to a request for one reveals nothing, so the rest is done on the mail thread.
 
-    def _enqueue(
-        self, kind: str, email: str, compose: Compose, log: Log, address: str | None, known: bool = False
-    ) -> None:
+    def _enqueue(self, kind: str, email: str, compose: Compose, caller: Caller, known: bool = False) -> None:
         if not (mailer := self._mailer):
             return
 
         def task() -> EmailMessage | None:
             if self._limiter.consume(self._limiter.mails(kind, email))[0]:
-                log("excess_rate_limit_exceeded")
+                caller.log("excess_rate_limit_exceeded")
                 return None
-            return compose(mailer, email, log)
+            return compose(mailer, email, caller.log)
 
-        path = (*network_path(address or "unknown"), _account_name(email))
-        mailer.enqueue_reset(task, path, known=known, limited=self._settings.tells_clients_apart(address))
+        path = (*network_path(caller.address or "unknown"), _account_name(email))
+        mailer.enqueue_reset(task, path, known=known, limited=self._settings.tells_clients_apart(caller.address))
 
     def _confirmation_mail(self, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
         # A row for an email that has an account, too, so that both take the same time. Then nobody gets the token.

@@ -105,24 +105,25 @@ class Handlers:
     def register(self) -> Response:
         if self._settings.confirms_email:
             (email,) = read_form(request.environ, fields=("email",))
-            self._auth.mail_confirmation(email, _later_log(), address=_client())
+            self._auth.mail_confirmation(email, caller=_caller())
             return json_response(200, email=email, message="confirmation mailed")
         self._auth.check_registration()  # before the form, which needs no password where emails are confirmed
         email, password = read_form(request.environ, fields=("email", "password"))
-        user = self._auth.create_account(email, password, address=_client())
+        user = self._auth.create_account(email, password, caller=_caller())
         return _logged("user_created", user, email=email, message="user created")
 
     @_route("PUT", "/users", fields=("email", "token", "password"), hashes=True)
     def confirm_account(self, email: str, token: str, password: str) -> Response:
-        user = self._auth.confirm_account(email, token, password, address=_client())
+        user = self._auth.confirm_account(email, token, password, caller=_caller())
         return _logged("user_created", user, email=email, message="email confirmed")
 
     @_route("POST", "/sessions", fields=("email", "password"), optional=("otp",), flags=("remember",), hashes=True)
     def log_in(self, email: str, password: str, otp: str, remember: str) -> Response:
-        session = {"replaced": self._cookie(), "user_agent": request.environ.get("HTTP_USER_AGENT", "")}
-        session |= {"remember": bool(remember), **_caller()}
+        caller, ended = _caller(), self._cookie()
         try:
-            user, session_id, factors = self._auth.log_in(email, password, otp, **session)
+            user, session_id, factors = self._auth.log_in(
+                email, password, otp, caller=caller, ended=ended, remember=bool(remember)
+            )
         except rules.LoginFailed as failure:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
@@ -207,59 +208,58 @@ class Handlers:
 
     @_route("DELETE", "/profile", fields=("password",), optional=("otp",), hashes=True)
     def delete_account(self, password: str, otp: str) -> Response:
-        user = self._auth.delete_account(self._cookie(), password, otp, **_caller())
+        user = self._auth.delete_account(self._cookie(), password, otp, caller=_caller())
         return self._without_cookie(_logged("user_deleted", user, email=user.email, message="account deleted"))
 
     @_route("PUT", "/password", fields=("password", "new_password"), optional=("otp",), hashes=True)
     def change_password(self, password: str, new_password: str, otp: str) -> Response:
-        user, session_id = self._auth.change_password(self._cookie(), password, new_password, otp, **_caller())
+        user, session_id = self._auth.change_password(self._cookie(), password, new_password, otp, caller=_caller())
         answer = _logged("authn_password_change", user, email=user.email, message="password changed")
         return self._with_device(self._with_renewed(answer, session_id), user)
 
     @_route("POST", "/email", fields=("password", "new_email"), optional=("otp",), hashes=True)
     def begin_email_change(self, password: str, new_email: str, otp: str) -> Response:
-        caller = {"direct": is_direct(request.environ), **_caller()}
-        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, log=_later_log(), **caller)
+        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, caller=_caller())
         return json_response(
             200, **({"email": new_email, "token": token} if token else {"message": "confirmation mailed"})
         )
 
     @_route("PUT", "/email", fields=("email", "token"))
     def change_email(self, email: str, token: str) -> Response:
-        user, session_id = self._auth.change_email(self._cookie(), email, token, address=_client())
+        user, session_id = self._auth.change_email(self._cookie(), email, token, caller=_caller())
         _log("user_updated", user_id=user.id, changed="email")
         return self._with_renewed(json_response(200, email=email, message="email changed"), session_id)
 
     @_route("POST", "/totp", fields=("password",), hashes=True)
     def begin_totp(self, password: str) -> Response:
-        secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, address=_client())
+        secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, caller=_caller())
         answer = json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
         return self._with_renewed(answer, session_id)
 
     @_route("PUT", "/totp", fields=("otp",))
     def confirm_totp(self, otp: str) -> Response:
-        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, **_caller())
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, caller=_caller())
         answer = _logged("authn_factor_added", user, message="second factor on", recovery_codes=codes)
         return self._with_device(self._with_renewed(answer, session_id), user)
 
     @_route("DELETE", "/totp", fields=("password", "otp"), hashes=True)
     def remove_totp(self, password: str, otp: str) -> Response:
-        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, **_caller())
+        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, caller=_caller())
         return self._with_renewed(_logged("authn_factor_removed", user, message="second factor off"), session_id)
 
     @_route("POST", "/reset_password", fields=("email",))
     def request_reset(self, email: str) -> Response:
         if self._settings.production:
-            self._auth.mail_reset_token(email, _later_log(), **_caller())
+            self._auth.mail_reset_token(email, caller=_caller())
             return json_response(200, message="if the email has an account, a mail is on its way")
         # Anyone with the token can take over the account.
         if not is_direct(request.environ):
             raise Refusal(403, "reset tokens are given only to this machine, and through no proxy")
-        return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, address=_client()))
+        return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, caller=_caller()))
 
     @_route("PUT", "/reset_password", fields=("email", "reset_token", "new_password"), hashes=True)
     def reset(self, email: str, reset_token: str, new_password: str) -> Response:
-        user = self._auth.reset_password(reset_token, new_password, email=email, address=_client())
+        user = self._auth.reset_password(reset_token, new_password, email=email, caller=_caller())
         answer = _logged("authn_password_change", user, email=email, message="Password updated")
         return self._with_device(answer, user, "reset")
 
@@ -596,17 +596,16 @@ def _device() -> str | None:
     return found[0] if len(found) == 1 else None  # two are ambiguous
 
 
-def _client() -> str:
-    return str(request.environ["authsvc.client"])
-
-
-def _caller() -> dict[str, Any]:
-    return {"address": _client(), "device": _device()}
+def _caller() -> rules.Caller:
+    environ, agent = request.environ, request.environ.get("HTTP_USER_AGENT", "")
+    return rules.Caller(environ["authsvc.client"], _device(), agent, is_direct(environ), _later_log())
 
 
 def _later_log() -> Callable[..., None]:
     """Return a function that logs an event of this request, also after its answer and on another thread."""
-    return functools.partial(log_event, request_id=request.environ["authsvc.request_id"], address=_client())
+    return functools.partial(
+        log_event, request_id=request.environ["authsvc.request_id"], address=request.environ["authsvc.client"]
+    )
 
 
 def _log(event: str, **details: object) -> None:

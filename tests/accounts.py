@@ -16,7 +16,7 @@ from typing import Any
 import bcrypt
 import pytest
 
-from auth import Auth, _hash_password
+from auth import UNCOUNTED, Auth, _hash_password
 from credentials import passwords, totp
 from settings import Settings
 from storage import DB, User
@@ -47,13 +47,13 @@ SESSION_ACTIONS: dict[str, Action] = {
     "end all sessions": lambda auth, held: auth.end_sessions(held, except_this=False),
 }
 ACCOUNT_CHANGES: dict[str, Action] = {
-    "change password": lambda auth, held: auth.change_password(held, PASSWORD, NEW_PASSWORD, address=None),
-    "delete account": lambda auth, held: auth.delete_account(held, PASSWORD, address=None),
-    "remove second factor": lambda auth, held: auth.remove_totp(held, PASSWORD, "000000", address=None),
+    "change password": lambda auth, held: auth.change_password(held, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED),
+    "delete account": lambda auth, held: auth.delete_account(held, PASSWORD, caller=UNCOUNTED),
+    "remove second factor": lambda auth, held: auth.remove_totp(held, PASSWORD, "000000", caller=UNCOUNTED),
 }
 ENROLMENT: dict[str, Action] = {
-    "begin second factor": lambda auth, held: auth.begin_totp(held, PASSWORD, address=None),
-    "confirm second factor": lambda auth, held: auth.confirm_totp(held, "000000", address=None),
+    "begin second factor": lambda auth, held: auth.begin_totp(held, PASSWORD, caller=UNCOUNTED),
+    "confirm second factor": lambda auth, held: auth.confirm_totp(held, "000000", caller=UNCOUNTED),
 }
 
 
@@ -88,7 +88,7 @@ def live(auth: Auth, *session_ids: str | None) -> list[bool]:
 
 def sign_in(auth: Auth, password: str = PASSWORD, otp: str = "", *, email: str = EMAIL, **details: Any) -> str:
     """Sign in, uncounted unless an address is given; return the session id."""
-    return auth.log_in(email, password, otp, **{"address": None, **details})[1]
+    return auth.log_in(email, password, otp, **{"caller": UNCOUNTED, **details})[1]
 
 
 def in_production(settings: Settings) -> Settings:
@@ -146,21 +146,21 @@ def current_code(seed: str, clock: Clock, later: int = 0) -> str:
 
 def begin(auth: Auth, session_id: str | None) -> tuple[str, str]:
     """Begin to set up a second factor; return the seed and the new id of the session."""
-    seed, *_, new_id = auth.begin_totp(session_id, PASSWORD, address=None)
+    seed, *_, new_id = auth.begin_totp(session_id, PASSWORD, caller=UNCOUNTED)
     return str(seed), str(new_id)
 
 
 def switch_on(auth: Auth, clock: Clock, email: str = EMAIL) -> Factor:
     """Switch a second factor on, and wait until the step of the code that confirmed it has passed."""
     seed, session_id = begin(auth, auth.create_session(email))
-    _, new_id, recovery_codes = auth.confirm_totp(session_id, current_code(seed, clock), address=None)
+    _, new_id, recovery_codes = auth.confirm_totp(session_id, current_code(seed, clock), caller=UNCOUNTED)
     clock.advance(totp.STEP)
     return Factor(seed, new_id, recovery_codes)
 
 
 def switch_off(auth: Auth, session_id: str, otp: str, password: str = PASSWORD) -> str:
     """Switch the second factor off; return the new id of the session."""
-    return auth.remove_totp(session_id, password, otp, address=None)[1]
+    return auth.remove_totp(session_id, password, otp, caller=UNCOUNTED)[1]
 
 
 # Fixtures

@@ -10,8 +10,10 @@ import bcrypt
 import pytest
 
 from auth import (
+    UNCOUNTED,
     Auth,
     AuthError,
+    Caller,
     EmailRejected,
     EmailTaken,
     LoginFailed,
@@ -160,7 +162,7 @@ def test_registration_can_be_closed(
     auth = Auth(db, replace(settings, registration=mode), clock)
     for email in ("new@example.com", EMAIL, ""):  # the refusal does not reveal which emails have an account
         with pytest.raises(RegistrationClosed, match=f"^registration {message}$"):
-            auth.create_account(email, PASSWORD, address=OWN_ADDRESS)
+            auth.create_account(email, PASSWORD, caller=Caller(OWN_ADDRESS))
     assert [user.email for user in db.each_user()] == [EMAIL, OTHER]
     assert hash_calls == []
 
@@ -172,7 +174,7 @@ def test_registration_can_be_closed(
 def test_the_operator_can_always_add_an_account(db: DB, settings: Settings, clock: Clock, mode: str) -> None:
     auth = Auth(db, replace(settings, registration=mode), clock)
     token, _ = auth.link_token(auth.add_account(EMAIL))
-    auth.reset_password(token, PASSWORD, email=EMAIL, address=None)
+    auth.reset_password(token, PASSWORD, email=EMAIL, caller=UNCOUNTED)
     assert auth.valid_login(EMAIL, PASSWORD)
 
 
@@ -286,10 +288,10 @@ def test_a_password_change_leaves_this_session_alone_under_a_new_id(
 ) -> None:
     auth = three_sessions
     theirs = auth.create_session(OTHER)
-    first, mine, third = (sign_in(auth, user_agent=name) for name in ("a", "b", "c"))
+    first, mine, third = (sign_in(auth, caller=Caller(None, agent=name)) for name in ("a", "b", "c"))
     before = next(session for session in auth.sessions_of(user.id) if session.id == digest(mine)[:16])
     clock.advance(DAY)
-    changed, new_id = auth.change_password(mine, PASSWORD, NEW_PASSWORD, address=None)
+    changed, new_id = auth.change_password(mine, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
     assert changed.id == user.id
     assert live(auth, first, mine, third, new_id, theirs) == [False, False, False, True, True]
     assert auth.valid_login(EMAIL, NEW_PASSWORD)
@@ -303,7 +305,7 @@ def test_a_password_change_leaves_this_session_alone_under_a_new_id(
 @pytest.mark.both_engines
 def test_a_password_change_revokes_a_reset_token(auth: Auth, user: User) -> None:
     token, mine = auth.get_reset_password_token(EMAIL), auth.create_session(EMAIL)
-    auth.change_password(mine, PASSWORD, NEW_PASSWORD, address=None)
+    auth.change_password(mine, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
     with pytest.raises(TokenRejected):
         auth.update_password(token, "another")
     assert auth.valid_login(EMAIL, NEW_PASSWORD)
@@ -314,7 +316,7 @@ def test_a_password_change_needs_the_current_password(auth: Auth, user: User, ro
     mine = auth.create_session(EMAIL)
     before = row()
     with pytest.raises(ReauthenticationFailed, match=r"^wrong password$"):
-        auth.change_password(mine, password, NEW_PASSWORD, address=None)
+        auth.change_password(mine, password, NEW_PASSWORD, caller=UNCOUNTED)
     assert row() == before
     assert live(auth, mine) == [True]
 
@@ -325,7 +327,7 @@ def test_an_invalid_new_password_runs_no_bcrypt_and_counts_no_attempt(
 ) -> None:
     mine = auth.create_session(EMAIL)
     with pytest.raises(PasswordRejected):
-        auth.change_password(mine, "wrong", new, address=OWN_ADDRESS)
+        auth.change_password(mine, "wrong", new, caller=Caller(OWN_ADDRESS))
     assert hash_calls == []
     assert query("SELECT * FROM throttle") == []
 
@@ -335,8 +337,8 @@ def test_a_weak_new_password_is_refused_in_production(db: DB, settings: Settings
     auth = Auth(db, in_production(settings), clock)
     mine = auth.create_session(EMAIL)
     with pytest.raises(PasswordRejected, match="15 characters"):
-        auth.change_password(mine, PASSWORD, NEW_PASSWORD, address=None)
-    new_id = auth.change_password(mine, PASSWORD, "tarte flambée du dimanche", address=None)[1]
+        auth.change_password(mine, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
+    new_id = auth.change_password(mine, PASSWORD, "tarte flambée du dimanche", caller=UNCOUNTED)[1]
     assert len(new_id) == 43  # 256 bits
     assert live(auth, new_id) == [True]
 
@@ -344,9 +346,9 @@ def test_a_weak_new_password_is_refused_in_production(db: DB, settings: Settings
 @pytest.mark.parametrize(
     "act",
     [
-        lambda auth, mine: auth.change_password(mine, "wrong", NEW_PASSWORD, address=OWN_ADDRESS),
-        lambda auth, mine: auth.delete_account(mine, "wrong", address=OWN_ADDRESS),
-        lambda auth, mine: auth.begin_totp(mine, "wrong", address=OWN_ADDRESS),
+        lambda auth, mine: auth.change_password(mine, "wrong", NEW_PASSWORD, caller=Caller(OWN_ADDRESS)),
+        lambda auth, mine: auth.delete_account(mine, "wrong", caller=Caller(OWN_ADDRESS)),
+        lambda auth, mine: auth.begin_totp(mine, "wrong", caller=Caller(OWN_ADDRESS)),
     ],
     ids=["change password", "delete account", "begin second factor"],
 )
@@ -367,7 +369,7 @@ def test_guesses_at_the_current_password_in_a_session_are_limited(
 def is_compared(auth: Auth, session_id: str | None) -> bool:
     """Guess the current password in this session; return whether the guess was compared."""
     with pytest.raises((ReauthenticationFailed, TooManyAttempts)) as refusal:
-        auth.delete_account(session_id, "wrong", address=OWN_ADDRESS)
+        auth.delete_account(session_id, "wrong", caller=Caller(OWN_ADDRESS))
     return refusal.type is ReauthenticationFailed
 
 
@@ -378,10 +380,10 @@ def test_guesses_at_the_current_password_are_counted_across_renewals_of_a_sessio
     for _ in range(3):
         for _ in range(4):
             guesses += is_compared(auth, mine)
-        seed, _, _, mine = auth.begin_totp(mine, PASSWORD, address=None)
+        seed, _, _, mine = auth.begin_totp(mine, PASSWORD, caller=UNCOUNTED)
         code = totp.code(seed, int(clock()) // totp.STEP)
-        _, mine, codes = auth.confirm_totp(mine, code, address=None)
-        _, mine = auth.remove_totp(mine, PASSWORD, codes[0], address=None)
+        _, mine, codes = auth.confirm_totp(mine, code, caller=UNCOUNTED)
+        _, mine = auth.remove_totp(mine, PASSWORD, codes[0], caller=UNCOUNTED)
     assert guesses == 10
 
 
@@ -389,18 +391,18 @@ def test_guesses_in_one_session_do_not_limit_another_and_logins_limit_none(auth:
     thief = auth.create_session(EMAIL)
     for _ in range(30):
         with suppress(LoginFailed, TooManyAttempts):
-            sign_in(auth, "wrong", address=OWN_ADDRESS)
+            sign_in(auth, "wrong", caller=Caller(OWN_ADDRESS))
     assert sum(is_compared(auth, thief) for _ in range(12)) == 10
     mine = auth.create_session(EMAIL)
-    mine = auth.change_password(mine, PASSWORD, NEW_PASSWORD, address=OWN_ADDRESS)[1]
-    assert auth.delete_account(mine, NEW_PASSWORD, address=OWN_ADDRESS).id == user.id
+    mine = auth.change_password(mine, PASSWORD, NEW_PASSWORD, caller=Caller(OWN_ADDRESS))[1]
+    assert auth.delete_account(mine, NEW_PASSWORD, caller=Caller(OWN_ADDRESS)).id == user.id
 
 
 @pytest.mark.both_engines
 def test_the_right_current_password_does_not_count(auth: Auth, user: User) -> None:
     mine = auth.create_session(EMAIL)
     for _ in range(15):
-        mine = auth.change_password(mine, PASSWORD, PASSWORD, address=OWN_ADDRESS)[1]
+        mine = auth.change_password(mine, PASSWORD, PASSWORD, caller=Caller(OWN_ADDRESS))[1]
 
 
 @pytest.mark.both_engines
@@ -419,7 +421,7 @@ def test_a_reset_or_sign_out_during_a_password_change_makes_it_fail(
     mine, token = auth.create_session(EMAIL), auth.get_reset_password_token(EMAIL)
     after_password_check(monkeypatch, lambda: meanwhile(auth, mine, token))
     with pytest.raises(SessionRequired):
-        auth.change_password(mine, PASSWORD, NEW_PASSWORD, address=None)
+        auth.change_password(mine, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
     assert not auth.valid_login(EMAIL, NEW_PASSWORD)
     assert row().session_id is None
 
@@ -431,7 +433,7 @@ def test_of_8_concurrent_password_changes_in_one_session_one_succeeds(auth: Auth
 
     def change() -> tuple[str, str]:
         password = next(new_passwords)
-        return password, auth.change_password(mine, PASSWORD, password, address=None)[1]
+        return password, auth.change_password(mine, PASSWORD, password, caller=UNCOUNTED)[1]
 
     results = at_once(8, change)
     ((password, new_id),) = (result for result in results if isinstance(result, tuple))
@@ -451,14 +453,14 @@ def test_deleting_an_account_deletes_everything_that_belongs_to_it(
     auth: Auth, clock: Clock, other_user: User, db: DB, query: Query
 ) -> None:
     theirs = switch_on(auth, clock, OTHER)
-    sign_in(auth, otp=theirs.recovery_codes.pop(), email=OTHER, address=FOREIGN_ADDRESS)
+    sign_in(auth, otp=theirs.recovery_codes.pop(), email=OTHER, caller=Caller(FOREIGN_ADDRESS))
     mine = switch_on(auth, clock)
-    session_id = sign_in(auth, otp=mine.recovery_codes[0], address=OWN_ADDRESS)
+    session_id = sign_in(auth, otp=mine.recovery_codes[0], caller=Caller(OWN_ADDRESS))
     token = auth.get_reset_password_token(EMAIL)
     before = db.find_user_by(id=other_user.id)
     rows = {table: query(f"SELECT * FROM {table} WHERE user_id = {other_user.id}") for table in OWNED_TABLES}
     assert all(query(f"SELECT * FROM {table} WHERE user_id = 1") for table in OWNED_TABLES)
-    assert auth.delete_account(session_id, PASSWORD, address=None).email == EMAIL
+    assert auth.delete_account(session_id, PASSWORD, caller=UNCOUNTED).email == EMAIL
     assert {table: query(f"SELECT * FROM {table}") for table in OWNED_TABLES} == rows
     assert list(db.each_user()) == [before]
     assert live(auth, session_id) == [False]
@@ -470,7 +472,7 @@ def test_deleting_an_account_deletes_everything_that_belongs_to_it(
 
 @pytest.mark.both_engines
 def test_the_email_of_a_deleted_account_is_free_but_its_id_is_not_reused(auth: Auth, user: User) -> None:
-    auth.delete_account(auth.create_session(EMAIL), PASSWORD, address=None)
+    auth.delete_account(auth.create_session(EMAIL), PASSWORD, caller=UNCOUNTED)
     again = auth.register_user(EMAIL, NEW_PASSWORD)
     assert again.id != user.id
     assert auth.valid_login(EMAIL, NEW_PASSWORD)
@@ -481,7 +483,7 @@ def test_deleting_an_account_needs_its_password(auth: Auth, user: User, row: Row
     mine = auth.create_session(EMAIL)
     before = row()
     with pytest.raises(ReauthenticationFailed, match=r"^wrong password$"):
-        auth.delete_account(mine, password, address=None)
+        auth.delete_account(mine, password, caller=UNCOUNTED)
     assert row() == before
     assert live(auth, mine) == [True]
 
@@ -493,5 +495,5 @@ def test_a_password_reset_during_a_deletion_keeps_the_account(
     mine, token = auth.create_session(EMAIL), auth.get_reset_password_token(EMAIL)
     after_password_check(monkeypatch, lambda: auth.update_password(token, NEW_PASSWORD))
     with pytest.raises(SessionRequired):
-        auth.delete_account(mine, PASSWORD, address=None)
+        auth.delete_account(mine, PASSWORD, caller=UNCOUNTED)
     assert auth.valid_login(EMAIL, NEW_PASSWORD)

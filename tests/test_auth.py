@@ -14,7 +14,7 @@ import bcrypt
 import pytest
 
 import auth as rules
-from auth import LOGIN_TRIES, Auth, AuthError, LoginFailed, _generate_uuid, _hash_password
+from auth import LOGIN_TRIES, UNCOUNTED, Auth, AuthError, Caller, LoginFailed, _generate_uuid, _hash_password
 from credentials import passwords, totp
 from engines.sqlite import SQLiteEngine
 from settings import Settings
@@ -377,7 +377,7 @@ def test_a_disabled_user_keeps_the_mark(auth: Auth, db: DB, marked: User) -> Non
 NEW_72 = NEW_PASSWORD.ljust(72, "y")
 CREDENTIAL_CHANGES: dict[str, Callable[[Auth, DB, User], object]] = {
     "reset": lambda auth, _, user: auth.update_password(auth.get_reset_password_token(EMAIL), NEW_72),
-    "change": lambda auth, _, user: auth.change_password(auth.create_session(EMAIL), WHOLE, NEW_72, address=None),
+    "change": lambda auth, _, user: auth.change_password(auth.create_session(EMAIL), WHOLE, NEW_72, caller=UNCOUNTED),
     # Nothing but the hash is changed: so do copies of the last release, which know no mark.
     "new hash": lambda _, db, user: db.update_user(user.id, hashed_password=_hash_password(NEW_72, COST)),
 }
@@ -519,14 +519,14 @@ def test_a_session_without_a_password_gives_up_when_each_try_meets_a_change(
 Attempt = Callable[[Auth, str | None, str | None], object]  # takes a session id and the address of a client
 
 ATTEMPTS: dict[str, Attempt] = {
-    "create account": lambda auth, held, address: auth.create_account("new@x", PASSWORD, address=address),
-    "sign in": lambda auth, held, address: auth.log_in(EMAIL, "wrong", address=address),
-    "request reset": lambda auth, held, address: auth.issue_reset_token(EMAIL, address=address),
-    "reset password": lambda auth, held, address: auth.reset_password("no", "a", email=None, address=address),
-    "change password": lambda auth, held, address: auth.change_password(held, "wrong", "a", address=address),
-    "delete account": lambda auth, held, address: auth.delete_account(held, "wrong", address=address),
-    "begin second factor": lambda auth, held, address: auth.begin_totp(held, "wrong", address=address),
-    "confirm second factor": lambda auth, held, address: auth.confirm_totp(held, "000000", address=address),
+    "create account": lambda auth, held, address: auth.create_account("new@x", PASSWORD, caller=Caller(address)),
+    "sign in": lambda auth, held, address: auth.log_in(EMAIL, "wrong", caller=Caller(address)),
+    "request reset": lambda auth, held, address: auth.issue_reset_token(EMAIL, caller=Caller(address)),
+    "reset password": lambda auth, held, address: auth.reset_password("no", "a", email=None, caller=Caller(address)),
+    "change password": lambda auth, held, address: auth.change_password(held, "wrong", "a", caller=Caller(address)),
+    "delete account": lambda auth, held, address: auth.delete_account(held, "wrong", caller=Caller(address)),
+    "begin second factor": lambda auth, held, address: auth.begin_totp(held, "wrong", caller=Caller(address)),
+    "confirm second factor": lambda auth, held, address: auth.confirm_totp(held, "000000", caller=Caller(address)),
 }
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import authsvc
-from auth import Auth
+from auth import Auth, Caller
 from engines import sqlite
 from settings import Settings
 from storage import DB
@@ -197,7 +197,7 @@ def files_with(text: bytes, settings: Settings) -> list[str]:
 def test_pruning_leaves_no_trace_of_what_was_deleted_in_the_files(auth: Auth, settings: Settings, text: bytes) -> None:
     auth.register_user("bob@x.io", "b4l0u")
     user = auth.register_user("canary@x.io", "b4l0u")
-    session_id = auth.log_in("canary@x.io", "b4l0u", address=None, user_agent="Canary/1.0")[1]
+    session_id = auth.log_in("canary@x.io", "b4l0u", caller=Caller(None, agent="Canary/1.0"))[1]
     auth.empty_log()
     assert files_with(text, settings) == [""]
     auth.log_out(session_id)

@@ -28,7 +28,7 @@ import requests
 
 import authsvc
 import log
-from auth import Auth
+from auth import UNCOUNTED, Auth, Caller
 from cli import commands
 from cli.operator import login_name
 from credentials import totp
@@ -104,9 +104,9 @@ def people(settings: Settings) -> Iterator[Auth]:
     auth.register_user("bob@x.io", "b4l0u")
     auth.register_user("eve@x.io", "3v3")
     auth.change_groups(auth.find_user("bob@x.io"), "admin", member=True)
-    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="curl\x1b[2J\x07")[1]
-    seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", address=None)
-    auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), address=None)
+    session_id = auth.log_in("bob@x.io", "b4l0u", caller=Caller("192.0.2.1", agent="curl\x1b[2J\x07"))[1]
+    seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", caller=UNCOUNTED)
+    auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), caller=UNCOUNTED)
     yield auth
     auth.close()
 
@@ -357,7 +357,7 @@ def test_users_are_listed_and_shown(run: Run, people: Auth) -> None:
 
 @pytest.mark.both_engines
 def test_a_disabled_user_cannot_sign_in_until_enabled(run: Run, people: Auth) -> None:
-    session_id = people.log_in("eve@x.io", "3v3", address=None)[1]
+    session_id = people.log_in("eve@x.io", "3v3", caller=UNCOUNTED)[1]
     run("user", "disable", "eve@x.io")
     assert people.get_user_from_session_id(session_id) is None
     assert not people.valid_login("eve@x.io", "3v3")
@@ -462,7 +462,7 @@ def test_a_reset_link_begins_with_the_public_url(
 @pytest.mark.both_engines
 def test_two_factor_authentication_is_disabled(run: Run, people: Auth) -> None:
     assert run("totp-off", "bob@x.io").code == 0
-    assert people.log_in("bob@x.io", "b4l0u", address=None)[1]
+    assert people.log_in("bob@x.io", "b4l0u", caller=UNCOUNTED)[1]
     assert run("totp-off", "bob@x.io").err == ["authsvc: bob@x.io does not use two-factor authentication"]
 
 
@@ -479,7 +479,7 @@ def test_a_list_of_sessions_contains_no_control_characters(run: Run, people: Aut
 @pytest.mark.both_engines
 @pytest.mark.parametrize("chosen", ["bob@x.io", "--all"])
 def test_sessions_are_ended(run: Run, people: Auth, chosen: str) -> None:
-    session_id = people.log_in("eve@x.io", "3v3", address=None)[1]
+    session_id = people.log_in("eve@x.io", "3v3", caller=UNCOUNTED)[1]
     pending = {"registrations": 0, "email_changes": 0} if chosen == "--all" else {}
     assert run("sessions", "end", chosen, "--json").records == [pending | {"ended": 2 if chosen == "--all" else 1}]
     assert run("sessions", "list", "bob@x.io").out == ""
@@ -643,7 +643,7 @@ def test_an_export_is_imported_into_another_database(
             ]
         auth = Auth(other, Settings(bcrypt_cost=COST))
         with pytest.raises(ValueError, match="one-time code required"):
-            auth.log_in("bob@x.io", "b4l0u", address=None)
+            auth.log_in("bob@x.io", "b4l0u", caller=UNCOUNTED)
 
 
 def hash_of(user: User) -> str:

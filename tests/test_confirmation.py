@@ -19,9 +19,8 @@ import trustme
 
 import authsvc
 import mail
-from auth import Auth, TooManyAttempts
+from auth import UNCOUNTED, Auth, Caller, TooManyAttempts
 from authsvc import create_app
-from log import log_event
 from mail import Mailer
 from settings import Settings
 from storage import DB
@@ -529,7 +528,7 @@ def test_a_change_that_waits_for_the_mail_thread_dies_with_the_password(
     mailer.enqueue_reset(hold, ("test",) * 5, known=True, limited=False)
     assert running.wait(5)
     request_change(call, held)
-    auth.change_password(held.partition("=")[2], PASSWORD, OTHER_PASSWORD, address=None)
+    auth.change_password(held.partition("=")[2], PASSWORD, OTHER_PASSWORD, caller=UNCOUNTED)
     release.set()
     settle(mailer)
     assert auth._db._engine.read("SELECT count(*) FROM email_changes", {}) == (0,)
@@ -607,7 +606,7 @@ def test_a_user_can_ask_for_five_changes_a_day(call: Client, auth: Auth, held: s
     assert [request_change(call, held, f"new{n}@x.io").status for n in (6, 7)] == [200, 429]
     other = cookie(auth).partition("=")[2]
     with pytest.raises(TooManyAttempts):  # in another session of the user, too
-        auth.begin_email_change(other, PASSWORD, NEW, log=log_event, address="192.0.2.1", direct=False)
+        auth.begin_email_change(other, PASSWORD, NEW, caller=Caller("192.0.2.1"))
 
 
 @pytest.mark.both_engines
@@ -664,7 +663,7 @@ def changed_to(call: Client, server: MailServer, held: str, email: str) -> str:
 
 GIVEN_UP: dict[str, Callable[[Auth, str], object]] = {
     "rename": lambda auth, held: auth.rename(auth.find_user(BOB), NEW),
-    "deletion": lambda auth, held: auth.delete_account(held, PASSWORD, address=None),
+    "deletion": lambda auth, held: auth.delete_account(held, PASSWORD, caller=UNCOUNTED),
     "operator's deletion": lambda auth, held: auth._db.delete_user(1, auth.reserved_at()),
 }
 
@@ -737,7 +736,7 @@ def test_only_the_former_owner_can_return_to_an_email(
 def test_in_development_no_email_is_reserved(db: DB, settings: Settings, clock: Clock) -> None:
     auth = Auth(db, replace(settings, public_url="", smtp_url="", mail_from=""), clock)
     auth.register_user(BOB, "b4l0u")
-    auth.delete_account(auth.create_session(BOB), "b4l0u", address=None)
+    auth.delete_account(auth.create_session(BOB), "b4l0u", caller=UNCOUNTED)
     assert auth.register_user(BOB, "b4l0u").id == 2
 
 

@@ -21,7 +21,7 @@ import pytest
 import requests
 
 import authsvc
-from auth import Auth
+from auth import UNCOUNTED, Auth, Caller
 from cli import commands
 from credentials import totp
 from engines import operations, sqlite
@@ -96,10 +96,10 @@ def fill(database: str) -> None:
     auth = Auth(DB(database), settings)
     auth.register_user("Bob@x.io", "b4l0u")
     auth.register_user("ÉVE@x.io", "3v3")
-    session_id = auth.log_in("bob@x.io", "b4l0u", address="192.0.2.1", user_agent="tab\t, back\\slash, \\N, é, 🗝")[1]
-    seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", address=None)
-    auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), address=None)
-    auth.log_in("éve@x.io", "3v3", address="2001:db8::1", user_agent="", remember=True)
+    session_id = auth.log_in("bob@x.io", "b4l0u", caller=Caller("192.0.2.1", agent="tab\t, back\\slash, \\N, é, 🗝"))[1]
+    seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", caller=UNCOUNTED)
+    auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), caller=UNCOUNTED)
+    auth.log_in("éve@x.io", "3v3", caller=Caller("2001:db8::1", agent=""), remember=True)
     auth.link_token(auth.find_user("éve@x.io"))
     auth.add_account("invited@x.io")
     auth.add_account("gone@x.io")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from auth import Auth
+from auth import UNCOUNTED, Auth
 from authsvc import Handlers, create_app
 from credentials import device, passwords, totp
 from engines.errors import StorageUnavailable
@@ -333,7 +333,7 @@ def edit(browser: Browser) -> None:
         (lambda owner, auth, db, clock: edit(owner), False),
         (lambda owner, auth, db, clock: auth.update_password(auth.get_reset_password_token(BOB), PASSWORD), False),
         (lambda owner, auth, db, clock: auth.change_password(
-            auth.create_session(BOB), PASSWORD, PASSWORD, address=None), False),
+            auth.create_session(BOB), PASSWORD, PASSWORD, caller=UNCOUNTED), False),
         (lambda owner, auth, db, clock: [db.disable_user(1, 0), db.enable_user(1)], False),
         (lambda owner, auth, db, clock: db.end_sessions(1, devices=True), False),
         (lambda owner, auth, db, clock: db.end_all_sessions(), False),

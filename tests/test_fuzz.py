@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 import authsvc
 import log
 import web.server
-from auth import Auth, UnknownEmail
+from auth import UNCOUNTED, Auth, UnknownEmail
 from credentials import passwords, totp
 from settings import Settings, is_url
 from storage import DB
@@ -304,7 +304,7 @@ class Target:
             self.db.set_totp(user, seed, str(user.session_id), str(user.session_id))
         if self.rounds % 3 == 2:
             _, session_id, _ = self.auth.confirm_totp(
-                session_id, totp.code(seed, int(self.clock()) // totp.STEP), address=None
+                session_id, totp.code(seed, int(self.clock()) // totp.STEP), caller=UNCOUNTED
             )
             self.clock.advance(totp.STEP)
         self.rounds += 1

@@ -27,7 +27,7 @@ import trustme
 
 import authsvc
 import mail
-from auth import Auth, AuthError
+from auth import UNCOUNTED, Auth, AuthError, Caller
 from authsvc import create_app
 from cli import commands
 from credentials import totp
@@ -331,14 +331,14 @@ def test_a_refused_reset_sends_no_mail(call: Client, server: MailServer, mailer:
 
 def sign_in(auth: Auth, otp: str = "", **details: Any) -> tuple[User, str]:
     """Sign Bob in, in a new browser unless ``details`` has a device cookie; return him and the session."""
-    user, session_id, _ = auth.log_in(BOB, PASSWORD, otp, **{"address": CLIENT, **details})
+    user, session_id, _ = auth.log_in(BOB, PASSWORD, otp, **{"caller": Caller(CLIENT), **details})
     return user, session_id
 
 
 def with_factor(auth: Auth, clock: Clock) -> list[str]:
     """Switch a second factor on and drop the mail about it; return the recovery codes."""
-    seed, _, _, session_id = auth.begin_totp(auth.create_session(BOB), PASSWORD, address=None)
-    return auth.confirm_totp(session_id, totp.code(seed, int(clock()) // totp.STEP), address=None)[2]
+    seed, _, _, session_id = auth.begin_totp(auth.create_session(BOB), PASSWORD, caller=UNCOUNTED)
+    return auth.confirm_totp(session_id, totp.code(seed, int(clock()) // totp.STEP), caller=UNCOUNTED)[2]
 
 
 @pytest.mark.both_engines
@@ -347,9 +347,9 @@ def test_a_sign_in_from_a_new_browser_is_told_by_mail(
 ) -> None:
     user, _ = sign_in(auth)  # the first one of the account
     device = auth.device_cookie(user, None)
-    sign_in(auth, device=device)
+    sign_in(auth, caller=Caller(CLIENT, device))
     assert count_mails(mailer, server) == 0
-    sign_in(auth, device="1.1.full.0.0", address="2001:db8::1", user_agent="Brows\0er/1 <b>é http://evil.example a@b")
+    sign_in(auth, caller=Caller("2001:db8::1", "1.1.full.0.0", agent="Brows\0er/1 <b>é http://evil.example a@b"))
     subject, text = next_notice(server)
     assert subject == "Sign-in from a new browser"
     assert text.startswith(f"Sign-in from a new browser: {BOB} at auth.example.com.\n")
@@ -357,7 +357,7 @@ def test_a_sign_in_from_a_new_browser_is_told_by_mail(
     assert f"\n{PUBLIC_URL}/account\n" in text
     assert PASSWORD not in text
     with pytest.raises(AuthError):
-        auth.log_in(BOB, "wrong", address=CLIENT)
+        auth.log_in(BOB, "wrong", caller=Caller(CLIENT))
     assert count_mails(mailer, server) == 0
 
 
@@ -453,7 +453,7 @@ def test_a_right_password_without_its_code_is_told_once_a_day(
     assert next_notice(server)[0] == "A second factor was switched on"
     for otp in attempts:
         with pytest.raises(AuthError):
-            sign_in(auth, otp, user_agent="curl/8")
+            sign_in(auth, otp, caller=Caller(CLIENT, agent="curl/8"))
     assert count_mails(mailer, server) == 1
     subject, text = next_notice(server)
     assert subject == "Sign-in without the one-time code"
@@ -463,7 +463,7 @@ def test_a_right_password_without_its_code_is_told_once_a_day(
     assert next_notice(server)[0] == "Sign-in from a new browser"
     for known in (device, None):
         with pytest.raises(AuthError):
-            sign_in(auth, device=known)
+            sign_in(auth, caller=Caller(CLIENT, known))
     assert count_mails(mailer, server) == 1  # a browser that the account knows asks for the code each time
 
 
@@ -483,12 +483,12 @@ def next_notice(server: MailServer) -> tuple[str, str]:
 
 def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock: Clock, server: MailServer) -> None:
     session_id = auth.create_session(BOB)
-    _, session_id = auth.change_password(session_id, PASSWORD, NEW_PASSWORD, address=None)
-    seed, _, _, session_id = auth.begin_totp(session_id, NEW_PASSWORD, address=None)
+    _, session_id = auth.change_password(session_id, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
+    seed, _, _, session_id = auth.begin_totp(session_id, NEW_PASSWORD, caller=UNCOUNTED)
     code = totp.code(seed, int(clock()) // totp.STEP)
-    _, session_id, recovery = auth.confirm_totp(session_id, code, address=None)
-    _, session_id = auth.remove_totp(session_id, NEW_PASSWORD, recovery[0], address=None)
-    auth.delete_account(session_id, NEW_PASSWORD, address=None)
+    _, session_id, recovery = auth.confirm_totp(session_id, code, caller=UNCOUNTED)
+    _, session_id = auth.remove_totp(session_id, NEW_PASSWORD, recovery[0], caller=UNCOUNTED)
+    auth.delete_account(session_id, NEW_PASSWORD, caller=UNCOUNTED)
     notices = [next_notice(server) for _ in range(4)]
     assert [subject for subject, _ in notices] == [
         "Your password was changed",
@@ -504,13 +504,13 @@ def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock:
 @pytest.mark.parametrize(
     "act",
     [
-        lambda auth, session_id: auth.change_password(session_id, "wrong", NEW_PASSWORD, address=None),
-        lambda auth, session_id: auth.change_password(session_id, PASSWORD, "short", address=None),
-        lambda auth, session_id: auth.change_password(None, PASSWORD, NEW_PASSWORD, address=None),
-        lambda auth, session_id: auth.delete_account(session_id, "wrong", address=None),
-        lambda auth, session_id: auth.begin_totp(session_id, "wrong", address=None),
-        lambda auth, session_id: auth.confirm_totp(session_id, "000000", address=None),
-        lambda auth, session_id: auth.remove_totp(session_id, PASSWORD, "000000", address=None),
+        lambda auth, session_id: auth.change_password(session_id, "wrong", NEW_PASSWORD, caller=UNCOUNTED),
+        lambda auth, session_id: auth.change_password(session_id, PASSWORD, "short", caller=UNCOUNTED),
+        lambda auth, session_id: auth.change_password(None, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED),
+        lambda auth, session_id: auth.delete_account(session_id, "wrong", caller=UNCOUNTED),
+        lambda auth, session_id: auth.begin_totp(session_id, "wrong", caller=UNCOUNTED),
+        lambda auth, session_id: auth.confirm_totp(session_id, "000000", caller=UNCOUNTED),
+        lambda auth, session_id: auth.remove_totp(session_id, PASSWORD, "000000", caller=UNCOUNTED),
     ],
     ids=["password: wrong", "password: weak", "password: no session", "delete", "begin", "confirm", "remove"],
 )
@@ -534,7 +534,7 @@ def test_changes_that_mail_the_user_are_limited_for_an_account(
         return call(method, path, {"password": PASSWORD, **form}, cookie=cookie, REMOTE_ADDR=CLIENT)
 
     for _ in range(10):
-        _, session_id = auth.change_password(session_id, PASSWORD, PASSWORD, address=CLIENT)
+        _, session_id = auth.change_password(session_id, PASSWORD, PASSWORD, caller=Caller(CLIENT))
     assert count_mails(mailer, server) == 10
     refused = change("PUT", "/password", new_password=NEW_PASSWORD)
     assert (refused.status, refused.json, refused.headers["Retry-After"]) == (
@@ -559,11 +559,11 @@ def test_without_a_mail_server_changes_are_not_limited(db: DB, settings: Setting
     auth.register_user(BOB, PASSWORD)
     session_id = auth.create_session(BOB)
     for _ in range(11):
-        _, session_id = auth.change_password(session_id, PASSWORD, PASSWORD, address=CLIENT)
+        _, session_id = auth.change_password(session_id, PASSWORD, PASSWORD, caller=Caller(CLIENT))
 
 
 def test_beginning_a_two_factor_setup_sends_no_mail(auth: Auth, server: MailServer, mailer: Mailer) -> None:
-    auth.begin_totp(auth.create_session(BOB), PASSWORD, address=None)
+    auth.begin_totp(auth.create_session(BOB), PASSWORD, caller=UNCOUNTED)
     assert count_mails(mailer, server) == 0
 
 
@@ -1170,14 +1170,14 @@ def test_a_flood_of_one_client_drops_no_mail_of_others(
 
     def flood() -> None:
         while not stopped.is_set():
-            auth.mail_reset_token(EVE, ignore, address="198.51.100.66", device=eves_device)
+            auth.mail_reset_token(EVE, caller=Caller("198.51.100.66", eves_device))
 
     attacker = threading.Thread(target=flood)
     attacker.start()
     try:
         assert awaited(lambda: "queue full" in log.text)
         for number, owner in enumerate(owners):
-            auth.mail_reset_token(owner, ignore, address=f"203.0.{number}.1")
+            auth.mail_reset_token(owner, caller=Caller(f"203.0.{number}.1"))
             if number % 4 == 0:
                 mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
         mails = [server.next() for _ in range(26)]
@@ -1197,9 +1197,9 @@ def test_many_clients_of_one_network_drop_no_mail_of_an_owner_elsewhere(
     with resets_held(mailer):
         for number in range(600):
             site, host = number % sites, number // sites % 250
-            auth.mail_reset_token(f"{number}@x.io", ignore, address=f"198.51.{site}.{host}")
-        auth.mail_reset_token(BOB, ignore, address="192.0.2.1")
-        auth.mail_reset_token(EVE, ignore, address="203.0.113.1", device=eves_device)
+            auth.mail_reset_token(f"{number}@x.io", caller=Caller(f"198.51.{site}.{host}"))
+        auth.mail_reset_token(BOB, caller=Caller("192.0.2.1"))
+        auth.mail_reset_token(EVE, caller=Caller("203.0.113.1", eves_device))
         server.delay = 0.1  # so each turn of the others takes as long, and all together 10 s or 50 s
     assert [server.next()["To"] for _ in range(2)] == [EVE, BOB]
     assert log.text.count("queue full") == (101 if sites > 1 else 500)
@@ -1384,7 +1384,7 @@ def test_the_time_of_a_mail_does_not_reveal_whether_another_email_is_known(
         own, address = f"own{number}@x.io", f"203.0.{number}.1"
         began = time.perf_counter()
         for email in (f"{kind}{number}@x.io", own):
-            auth.mail_reset_token(email, ignore, address=address)
+            auth.mail_reset_token(email, caller=Caller(address))
         while server.next()["To"] != own:
             pass
         took = time.perf_counter() - began

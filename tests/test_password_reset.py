@@ -11,7 +11,7 @@ from typing import Any
 import bcrypt
 import pytest
 
-from auth import Auth, PasswordRejected, TokenRejected, UnknownEmail
+from auth import UNCOUNTED, Auth, Caller, PasswordRejected, TokenRejected, UnknownEmail
 from settings import Settings
 from storage import DB, User
 from tests import accounts
@@ -67,7 +67,7 @@ def test_a_user_deleted_during_a_request_for_a_token_is_unknown(
         return clock()
 
     with pytest.raises(UnknownEmail):
-        Auth(db, settings, clock_in_between).issue_reset_token(EMAIL, address=None)
+        Auth(db, settings, clock_in_between).issue_reset_token(EMAIL, caller=UNCOUNTED)
 
 
 # Using a token
@@ -77,7 +77,7 @@ def test_a_user_deleted_during_a_request_for_a_token_is_unknown(
 @pytest.mark.parametrize("email", [None, EMAIL, EMAIL.upper()])
 def test_a_token_changes_the_password(auth: Auth, user: User, email: str | None) -> None:
     token = auth.get_reset_password_token(EMAIL)
-    assert auth.reset_password(token, NEW_PASSWORD, email=email, address=None).id == user.id
+    assert auth.reset_password(token, NEW_PASSWORD, email=email, caller=UNCOUNTED).id == user.id
     assert auth.valid_login(EMAIL, NEW_PASSWORD) is True
     assert auth.valid_login(EMAIL, PASSWORD) is False
 
@@ -179,7 +179,7 @@ def test_a_token_is_refused_with_another_email(auth: Auth, other_user: User, row
     token = auth.get_reset_password_token(EMAIL)
     before = row()
     with pytest.raises(TokenRejected):
-        auth.reset_password(token, NEW_PASSWORD, email=email, address=None)
+        auth.reset_password(token, NEW_PASSWORD, email=email, caller=UNCOUNTED)
     assert row() == before
     assert auth.valid_login(OTHER, PASSWORD)
 
@@ -219,11 +219,11 @@ def use_an_expired_token(auth: Auth, clock: Clock) -> None:
 @pytest.mark.parametrize(
     "guess",
     [
-        lambda auth, _: auth.reset_password("nope", NEW_PASSWORD, email=EMAIL, address=None),
+        lambda auth, _: auth.reset_password("nope", NEW_PASSWORD, email=EMAIL, caller=UNCOUNTED),
         lambda auth, _: auth.update_password("", NEW_PASSWORD),
         lambda auth, _: auth.update_password(None, NEW_PASSWORD),
         lambda auth, _: auth.reset_password(
-            auth.get_reset_password_token(EMAIL), NEW_PASSWORD, email=OTHER, address=None
+            auth.get_reset_password_token(EMAIL), NEW_PASSWORD, email=OTHER, caller=UNCOUNTED
         ),
         use_an_expired_token,
     ],
@@ -272,10 +272,10 @@ def invited(auth: Auth) -> User:
 def test_an_invitation_sets_the_first_password(auth: Auth, invited: User, db: DB) -> None:
     token, _ = auth.link_token(invited)
     assert db.find_user_by(id=invited.id).reset_token == digest(token)
-    auth.reset_password(token, PASSWORD, email=EMAIL, address=None)
+    auth.reset_password(token, PASSWORD, email=EMAIL, caller=UNCOUNTED)
     assert auth.valid_login(EMAIL, PASSWORD)
     with pytest.raises(TokenRejected):
-        auth.reset_password(token, NEW_PASSWORD, email=EMAIL, address=None)
+        auth.reset_password(token, NEW_PASSWORD, email=EMAIL, caller=UNCOUNTED)
 
 
 @pytest.mark.parametrize(("seconds", "valid"), [(WEEK - 1, True), (WEEK, False)])
@@ -325,7 +325,7 @@ def test_a_request_for_a_reset_does_not_revoke_an_invitation(auth: Auth, clock: 
     token, _ = auth.link_token(invited)
     clock.advance(DAY)
     with pytest.raises(UnknownEmail):
-        auth.issue_reset_token(EMAIL, address=FOREIGN_ADDRESS)
+        auth.issue_reset_token(EMAIL, caller=Caller(FOREIGN_ADDRESS))
     auth.update_password(token, PASSWORD)
 
 

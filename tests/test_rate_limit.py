@@ -19,7 +19,7 @@ import bcrypt
 import pytest
 import requests
 
-from auth import Auth, TooManyAttempts
+from auth import UNCOUNTED, Auth, Caller, TooManyAttempts
 from authsvc import create_app
 from credentials import totp
 from engines.sqlite import SQLiteEngine
@@ -257,7 +257,7 @@ def test_of_50_simultaneous_logins_only_10_reach_bcrypt(
 
     def attempt(_: int) -> str:
         start.wait(10)
-        return outcome(lambda: auth.log_in(BOB, "wrong", address=HOME))
+        return outcome(lambda: auth.log_in(BOB, "wrong", caller=Caller(HOME)))
 
     with ThreadPoolExecutor(50) as pool:
         outcomes = Counter(pool.map(attempt, range(50)))
@@ -296,7 +296,7 @@ def test_a_successful_login_refunds_every_bucket(rows: Rows, call: Client, bob: 
 def test_a_valid_reset_token_is_not_counted(auth: Auth, bob: None) -> None:
     for number in range(12):
         token = auth.get_reset_password_token(BOB)
-        auth.reset_password(token, f"{PASSWORD} {number}", email=BOB, address=HOME)
+        auth.reset_password(token, f"{PASSWORD} {number}", email=BOB, caller=Caller(HOME))
 
 
 @pytest.mark.usefixtures("bob")
@@ -315,10 +315,10 @@ class Phone:
     """Bob's authenticator app, and his browser. Each code is for a new time step."""
 
     def __init__(self, auth: Auth, clock: Clock) -> None:
-        self.session_id = auth.log_in(BOB, PASSWORD, address=HOME)[1]
+        self.session_id = auth.log_in(BOB, PASSWORD, caller=Caller(HOME))[1]
         self._clock = clock
-        self._seed, _, _, self.session_id = auth.begin_totp(self.session_id, PASSWORD, address=None)
-        user, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code(), address=None)
+        self._seed, _, _, self.session_id = auth.begin_totp(self.session_id, PASSWORD, caller=UNCOUNTED)
+        user, self.session_id, self.recovery = auth.confirm_totp(self.session_id, self.code(), caller=UNCOUNTED)
         self.device = auth.device_cookie(user, None)
 
     def code(self) -> str:
@@ -361,7 +361,7 @@ def outcome(act: Callable[[], object]) -> str:
 
 def log_in_with(auth: Auth, otp: str, address: str, password: str = PASSWORD, device: str | None = None) -> str:
     """Sign in as Bob; return the outcome."""
-    return outcome(lambda: auth.log_in(BOB, password, otp, address=address, device=device))
+    return outcome(lambda: auth.log_in(BOB, password, otp, caller=Caller(address, device)))
 
 
 def test_100_addresses_share_5_code_guesses_and_the_owner_can_sign_in(
@@ -390,7 +390,9 @@ def test_code_guesses_from_the_owners_browser_are_limited_to_5(auth: Auth, phone
 def test_code_guesses_on_all_routes_share_one_bucket(auth: Auth, phone: Phone, checked: list[str]) -> None:
     guess = phone.wrong()
     outcomes = [log_in_with(auth, guess, AWAY) for _ in range(3)]
-    outcomes += [outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, address=AWAY)) for _ in range(3)]
+    outcomes += [
+        outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, caller=Caller(AWAY))) for _ in range(3)
+    ]
     outcomes += [log_in_with(auth, guess, AWAY)]
     assert outcomes == ["LoginFailed"] * 3 + ["ReauthenticationFailed"] * 2 + ["TooManyAttempts"] * 2
     assert len(checked) == 5
@@ -401,14 +403,14 @@ def test_a_recovery_code_works_when_the_code_bucket_is_empty(auth: Auth, phone: 
     for _ in range(6):
         log_in_with(auth, guess, AWAY)
     assert log_in_with(auth, "not-a-code", AWAY) == "LoginFailed"
-    assert auth.log_in(BOB, PASSWORD, phone.recovery[0], address=AWAY)[1]
+    assert auth.log_in(BOB, PASSWORD, phone.recovery[0], caller=Caller(AWAY))[1]
     assert len(checked) == 5
 
 
 def test_guesses_at_the_confirming_code_are_limited_to_5(auth: Auth, bob: None, checked: list[str]) -> None:
     session_id = auth.create_session(BOB)
-    *_, session_id = auth.begin_totp(session_id, PASSWORD, address=None)
-    outcomes = [outcome(lambda: auth.confirm_totp(session_id, "12345", address=AWAY)) for _ in range(8)]
+    *_, session_id = auth.begin_totp(session_id, PASSWORD, caller=UNCOUNTED)
+    outcomes = [outcome(lambda: auth.confirm_totp(session_id, "12345", caller=Caller(AWAY))) for _ in range(8)]
     assert outcomes == ["ReauthenticationFailed"] * 5 + ["TooManyAttempts"] * 3
     assert len(checked) == 5
 
@@ -445,7 +447,7 @@ def test_an_empty_code_bucket_states_the_wait(auth: Auth, phone: Phone, clock: C
     for _ in range(5):
         log_in_with(auth, guess, HOME)
     with pytest.raises(TooManyAttempts) as refusal:
-        auth.log_in(BOB, PASSWORD, guess, address=HOME)
+        auth.log_in(BOB, PASSWORD, guess, caller=Caller(HOME))
     assert refusal.value.wait == 3600
     clock.advance(3600)
     assert log_in_with(auth, phone.code(), HOME) == "done"
@@ -742,7 +744,7 @@ def test_the_limit_holds_after_the_process_is_killed(
 def test_an_exceeded_limit_raises_an_error_with_the_wait(auth: Auth) -> None:
     for _ in range(10):
         with pytest.raises(ValueError, match="wrong email"):
-            auth.log_in(BOB, "wrong", address=HOME)
+            auth.log_in(BOB, "wrong", caller=Caller(HOME))
     with pytest.raises(TooManyAttempts) as refusal:
-        auth.log_in(BOB, "wrong", address=HOME)
+        auth.log_in(BOB, "wrong", caller=Caller(HOME))
     assert refusal.value.wait == 60

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from auth import (
+    UNCOUNTED,
     Auth,
     AuthError,
+    Caller,
     CodeRequired,
     LoginFailed,
     ReauthenticationFailed,
@@ -25,7 +27,6 @@ from auth import (
     _hash_password,
 )
 from credentials import totp
-from log import log_event
 from settings import Settings
 from storage import DB, User
 from tests import accounts
@@ -71,13 +72,13 @@ WRONG_CODE = r"^wrong one-time code$"
 def test_a_second_factor_works_from_its_setup_to_its_removal(auth: Auth, clock: Clock, user: User, row: Row) -> None:
     mine = sign_in(auth)
     former = mine
-    seed, uri, qr_code, mine = auth.begin_totp(mine, PASSWORD, address=None)
+    seed, uri, qr_code, mine = auth.begin_totp(mine, PASSWORD, caller=UNCOUNTED)
     assert live(auth, former, mine) == [False, True]
     assert row().session_id == digest(mine)
     assert uri == totp.uri(seed, EMAIL, "authsvc")
     assert qr_code == totp.qr_code(uri)
     assert (row().totp_secret, row().totp_since) == (seed, None)
-    confirmed, mine, recovery_codes = auth.confirm_totp(mine, current_code(seed, clock), address=None)
+    confirmed, mine, recovery_codes = auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
     assert confirmed.id == user.id
     assert len(set(recovery_codes)) == 10
     assert (row().totp_secret, row().totp_since) == (seed, int(clock()))
@@ -86,7 +87,7 @@ def test_a_second_factor_works_from_its_setup_to_its_removal(auth: Auth, clock: 
         sign_in(auth)
     mine = sign_in(auth, otp=current_code(seed, clock))
     clock.advance(30)
-    removed, mine = auth.remove_totp(mine, PASSWORD, current_code(seed, clock), address=None)
+    removed, mine = auth.remove_totp(mine, PASSWORD, current_code(seed, clock), caller=UNCOUNTED)
     assert removed.id == user.id
     assert live(auth, mine) == [True]
     assert (row().totp_secret, row().totp_since) == (None, None)
@@ -95,7 +96,7 @@ def test_a_second_factor_works_from_its_setup_to_its_removal(auth: Auth, clock: 
 
 def test_an_app_shows_the_host_of_a_production_service(db: DB, settings: Settings, clock: Clock, user: User) -> None:
     auth = Auth(db, in_production(settings), clock)
-    seed, uri, *_ = auth.begin_totp(auth.create_session(EMAIL), PASSWORD, address=None)
+    seed, uri, *_ = auth.begin_totp(auth.create_session(EMAIL), PASSWORD, caller=UNCOUNTED)
     assert uri == totp.uri(seed, EMAIL, "auth.example.com")
 
 
@@ -110,14 +111,14 @@ def test_a_new_seed_replaces_an_unconfirmed_one(auth: Auth, clock: Clock, user: 
     replaced, mine = begin(auth, mine)
     seed, mine = begin(auth, mine)
     with pytest.raises(ReauthenticationFailed):
-        auth.confirm_totp(mine, current_code(replaced, clock), address=None)
-    auth.confirm_totp(mine, current_code(seed, clock), address=None)
+        auth.confirm_totp(mine, current_code(replaced, clock), caller=UNCOUNTED)
+    auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
 
 
 def test_a_setup_needs_the_password(auth: Auth, user: User, row: Row) -> None:
     mine = auth.create_session(EMAIL)
     with pytest.raises(ReauthenticationFailed, match=r"^wrong password$"):
-        auth.begin_totp(mine, "wrong", address=None)
+        auth.begin_totp(mine, "wrong", caller=UNCOUNTED)
     assert row().totp_secret is None
 
 
@@ -128,7 +129,7 @@ def test_a_second_factor_is_switched_on_only_with_a_right_code(
     mine = auth.create_session(EMAIL)
     seed, mine = begin(auth, mine)
     with pytest.raises(ReauthenticationFailed, match=WRONG_CODE):
-        auth.confirm_totp(mine, "" if later is None else current_code(seed, clock, later), address=None)
+        auth.confirm_totp(mine, "" if later is None else current_code(seed, clock, later), caller=UNCOUNTED)
     assert row().totp_since is None
     assert query("SELECT * FROM recovery_codes") == []
     assert live(auth, mine) == [True]
@@ -137,7 +138,7 @@ def test_a_second_factor_is_switched_on_only_with_a_right_code(
 def test_a_setup_that_was_not_begun_cannot_be_confirmed(auth: Auth, user: User) -> None:
     mine = auth.create_session(EMAIL)
     with pytest.raises(SecondFactorRejected, match=r"^no second factor is being set up$"):
-        auth.confirm_totp(mine, "000000", address=None)
+        auth.confirm_totp(mine, "000000", caller=UNCOUNTED)
 
 
 def test_a_second_factor_cannot_be_switched_on_twice(auth: Auth, clock: Clock, factor: Factor, row: Row) -> None:
@@ -145,7 +146,7 @@ def test_a_second_factor_cannot_be_switched_on_twice(auth: Auth, clock: Clock, f
     with pytest.raises(SecondFactorRejected, match=r"^a second factor is on already$"):
         begin(auth, factor.session_id)
     with pytest.raises(SecondFactorRejected, match=r"^no second factor is being set up$"):
-        auth.confirm_totp(factor.session_id, current_code(factor.seed, clock), address=None)
+        auth.confirm_totp(factor.session_id, current_code(factor.seed, clock), caller=UNCOUNTED)
     assert row() == before
     assert live(auth, sign_in(auth, otp=factor.recovery_codes[0])) == [True]
 
@@ -171,7 +172,7 @@ def test_switching_it_on_or_off_leaves_this_session_alone_under_a_new_id(
     elsewhere, mine = auth.create_session(EMAIL), auth.create_session(EMAIL)
     seed, mine = begin(auth, mine)
     assert live(auth, elsewhere, mine) == [True, True]
-    _, new_id, _ = auth.confirm_totp(mine, current_code(seed, clock), address=None)
+    _, new_id, _ = auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
     assert live(auth, elsewhere, mine, new_id, theirs) == [False, False, True, True]
     assert row().session_id == digest(new_id)
     clock.advance(30)
@@ -187,7 +188,7 @@ def test_switching_it_on_or_off_revokes_a_reset_token(auth: Auth, clock: Clock, 
     mine = auth.create_session(EMAIL)
     seed, mine = begin(auth, mine)
     token = auth.get_reset_password_token(EMAIL)
-    _, mine, _ = auth.confirm_totp(mine, current_code(seed, clock), address=None)
+    _, mine, _ = auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
     with pytest.raises(TokenRejected):
         auth.update_password(token, NEW_PASSWORD)
     token = auth.get_reset_password_token(EMAIL)
@@ -217,7 +218,7 @@ def test_an_attempt_to_switch_it_off_is_counted_for_every_address_but_none(
 ) -> None:
     assert query("SELECT * FROM throttle") == []
     with suppress(AuthError):
-        auth.remove_totp(factor.session_id, password, "000000", address=address)
+        auth.remove_totp(factor.session_id, password, "000000", caller=Caller(address))
     assert (query("SELECT * FROM throttle") != []) is (address is not None)
 
 
@@ -229,7 +230,7 @@ def test_a_sign_out_during_a_confirmation_makes_it_fail(
     seed, mine = begin(auth, mine)
     after_code_check(monkeypatch, lambda: auth.log_out(mine))
     with pytest.raises(SessionRequired):
-        auth.confirm_totp(mine, current_code(seed, clock), address=None)
+        auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
     assert row().totp_since is None
     assert live(auth, sign_in(auth)) == [True]
 
@@ -242,7 +243,7 @@ def test_a_seed_replaced_while_its_code_is_checked_is_not_switched_on(
     seed, mine = begin(auth, mine)
     after_code_check(monkeypatch, lambda: begin(auth, mine))
     with pytest.raises(SessionRequired):
-        auth.confirm_totp(mine, current_code(seed, clock), address=None)
+        auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
     assert row().totp_since is None
 
 
@@ -303,7 +304,7 @@ def test_the_code_that_confirmed_the_setup_does_not_sign_in(auth: Auth, clock: C
     mine = auth.create_session(EMAIL)
     seed, mine = begin(auth, mine)
     code = current_code(seed, clock)
-    auth.confirm_totp(mine, code, address=None)
+    auth.confirm_totp(mine, code, caller=UNCOUNTED)
     with pytest.raises(LoginFailed, match=WRONG_CODE):
         sign_in(auth, otp=code)
     assert live(auth, sign_in(auth, otp=current_code(seed, clock, 1))) == [True]
@@ -395,7 +396,7 @@ def test_of_8_concurrent_confirmations_one_succeeds(auth: Auth, clock: Clock, us
     mine = auth.create_session(EMAIL)
     seed, mine = begin(auth, mine)
     code = current_code(seed, clock)
-    results = at_once(8, lambda: auth.confirm_totp(mine, code, address=None))
+    results = at_once(8, lambda: auth.confirm_totp(mine, code, caller=UNCOUNTED))
     assert sum(isinstance(result, tuple) for result in results) == 1
     assert {type(result) for result in results} <= {tuple, SessionRequired, SecondFactorRejected}
     assert query("SELECT count(*) FROM recovery_codes") == [(10,)]
@@ -410,7 +411,7 @@ def test_a_login_needs_a_code_if_the_factor_is_switched_on_meanwhile(
 ) -> None:
     mine = auth.create_session(EMAIL)
     seed, mine = begin(auth, mine)
-    after_password_check(monkeypatch, lambda: auth.confirm_totp(mine, current_code(seed, clock), address=None))
+    after_password_check(monkeypatch, lambda: auth.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED))
     with pytest.raises(CodeRequired):
         sign_in(auth)
     assert query("SELECT count(*) FROM sessions") == [(1,)]
@@ -470,7 +471,7 @@ def test_a_second_factor_survives_a_reset_of_the_password(auth: Auth, clock: Clo
 
 @pytest.mark.both_engines
 def test_a_second_factor_survives_a_change_of_the_password(auth: Auth, clock: Clock, factor: Factor) -> None:
-    auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, address=None)
+    auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
     with pytest.raises(CodeRequired):
         sign_in(auth, NEW_PASSWORD)
     sign_in(auth, NEW_PASSWORD, factor.recovery_codes[0])
@@ -501,7 +502,7 @@ def test_a_recovery_code_does_not_confirm_a_setup(auth: Auth, factor: Factor) ->
     mine = switch_off(auth, factor.session_id, factor.recovery_codes[0])
     _, mine = begin(auth, mine)
     with pytest.raises(ReauthenticationFailed):
-        auth.confirm_totp(mine, factor.recovery_codes[1], address=None)
+        auth.confirm_totp(mine, factor.recovery_codes[1], caller=UNCOUNTED)
 
 
 @pytest.mark.both_engines
@@ -530,15 +531,16 @@ def test_the_repr_of_a_user_holds_no_seed(auth: Auth, factor: Factor, row: Row) 
 
 # Changes of the account: the code is asked for again
 
+DIRECT = UNCOUNTED._replace(direct=True)
 SENSITIVE_CHANGES: dict[str, Callable[..., object]] = {
     "change password": lambda auth, held, otp, **more: auth.change_password(
-        held, PASSWORD, NEW_PASSWORD, otp, **{"address": None, **more}
+        held, PASSWORD, NEW_PASSWORD, otp, **{"caller": DIRECT, **more}
     ),
     "delete account": lambda auth, held, otp, **more: auth.delete_account(
-        held, PASSWORD, otp, **{"address": None, **more}
+        held, PASSWORD, otp, **{"caller": DIRECT, **more}
     ),
     "ask for a new email": lambda auth, held, otp, **more: auth.begin_email_change(
-        held, PASSWORD, "new@x.io", otp, **{"log": log_event, "direct": True, "address": None, **more}
+        held, PASSWORD, "new@x.io", otp, **{"caller": DIRECT, **more}
     ),
 }
 sensitive = pytest.mark.parametrize("change", SENSITIVE_CHANGES.values(), ids=SENSITIVE_CHANGES)
@@ -588,19 +590,19 @@ def test_wrong_codes_at_a_change_are_limited_like_those_at_a_sign_in(
     clock.advance(600)
     for _ in range(5):
         with pytest.raises(ReauthenticationFailed):
-            change(auth, factor.session_id, "000000", address=OWN_ADDRESS)
+            change(auth, factor.session_id, "000000", caller=DIRECT._replace(address=OWN_ADDRESS))
     code = current_code(factor.seed, clock)
     with pytest.raises(TooManyAttempts):
-        change(auth, factor.session_id, code, address=OWN_ADDRESS)
+        change(auth, factor.session_id, code, caller=DIRECT._replace(address=OWN_ADDRESS))
     with pytest.raises(TooManyAttempts):
-        sign_in(auth, otp=code, address=FOREIGN_ADDRESS)
+        sign_in(auth, otp=code, caller=Caller(FOREIGN_ADDRESS))
 
 
 def test_a_wrong_password_is_refused_before_the_code_is_asked_for(auth: Auth, clock: Clock, factor: Factor) -> None:
     clock.advance(600)
     for otp in ("", current_code(factor.seed, clock)):
         with pytest.raises(ReauthenticationFailed, match=r"^wrong password$"):
-            auth.change_password(factor.session_id, "wrong", NEW_PASSWORD, otp, address=None)
+            auth.change_password(factor.session_id, "wrong", NEW_PASSWORD, otp, caller=UNCOUNTED)
     sign_in(auth, otp=current_code(factor.seed, clock))  # the code was not spent
 
 
@@ -611,14 +613,14 @@ def test_a_code_that_a_change_asked_for_counts_for_the_next_change(
 ) -> None:
     clock.advance(600)
     code = factor.recovery_codes[0] if recovery else current_code(factor.seed, clock)
-    _, mine = auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, code, address=None)
+    _, mine = auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, code, caller=UNCOUNTED)
     with pytest.raises(LoginFailed, match=WRONG_CODE):
         sign_in(auth, NEW_PASSWORD, code)
     clock.advance(599)
-    _, mine = auth.change_password(mine, NEW_PASSWORD, PASSWORD, address=None)
+    _, mine = auth.change_password(mine, NEW_PASSWORD, PASSWORD, caller=UNCOUNTED)
     clock.advance(1)
     with pytest.raises(SessionCodeRequired):
-        auth.delete_account(mine, PASSWORD, address=None)
+        auth.delete_account(mine, PASSWORD, caller=UNCOUNTED)
 
 
 @pytest.mark.parametrize(("ahead", "counts"), [(300, True), (301, False)])
@@ -627,7 +629,7 @@ def test_a_factor_shown_in_the_future_does_not_count(
 ) -> None:
     db.record_factor(1, int(clock()) + ahead)
     with nullcontext() if counts else pytest.raises(SessionCodeRequired):
-        auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, address=None)
+        auth.change_password(factor.session_id, PASSWORD, NEW_PASSWORD, caller=UNCOUNTED)
 
 
 def test_switching_it_off_needs_a_code_at_any_time(auth: Auth, clock: Clock, factor: Factor) -> None:
@@ -713,7 +715,7 @@ def test_a_session_is_live_once_it_has_set_up_a_required_factor(strict: Auth, cl
     mine = sign_in(strict)
     seed, mine = begin(strict, mine)
     assert live(strict, mine) == [False]  # an unconfirmed seed is not enough
-    _, mine, _ = strict.confirm_totp(mine, current_code(seed, clock), address=None)
+    _, mine, _ = strict.confirm_totp(mine, current_code(seed, clock), caller=UNCOUNTED)
     assert live(strict, mine) == [True]
     clock.advance(30)
     assert live(strict, sign_in(strict, otp=current_code(seed, clock))) == [True]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from auth import Auth, LoginFailed, SessionRequired, SessionUnknown, TokenRejected
+from auth import Auth, Caller, LoginFailed, SessionRequired, SessionUnknown, TokenRejected
 from settings import Settings
 from storage import DB, User
 from tests import accounts
@@ -104,7 +104,7 @@ def test_a_login_replaces_the_previous_session(auth: Auth, user: User) -> None:
 def test_a_refused_login_ends_no_session(auth: Auth, user: User) -> None:
     session_id = sign_in(auth)
     with pytest.raises(LoginFailed):
-        sign_in(auth, "wrong", replaced=session_id)
+        sign_in(auth, "wrong", ended=session_id)
     assert live(auth, session_id) == [True]
 
 
@@ -141,26 +141,26 @@ def test_concurrent_logins_leave_as_many_sessions_as_allowed(three_sessions: Aut
 @pytest.mark.both_engines
 def test_a_login_ends_the_session_that_its_client_held(three_sessions: Auth) -> None:
     mine, elsewhere = sign_in(three_sessions), sign_in(three_sessions)
-    new = sign_in(three_sessions, replaced=mine)
+    new = sign_in(three_sessions, ended=mine)
     assert live(three_sessions, mine, elsewhere, new) == [False, True, True]
 
 
 @pytest.mark.both_engines
 def test_a_login_ends_the_session_that_its_client_held_as_another_user(auth: Auth, db: DB, other_user: User) -> None:
     theirs = sign_in(auth, email=OTHER)
-    mine = sign_in(auth, replaced=theirs)
+    mine = sign_in(auth, ended=theirs)
     assert live(auth, theirs, mine) == [False, True]
     assert db.find_user_by(id=other_user.id).session_id is None
 
 
 @pytest.mark.parametrize("replaced", [None, "", "nope", "\ud800"], ids=ascii)
 def test_a_client_with_an_unknown_session_id_signs_in(auth: Auth, user: User, replaced: str | None) -> None:
-    assert live(auth, sign_in(auth, replaced=replaced)) == [True]
+    assert live(auth, sign_in(auth, ended=replaced)) == [True]
 
 
 @pytest.mark.both_engines
 def test_a_session_records_the_address_and_user_agent_of_its_login(auth: Auth, user: User, query: Query) -> None:
-    sign_in(auth, address="127.0.0.1", user_agent="é" * 300)
+    sign_in(auth, caller=Caller("127.0.0.1", agent="é" * 300))
     assert query("SELECT address, user_agent FROM sessions") == [("127.0.0.1", "é" * 200)]
 
 
@@ -383,9 +383,9 @@ def test_sessions_are_listed_newest_first_with_the_id_of_this_one(
     three_sessions: Auth, other_user: User, clock: Clock
 ) -> None:
     three_sessions.create_session(OTHER)
-    first = sign_in(three_sessions, address="192.0.2.1", user_agent="one")
+    first = sign_in(three_sessions, caller=Caller("192.0.2.1", agent="one"))
     clock.advance(5)
-    second = sign_in(three_sessions, address="192.0.2.2", user_agent="two")
+    second = sign_in(three_sessions, caller=Caller("192.0.2.2", agent="two"))
     _, listed, own = three_sessions.list_sessions(first)
     now = int(clock())
     assert [(session.address, session.user_agent, session.created_at, session.last_seen_at) for session in listed] == [
@@ -507,9 +507,9 @@ def test_pruning_deletes_expired_rows_and_nothing_else(
     three_sessions: Auth, user: User, other_user: User, clock: Clock, row: Row, query: Query
 ) -> None:
     with pytest.raises(LoginFailed):
-        sign_in(three_sessions, "wrong", email="nobody@example.com", address=FOREIGN_ADDRESS)
-    sign_in(three_sessions, email=OTHER, address=OWN_ADDRESS)
-    sign_in(three_sessions, address=OWN_ADDRESS)
+        sign_in(three_sessions, "wrong", email="nobody@example.com", caller=Caller(FOREIGN_ADDRESS))
+    sign_in(three_sessions, email=OTHER, caller=Caller(OWN_ADDRESS))
+    sign_in(three_sessions, caller=Caller(OWN_ADDRESS))
     clock.advance(604_800 - 1)  # the time without use after which a session ends
     assert [kind for kind, _ in three_sessions.prune()] == ["buckets"]
     assert query("SELECT count(*) FROM sessions") == [(2,)]
