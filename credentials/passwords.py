@@ -93,12 +93,11 @@ def strength_error(password: str, context: str, min_length: int) -> str | None:
 
 def hash_password(password: str, cost: int) -> bytes:
     """Return a new salted hash. ``cost`` is the base-2 logarithm of the number of rounds, 4 to 31."""
-    raw = password.encode()
-    salt = bcrypt.gensalt(cost)
-    if _fits_plain(raw):
-        return _bcrypt(raw, salt)
-    digest = _bcrypt(_prehash(raw, salt[7:]), salt)[29:]
-    return b"$bcrypt-sha256$v=2,t=2b,r=%d$%b$%b" % (cost, salt[7:], digest)
+    raw, salt = password.encode(), bcrypt.gensalt(cost)
+    plain = _fits_plain(raw)
+    with _hash_slots:
+        hashed = bcrypt.hashpw(raw if plain else _prehash(raw, salt[7:]), salt)
+    return hashed if plain else b"$bcrypt-sha256$v=2,t=2b,r=%d$%b$%b" % (cost, salt[7:], hashed[29:])
 
 
 def verify(password: str, hashed: str | bytes | None, cost: int, cut_salt: str | None = None) -> bool:
@@ -178,11 +177,6 @@ def _fits_plain(raw: bytes) -> bool:
 
 def _prehash(raw: bytes, salt: bytes) -> bytes:
     return base64.b64encode(hmac.digest(salt, raw, hashlib.sha256))  # 44 bytes without NUL
-
-
-def _bcrypt(secret: bytes, salt: bytes) -> bytes:
-    with _hash_slots:
-        return bcrypt.hashpw(secret, salt)
 
 
 def _bytes(hashed: str | bytes) -> bytes:
