@@ -185,11 +185,9 @@ class _Node(Generic[Item]):
         self.waiting -= 1
         if not self._children:
             return self._items.pop(0)
-        name, child = next(iter(self._children.items()))
+        name, child = self._children.popitem(last=False)
         if child.waiting > 1:
-            self._children.move_to_end(name)
-        else:
-            del self._children[name]
+            self._children[name] = child
         return child.take()
 
     def sizes(self) -> dict[str, int]:
