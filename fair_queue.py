@@ -120,9 +120,7 @@ class FairQueue(Generic[Item]):
 
     def _drop(self, path: Path, crowd: Sequence[_Node[Item]], served: _Served) -> Item:
         if not path:  # the largest network of all classes, so that newcomers of one network displace no others
-            sizes: Counter[str] = Counter()
-            for top in crowd:
-                sizes.update(top.sizes())
+            sizes = sum((top.sizes() for top in crowd), Counter[str]())
             path = (served.choose(sizes, ()),)
         top = next(top for top in crowd if top.count(path))  # in this network a newcomer only if there is nobody else
         item, its_path, _ = top.drop(path, served)
@@ -190,9 +188,9 @@ class _Node(Generic[Item]):
             self._children[name] = child
         return child.take()
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> Counter[str]:
         """Return how many items wait below each child."""
-        return {name: child.waiting for name, child in self._children.items()}
+        return Counter({name: child.waiting for name, child in self._children.items()})
 
     def remove(self, condition: Callable[[Item], bool]) -> list[Entry[Item]]:
         """Remove and return the items for which the condition holds."""
@@ -244,7 +242,6 @@ class _Served:
         So somebody who had none keeps a place beside those who come again and again. The rest is chance: the newest or
         the oldest could be chosen so that others lose each time.
         """
-        most = max(sizes.values())
-        turns = {name: self._turns.get((*above, name), 0) for name, size in sizes.items() if size == most}
-        latest = max(turns.values())
-        return secrets.choice([name for name, turn in turns.items() if turn == latest])
+        ranks = {name: (size, self._turns.get((*above, name), 0)) for name, size in sizes.items()}
+        highest = max(ranks.values())
+        return secrets.choice([name for name, rank in ranks.items() if rank == highest])
