@@ -26,6 +26,7 @@ RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rat
 MAX_RECENT = 2000  # clients that are remembered, with their networks 2 MB; the oldest go first
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 Path = tuple[str, ...]
 Entry = tuple[Item, Path, bool]  # an item, its path, and whether it is preferred
 
@@ -77,7 +78,7 @@ class FairQueue(Generic[Item]):
                 self._preferred.add(entry)
             elif time.monotonic() - self._recent.get(client, -RECENT) >= RECENT:
                 self._newcomers.add(entry)
-                self._remember(client)
+                _remember(self._recent, client, time.monotonic())
             else:
                 self._others.add(entry)
             # One loss is enough: before this item, nothing had too many. The narrowest excess is the cause of the rest.
@@ -104,7 +105,7 @@ class FairQueue(Generic[Item]):
                     item, path, preferred = self._all.take()
                     self._served[preferred].add(path)
                     if not preferred:
-                        self._remember(path[-2])
+                        _remember(self._recent, path[-2], time.monotonic())
                     return item
 
     def remove(self, condition: Callable[[Item], bool]) -> list[Item]:
@@ -127,12 +128,6 @@ class FairQueue(Generic[Item]):
         if top is self._newcomers:
             self._recent.pop(its_path[-2], None)  # it may try again as a newcomer
         return item
-
-    def _remember(self, client: str) -> None:
-        self._recent[client] = time.monotonic()
-        self._recent.move_to_end(client)
-        if len(self._recent) > MAX_RECENT:
-            self._recent.popitem(last=False)
 
 
 class _Pair(Generic[Item]):
@@ -224,17 +219,14 @@ class _Served:
     """Which networks, clients and accounts had a turn, and in which order."""
 
     def __init__(self) -> None:
-        self._turns: OrderedDict[Path, int] = OrderedDict()
+        self._turns: OrderedDict[Path, float] = OrderedDict()
         self._turn = 0
 
     def add(self, path: Path) -> None:
         """Record a turn."""
         self._turn += 1
         for depth in range(1, len(path) + 1):
-            self._turns[path[:depth]] = self._turn
-            self._turns.move_to_end(path[:depth])
-        while len(self._turns) > MAX_RECENT:
-            self._turns.popitem(last=False)
+            _remember(self._turns, path[:depth], self._turn)
 
     def choose(self, sizes: Mapping[str, int], above: Path) -> str:
         """Return the largest part of the node ``above``; of several, the one that had its turn last.
@@ -245,3 +237,11 @@ class _Served:
         ranks = {name: (size, self._turns.get((*above, name), 0)) for name, size in sizes.items()}
         highest = max(ranks.values())
         return secrets.choice([name for name, rank in ranks.items() if rank == highest])
+
+
+def _remember(latest: OrderedDict[Key, float], key: Key, moment: float) -> None:
+    """Record the latest moment of a client or a network, in seconds or turns; beyond MAX_RECENT forget the oldest."""
+    latest[key] = moment
+    latest.move_to_end(key)
+    if len(latest) > MAX_RECENT:
+        latest.popitem(last=False)
