@@ -112,7 +112,7 @@ class RateLimiter:
 
     def mails(self, kind: str, email: str) -> list[Buckets]:
         """Return the buckets of a mail that somebody asked for. Each kind has its own, so that none blocks another."""
-        return [[self._scaled(MAILS, f"{kind} mail", email.casefold())]]
+        return [[self._bucket(MAILS, f"{kind} mail", email.casefold(), factor=self._factor)]]
 
     def changes(self, what: str, user_id: int) -> list[Buckets]:
         """Return the buckets of the changes of "email" that a user asks for, or of all changes of the "account"."""
@@ -156,19 +156,15 @@ class RateLimiter:
         return self._key("tag", email.casefold())[:16]
 
     def _by_network(self, limit: tuple[int, int], kind: str, networks: Sequence[str]) -> list[Bucket]:
-        buckets = [self._scaled(limit, kind, network) for network in networks]
-        pairs = zip(buckets, NETWORK_FACTORS, strict=False)  # an IPv4 address is the only network of its client
-        return [bucket._replace(size=bucket.size * factor) for bucket, factor in pairs]
+        pairs = zip(networks, NETWORK_FACTORS, strict=False)  # an IPv4 address is the only network of its client
+        return [self._bucket(limit, kind, network, factor=factor * self._factor) for network, factor in pairs]
 
     def _priority(self, account: str) -> Bucket:
         return Bucket(self._key("priority", account), *LOGIN_PRIORITY, refuses=False)
 
-    def _scaled(self, limit: tuple[int, int], kind: str, counted: str) -> Bucket:
-        bucket = self._bucket(limit, kind, counted)
-        return bucket._replace(size=bucket.size * self._factor)
-
-    def _bucket(self, limit: tuple[int, int], *parts: str) -> Bucket:
-        return Bucket(self._key(*parts), *limit)
+    def _bucket(self, limit: tuple[int, int], *parts: str, factor: int = 1) -> Bucket:
+        size, interval = limit
+        return Bucket(self._key(*parts), size * factor, interval)
 
     def _key(self, *parts: str) -> str:
         # ascii(), as no two tuples of strings have the same text.
