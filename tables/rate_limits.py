@@ -139,9 +139,8 @@ class RateLimits:
     def refund(self, buckets: Sequence[Bucket]) -> None:
         """Put one attempt back into each bucket."""
         statement = "UPDATE throttle SET full_at = full_at - :interval WHERE key = :key"
-        refunded = [{"key": bucket.key, "interval": bucket.interval} for bucket in buckets]
         with self._engine.transaction() as db:
-            db.executemany(statement, refunded)
+            db.executemany(statement, [bucket._asdict() for bucket in buckets])
 
     def prune(self, *, now: int, limit: int) -> int:
         """Delete up to ``limit`` full buckets; return how many were deleted."""
