@@ -30,7 +30,7 @@ class Bucket(NamedTuple):
 # SQLite has one writer at a time, so Python computes there, in _consumed(). PostgreSQL consumes from all buckets in one
 # statement and one round trip. There, a bucket that another client empties between the check and the update becomes
 # NULL, which the column refuses. All statements lock the rows in the order in which they are given.
-CONSUME = """
+CONSUME = f"""
     WITH asked AS MATERIALIZED (
         SELECT key, pause, most, refuses, place
           FROM unnest(:keys::text[], :intervals::bigint[], :fulls::bigint[], :refuses::boolean[])
@@ -39,10 +39,10 @@ CONSUME = """
         INSERT INTO throttle (key, full_at)
         SELECT key, :now + pause FROM asked
          WHERE NOT EXISTS (SELECT 1 FROM throttle JOIN asked USING (key)
-                            WHERE full_at + pause > most AND full_at <= most + :tolerance AND refuses)
+                            WHERE full_at + pause > most AND full_at <= most + {CLOCK_TOLERANCE} AND refuses)
          ORDER BY place
         ON CONFLICT (key) DO UPDATE SET full_at = (
-            SELECT CASE WHEN throttle.full_at + pause <= most OR throttle.full_at > most + :tolerance
+            SELECT CASE WHEN throttle.full_at + pause <= most OR throttle.full_at > most + {CLOCK_TOLERANCE}
                         THEN least(greatest(throttle.full_at, :now) + pause, most)
                         WHEN NOT refuses THEN throttle.full_at END
               FROM asked WHERE asked.key = excluded.key)
@@ -129,7 +129,6 @@ class RateLimits:
             "fulls": [bucket.full_at(now) for bucket in buckets],
             "refuses": [bucket.refuses for bucket in buckets],
             "now": now,
-            "tolerance": CLOCK_TOLERANCE,
         }
         with suppress(ValueError):  # NULL: somebody else emptied a bucket meanwhile
             if self._engine.write(CONSUME, values):

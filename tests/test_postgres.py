@@ -278,7 +278,6 @@ def test_buckets_are_locked_in_the_order_given(db: DB) -> None:
         "fulls": [NOW + 300, NOW + 300],
         "refuses": [True, True],
         "now": NOW,
-        "tolerance": 300,
     }
     plan = [line for (line,) in db._engine.read_all(f"EXPLAIN {CONSUME}", values)]
     # Without this the order is left to chance.
