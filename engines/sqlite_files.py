@@ -64,7 +64,7 @@ def restore(source: str, database: str, kept: str, prepare: Callable[[str], obje
             prepare(temporary)
             with _open_exclusively(temporary):
                 pass  # moves a write-ahead log into the file: closing a database ignores a full disk, and leaves one
-        opened.enter_context(_locked(database))
+        _hold_lock(database, opened)
         replaced = os.path.exists(database) and os.path.getsize(database) > 0
         if replaced:
             _number_users_after(_merge_log(database), temporary)
@@ -98,8 +98,8 @@ def open_source(database: str) -> Iterator[Rows]:
     SQLiteEngine(database).close()
     with ExitStack() as opened:
         with sqlite.refused(f"cannot copy the database {database}"):
-            opened.enter_context(_locked(database))  # opening it exclusively moves the write-ahead log into the file
-            connection = opened.enter_context(_open_exclusively(database))
+            _hold_lock(database, opened)
+            connection = opened.enter_context(_open_exclusively(database))  # moves the write-ahead log into the file
             if found := _problems(connection):
                 raise DatabaseRefused("; ".join(found))
         connection.text_factory = lambda text: text.decode(errors="surrogateescape")
@@ -144,14 +144,11 @@ def _problems(db: sqlite3.Connection) -> list[str]:
     return found + [f"foreign key violation in {row[0]}" for row in db.execute("PRAGMA foreign_key_check")]
 
 
-@contextmanager
-def _locked(database: str) -> Iterator[None]:
+def _hold_lock(database: str, opened: ExitStack) -> None:
+    """Take the write lock of a database until ``opened`` is closed."""
     lock_file = sqlite.open_lock_file(database)
-    try:
-        sqlite.lock(lock_file)
-        yield
-    finally:
-        os.close(lock_file)
+    opened.callback(os.close, lock_file)
+    sqlite.lock(lock_file)
 
 
 @contextmanager
