@@ -79,11 +79,9 @@ def restore(source: str, database: str, kept: str, prepare: Callable[[str], obje
         return replaced
 
 
-@contextmanager
-def open_readonly(database: str) -> Iterator[sqlite3.Connection]:
+def open_readonly(database: str) -> closing[sqlite3.Connection]:
     """Open a database to read from it, without a migration."""
-    with closing(connect(database, "ro")) as connection:
-        yield connection
+    return closing(connect(database, "ro"))
 
 
 @contextmanager
