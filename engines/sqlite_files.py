@@ -208,7 +208,7 @@ def _temporary_file(path: str) -> Iterator[str]:
 
 def _publish(temporary: str, path: str) -> None:
     if not _link(temporary, path):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # fails where the name is taken
         os.replace(temporary, path)
     _sync(path)
 
@@ -224,14 +224,11 @@ def _keep(database: str, kept: str) -> None:
 
 
 def _link(path: str, name: str) -> bool:
-    """Give a file a second name, unless it is taken; return whether the file system has hard links. exFAT has none."""
-    try:
+    """Give a file a second name; return False where it is taken or the file system has no hard links, such as exFAT."""
+    with suppress(OSError):
         os.link(path, name)  # unlike rename() it never replaces a file
-    except FileExistsError:
-        raise
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _copy_owner(database: str, path: str) -> None:
