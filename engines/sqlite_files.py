@@ -42,7 +42,7 @@ def backup(database: str, target: str) -> None:
         _publish(temporary, target)
 
 
-def restore(source: str, database: str, kept: str, prepare: Callable[[str], object] | None = None) -> bool:
+def restore(source: str, database: str, kept: str, prepare: Callable[[str], object]) -> bool:
     """Replace the database with a backup; return whether there was one, which is then kept under the name ``kept``.
 
     Users that are added later get ids that neither of the two has given. ``prepare`` is called with the path of the
@@ -60,10 +60,9 @@ def restore(source: str, database: str, kept: str, prepare: Callable[[str], obje
             raise DatabaseRefused(found[0])
         temporary = opened.enter_context(_temporary_file(database))
         _copy(source, temporary)
-        if prepare:
-            prepare(temporary)
-            with _open_exclusively(temporary):
-                pass  # moves a write-ahead log into the file: closing a database ignores a full disk, and leaves one
+        prepare(temporary)
+        with _open_exclusively(temporary):
+            pass  # moves a write-ahead log into the file: closing a database ignores a full disk, and leaves one
         _hold_lock(database, opened)
         replaced = os.path.exists(database) and os.path.getsize(database) > 0
         if replaced:

@@ -96,7 +96,7 @@ def back_up(database: Path, target: Path) -> Path:
 
 
 def restore(backup: Path, database: Path, kept: Path) -> bool:
-    return sqlite_files.restore(str(backup), str(database), str(kept))
+    return sqlite_files.restore(str(backup), str(database), str(kept), lambda _: None)
 
 
 def problems(path: Path) -> list[str]:

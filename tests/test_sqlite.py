@@ -310,7 +310,7 @@ def stop_at_link(event, arguments):
         sys.stdin.readline()
 
 sys.addaudithook(stop_at_link)
-restore(*sys.argv[1:])
+restore(*sys.argv[1:], lambda _: None)
 """
 
 
