@@ -124,11 +124,10 @@ class Settings:
         values: dict[str, Any] = {}
         linked = _LINK.fullmatch(f"AUTHSVC_NAME={environ.get('AUTHSVC_NAME')}")
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):
-            if name not in readers and _LINK.fullmatch(f"{name}={environ[name]}"):
-                continue
-            if name.startswith("AUTHSVC_ENV_") and linked:  # the environment of the other container
-                continue
             if name not in readers:
+                of_link = linked and name.startswith("AUTHSVC_ENV_")  # the environment of the other container
+                if of_link or _LINK.fullmatch(f"{name}={environ[name]}"):
+                    continue
                 listen = "set AUTHSVC_LISTEN=ADDRESS:PORT, for example 127.0.0.1:5000"
                 remedy = listen if name in ("AUTHSVC_PORT", "AUTHSVC_HOST") else "docs/settings.md lists all settings"
                 raise SettingsError(f"{name} is not a setting; {remedy}")
