@@ -160,9 +160,8 @@ class Settings:
         paired = bool(self.smtp_url) == bool(self.mail_from)
         self._require(paired, "mail_from", "and AUTHSVC_SMTP_URL must both be set, or neither")
         self._require(not self.mail_from or MAILBOX.fullmatch(self.mail_from), "mail_from", "must be name@host")
-        smtp = not self.smtp_url or self.smtp_server
         form = "must be smtp+starttls://user@host:port or smtps://…, or smtp:// to this machine, without a password"
-        self._require(smtp, "smtp_url", form)
+        self._require(not self.smtp_url or self.smtp_server, "smtp_url", form)
         self._require(self.smtp_url or not self.confirm_email, "confirm_email", "needs AUTHSVC_SMTP_URL")
         listens_locally = self.address[0].is_loopback
         if self.production:
@@ -263,14 +262,13 @@ class Settings:
     def smtp_server(self) -> SplitResult | None:
         """The mail server: scheme, username, hostname and port. None if no mail is sent."""
         # Anyone who reads a reset link in transit can take over the account. Only this machine is asked without TLS.
-        try:
+        with suppress(ValueError):  # the port is not a number, or out of range
             url = urlsplit(self.smtp_url)
             encrypted = url.scheme in ("smtp+starttls", "smtps") or (url.scheme == "smtp" and is_loopback(url.hostname))
             usable = encrypted and url.hostname and url.port != 0 and not url.password
-            usable = usable and not (url.path.strip("/") or url.query or url.fragment)  # perhaps the rest of a password
-        except ValueError:  # the port is not a number, or out of range
-            return None
-        return url if usable else None
+            if usable and not (url.path.strip("/") or url.query or url.fragment):  # perhaps the rest of a password
+                return url
+        return None
 
     @property
     def address(self) -> tuple[Address, int]:
@@ -313,14 +311,12 @@ def redacted(database: str) -> str:
     """Return the name of a database for messages: a path, or "name on host" for a URL, which may contain a password."""
     if not is_url(database):
         return database
-    options = None
     with suppress(ImportError):
-        options = _connection_options(database)
-    if options is None:
-        return "PostgreSQL"
-    named = [(f"[{host}]" if ":" in host else host, port) for host, port in _servers(options) if host]
-    servers = ",".join(f"{host}:{port}" if port else host for host, port in named)
-    return f"{options.get('dbname') or 'PostgreSQL'} on {servers or 'this machine'}"
+        if (options := _connection_options(database)) is not None:
+            named = [(f"[{host}]" if ":" in host else host, port) for host, port in _servers(options) if host]
+            servers = ",".join(f"{host}:{port}" if port else host for host, port in named)
+            return f"{options.get('dbname') or 'PostgreSQL'} on {servers or 'this machine'}"
+    return "PostgreSQL"
 
 
 def _connection_options(url: str) -> dict[str, str] | None:
