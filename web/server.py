@@ -201,7 +201,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.server.add_task(self)
         elif new or (request.headers_finished and self.head_at is None):
             self.head_at = time.monotonic() if request.headers_finished else None
-            self.owner.limit_client(self)
+            self.owner.limit_client(self, request)
         return parsed
 
     def write_soon(self, data: bytes) -> int:
@@ -445,11 +445,13 @@ class Server:
         self._server.pull_trigger = lambda: None if threading.get_ident() == io_thread else self._wake()
         self._server.channel_class = type("Channel", (Channel,), {"owner": self})
 
-    def limit_client(self, channel: Channel) -> None:
+    def limit_client(self, channel: Channel, request: StrictParser) -> None:
         """Close the oldest unfinished request of a client that has too many, of which this is the newest."""
-        channel.client = self._client_of(channel)
-        if channel.client is None:
-            return
+        channel.client, peer, settings = None, channel.addr[0], self.dispatcher.settings
+        proxy = settings.trusted_proxy
+        if not settings.tells_clients_apart(peer) or (channel.head_at is None and is_trusted(peer, proxy)):
+            return  # behind a trusted proxy only the head tells
+        channel.client = client_networks(client_address(peer, request.headers.get("X_FORWARDED_FOR"), proxy))[0]
         unfinished = [(one.request.began, one) for one in self._channels if one.request and not one.will_close]
         same = [pair for pair in unfinished if pair[1].client == channel.client]
         if len(same) > MAX_UNFINISHED:
@@ -503,14 +505,6 @@ class Server:
         for _, channel in sorted(ranked, key=lambda one: one[0])[:excess]:
             _log_closing(channel, "needed for others")
             channel.handle_close()
-
-    def _client_of(self, channel: Channel) -> str | None:
-        peer, settings = channel.addr[0], self.dispatcher.settings
-        proxy = settings.trusted_proxy
-        if not settings.tells_clients_apart(peer) or (channel.head_at is None and is_trusted(peer, proxy)):
-            return None  # behind a trusted proxy only the head tells
-        forwarded_for = channel.request.headers.get("X_FORWARDED_FOR") if channel.request else None
-        return client_networks(client_address(peer, forwarded_for, proxy))[0]
 
     def _run_loop_once(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
