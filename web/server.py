@@ -280,11 +280,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.requests:
             return None
         if self.request is not None:
-            since, unused = self.request.began, False
-        elif self.total_outbufs_len or self.lingering:
-            since, unused = self.answered_at, False
+            since = self.request.began
         else:
-            since, unused = self._silent_since, self.last_activity == self.creation_time
+            since = self.answered_at if self.total_outbufs_len or self.lingering else self._silent_since
+        unused = self.last_activity == self.creation_time  # it has never sent anything
         return None if now - since < MIN_AGE else since - UNUSED_AGE * unused
 
     @property
