@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 from wsgiref.types import WSGIEnvironment
@@ -53,7 +52,7 @@ def read_form(environ: WSGIEnvironment, fields: Names = (), optional: Names = ()
 def _read_body(environ: WSGIEnvironment) -> bytes:
     length = int(environ.get("CONTENT_LENGTH") or -1)
     if length < 0:  # no length was given: only a server that ends the stream itself can be read to its end
-        length = sys.maxsize if environ.get("wsgi.input_terminated") else 0
+        length = MAX_BODY_BYTES + 1 if environ.get("wsgi.input_terminated") else 0
     body: bytes = environ["wsgi.input"].read(min(length, MAX_BODY_BYTES + 1))
     if len(body) > MAX_BODY_BYTES:
         raise Refusal(413, MESSAGES[413])
