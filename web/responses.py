@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 Header = tuple[str, str]
 
+# The end of every policy: no frames, no other base for links, no form that is sent without the script.
+_POLICY_END = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SECURITY_HEADERS: tuple[Header, ...] = (
     ("Cache-Control", "no-store"),
-    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
+    ("Content-Security-Policy", f"default-src 'none'; {_POLICY_END}"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Referrer-Policy", "no-referrer"),
@@ -21,11 +23,8 @@ SECURITY_HEADERS: tuple[Header, ...] = (
     ("X-Frame-Options", "DENY"),
 )
 # A page may load files from its own host and send requests to it. Only its one script runs.
-_PAGE_SOURCES = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
-PAGE_POLICY: Header = (
-    "Content-Security-Policy",
-    f"{_PAGE_SOURCES}frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-)
+_PAGE_SOURCES = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'"
+PAGE_POLICY: Header = "Content-Security-Policy", f"{_PAGE_SOURCES}; {_POLICY_END}"
 HSTS: Header = ("Strict-Transport-Security", "max-age=31536000")  # one year, for this host only
 
 RETRY_AFTER = 5  # seconds that a client is asked to wait after a 503
