@@ -272,18 +272,14 @@ def _invite(operator: Operator) -> None:
             operator.log("user_created", user_id=user.id)
         if user.hashed_password != NO_PASSWORD:
             raise CommandFailed(f"{user.email} already has a password: use reset-link")
-        record = _make_link(auth, user, base)
-        operator.log("user_invited", user_id=user.id)  # first: the output may fail
-        operator.print_record(record["link"], **record)
+        _print_link(operator, auth, user, base, invited=True)
 
 
 def _print_reset_link(operator: Operator) -> None:
     """Print a link to set a new password, for when mail does not arrive."""
     base = _link_base(operator.settings)
     with operator.open_user() as (auth, _, user):
-        record = _make_link(auth, user, base)
-        operator.log("authn_reset_token_created", user_id=user.id)  # first: the output may fail
-        operator.print_record(record["link"], **record)
+        _print_link(operator, auth, user, base, invited=False)
 
 
 def _link_base(settings: Settings) -> str:
@@ -294,12 +290,14 @@ def _link_base(settings: Settings) -> str:
     return settings.base_url
 
 
-def _make_link(auth: Auth, user: User, base: str) -> dict[str, str]:
+def _print_link(operator: Operator, auth: Auth, user: User, base: str, *, invited: bool) -> None:
     if user.disabled_at:
         raise CommandFailed(f"{user.email} is disabled: enable the user first")
     token, expires_at = auth.link_token(user)
     link = token_link(base, "reset", user.email, token)
-    return {"email": user.email, "link": link, "reset_token": token, "expires": timestamp(expires_at)}
+    # Before the link is printed, as that may fail.
+    operator.log("user_invited" if invited else "authn_reset_token_created", user_id=user.id)
+    operator.print_record(link, email=user.email, link=link, reset_token=token, expires=timestamp(expires_at))
 
 
 def _disable_totp(operator: Operator) -> None:
