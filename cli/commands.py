@@ -70,9 +70,8 @@ def new_parser(program: str, description: str, epilog: str) -> argparse.Argument
         if names == "user delete":
             command.add_argument("--yes", action="store_true", help="do not ask for confirmation")
         if names in ("import", "export"):
-            command.add_argument(
-                "--format", choices=dict.fromkeys(user_files.FORMATS.values()), help="default: by the file's name"
-            )
+            formats = dict.fromkeys(user_files.FORMATS.values())
+            command.add_argument("--format", choices=formats, help="default: by the file's name")
         if names == "import":
             command.add_argument("--cut-at-72", action="store_true", help="passwords were cut at 72 bytes to hash them")
     return parser
@@ -128,9 +127,6 @@ def _remedy(error: BaseException | None, arguments: argparse.Namespace, settings
         remedy = f"use a file and a folder that this user may read and write{place and f', such as {place}'}"
         remedy += ', or "-" for standard input or output' if arguments.command in ("import", "export") else ""
     return f": this command runs as the user {user_name()}: {remedy}"
-
-
-Command = Callable[[Operator], int | None]
 
 
 # Users
@@ -570,7 +566,7 @@ def _format(value: object) -> str:
 
 GROUPS = "user", "group", "sessions"  # the first words of commands of two words
 
-COMMANDS: tuple[tuple[str, Command, str], ...] = (
+COMMANDS: tuple[tuple[str, Callable[[Operator], int | None], str], ...] = (
     ("user list", _list_users, ""),
     ("user add", _add_user, "email"),
     ("user show", _show_user, "email"),
