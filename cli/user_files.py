@@ -122,9 +122,7 @@ def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[boo
         file.write(",".join(FIELDS) + "\n")
     for user in users:
         record = _to_record(user)
-        if form == "htpasswd" and not _fits_htpasswd(record):
-            yield False
-            continue
+        fits = form != "htpasswd" or _fits_htpasswd(record)
         if form == "csv":
             values = (f"'{value}" if FORMULA.match(value) else value for value in record.values())
             # Some spreadsheets split at semicolons or tabs, and the part after one could be a formula.
@@ -133,9 +131,9 @@ def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[boo
             table.writerow(values)
         elif form == "jsonl":
             file.write(json.dumps(record) + "\n")
-        else:
+        elif fits:
             file.write(f"{user.email}:{record['hashed_password']}\n")
-        yield True
+        yield fits
 
 
 def _decode_lines(file: io.BufferedReader) -> Iterator[str]:
