@@ -27,20 +27,16 @@ def copy(source: Rows, target: Rows, progress: Progress = lambda _step, rows: ro
         CopyRefused: the target is not empty, or a row or the last id of a table differs after the copy.
         ValueError, AlreadyExists: the target cannot hold a row.
     """
-    _check_empty(target)
+    for table in TABLES:
+        with closing(target.read(table)) as rows:
+            if next(rows, None):
+                raise CopyRefused(f"the target is not empty: table {table} has rows")
     for table in TABLES:
         with closing(source.read(table)) as rows:
             target.insert(table, progress(f"copying {table}", rows))
     for table in NUMBERED_TABLES:
         target.set_last_id(table, source.last_id(table))
     return {table: _verify_table(table, source, target, progress) for table in TABLES}
-
-
-def _check_empty(target: Rows) -> None:
-    for table in TABLES:
-        with closing(target.read(table)) as rows:
-            if next(rows, None):
-                raise CopyRefused(f"the target is not empty: table {table} has rows")
 
 
 def _verify_table(table: str, source: Rows, target: Rows, progress: Progress) -> int:
