@@ -107,13 +107,12 @@ def run(arguments: argparse.Namespace, settings: Settings) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would report the closed pipe at exit
         return 0
     except REFUSALS as error:
-        print(printable(f"authsvc: {error}{_remedy(error.__cause__, arguments, settings)}"), file=sys.stderr)
-    except OSError as error:
-        place = error.filename or "cannot write the output"  # the command itself may be done
-        text = f"{place}: {error.strerror}{_remedy(error, arguments, settings)}"
-        print(printable(f"authsvc: {text}"), file=sys.stderr)
+        text = f"{error}{_remedy(error.__cause__, arguments, settings)}"
+    except OSError as error:  # if it is of the output, the command itself may be done
+        text = f"{error.filename or 'cannot write the output'}: {error.strerror}{_remedy(error, arguments, settings)}"
     except KeyboardInterrupt:
-        print("authsvc: interrupted", file=sys.stderr)
+        text = "interrupted"
+    print(printable(f"authsvc: {text}"), file=sys.stderr)
     return 1
 
 
