@@ -233,11 +233,10 @@ def _list_groups(operator: Operator) -> None:
 def _confirm(question: str) -> None:
     if not sys.stdin.isatty():
         raise CommandFailed("cannot ask for confirmation without a terminal: add --yes")
-    answer = ""
     with suppress(EOFError):  # Ctrl-D
-        answer = input(printable(question))
-    if answer.strip().lower() not in ("y", "yes"):
-        raise CommandFailed("not confirmed; nothing was deleted")
+        if input(printable(question)).strip().lower() in ("y", "yes"):
+            return
+    raise CommandFailed("not confirmed; nothing was deleted")
 
 
 def _user_record(user: User) -> dict[str, Any]:
