@@ -95,12 +95,10 @@ class RateLimiter:
 
     def code(self, email: str, device: str | None) -> list[Buckets]:
         """Return the buckets of a one-time code. ``device`` is the kind of a valid device cookie of the account."""
-        account = email.casefold()
-        if device == "full":
-            return [[self._bucket(CODE_DEVICES, "code of devices", account)]]
-        if device == "reset":  # after the reset, a thief with the old password has no more codes to try than before
-            return [[self._bucket(CODE_RESETS, "code after resets", account)]]
-        return [[self._bucket(CODE_STRANGERS, "code", account)]]
+        # After a reset, a thief with the old password has no more codes to try than before.
+        limits = {"full": (CODE_DEVICES, "code of devices"), "reset": (CODE_RESETS, "code after resets")}
+        limit, kind = limits.get(device or "", (CODE_STRANGERS, "code"))
+        return [[self._bucket(limit, kind, email.casefold())]]
 
     def session_password(self, session: int, email: str) -> list[Buckets]:
         """Return the buckets of the current password in a session, given by the id of its row and its user's email."""
