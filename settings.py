@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
@@ -237,26 +237,24 @@ class Settings:
         """
         return self.production and (bool(self.trusted_proxy) or not is_private_peer(address))
 
-    def warnings(self) -> list[str]:
-        """Return warnings about settings that are allowed but probably not intended."""
-        found = []
+    def warnings(self) -> Iterator[str]:
+        """Yield warnings about settings that are allowed but probably not intended."""
         if self.production and not self.trusted_proxy:
             place = "behind a proxy on this machine or on a private network"
             shared = "all clients share one address in the rate limits"
             unlimited = "the limits per client of the queues for password hashing and mails with links are off"
-            found.append(f"AUTHSVC_TRUSTED_PROXY is not set: {place}, {shared}, and {unlimited}")
+            yield f"AUTHSVC_TRUSTED_PROXY is not set: {place}, {shared}, and {unlimited}"
         for network in filter(is_wide, parse_networks(self.trusted_proxy)):
             risk = "every client inside it can forge its address and so avoid the rate limits"
-            found.append(f"AUTHSVC_TRUSTED_PROXY contains the wide network {network}: {risk}; list only your proxies")
+            yield f"AUTHSVC_TRUSTED_PROXY contains the wide network {network}: {risk}; list only your proxies"
         with suppress(ImportError):
             options = (_connection_options(self.database) if is_url(self.database) else None) or {}
             if options.get("sslmode") == "require" and not _is_local(options):
                 remedy = "set sslmode=verify-full, and sslrootcert=system or the file of your certificate authority"
                 refused = "the next release will refuse it"
-                found.append(f"AUTHSVC_DATABASE: sslmode=require does not verify the server: {remedy}; {refused}")
+                yield f"AUTHSVC_DATABASE: sslmode=require does not verify the server: {remedy}; {refused}"
         if self.production and not self.smtp_url:
-            found.append("AUTHSVC_SMTP_URL is not set: no reset link is mailed, and no email is confirmed")
-        return found
+            yield "AUTHSVC_SMTP_URL is not set: no reset link is mailed, and no email is confirmed"
 
     @property
     def smtp_server(self) -> SplitResult | None:

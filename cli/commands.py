@@ -496,7 +496,7 @@ def _check(operator: Operator) -> int:
     """Check the database, the settings, the clock and the mail server."""
     settings = operator.settings
     found = operations(settings.database).check(settings.database)
-    found |= {"settings": settings.warnings(), "clock": _clock_problems(settings, found["database"])}
+    found |= {"settings": list(settings.warnings()), "clock": _clock_problems(settings, found["database"])}
     found["mail"] = _mail_problems(settings)
     for name, problems in found.items():
         state = "failed" if problems else "not set up" if name == "mail" and not settings.smtp_url else "ok"

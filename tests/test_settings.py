@@ -611,7 +611,7 @@ def test_settings_are_immutable() -> None:
 def test_trusted_proxies_are_addresses_and_networks(text: str) -> None:
     settings = Settings.from_environ({"AUTHSVC_TRUSTED_PROXY": text})
     assert settings.trusted_proxy == text
-    assert settings.warnings() == []
+    assert list(settings.warnings()) == []
 
 
 @each(
@@ -646,14 +646,14 @@ def test_a_trusted_proxy_that_is_refused_is_named(text: str, reason: str) -> Non
     ],
 )
 def test_a_wide_network_of_trusted_proxies_gives_a_warning(text: str, networks: list[str]) -> None:
-    warnings = Settings(trusted_proxy=text).warnings()
+    warnings = list(Settings(trusted_proxy=text).warnings())
     assert len(warnings) == len(networks)
     for warning, network in zip(warnings, networks, strict=True):
         assert f" {network}: every client inside it can forge its address" in warning
 
 
 def test_only_production_warns_of_a_missing_proxy() -> None:
-    assert Settings().warnings() == []
+    assert list(Settings().warnings()) == []
     missing, _ = Settings(public_url="https://auth.example.com").warnings()
     assert missing.startswith("AUTHSVC_TRUSTED_PROXY is not set: ")
     assert "on this machine or on a private network" in missing
