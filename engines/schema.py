@@ -19,12 +19,8 @@ def _steps(file: str) -> tuple[str, ...]:
 
 # All tables, each after those that its rows refer to, with their columns. The first two columns tell the rows of a
 # table apart, and order them in the same way on both engines.
-TABLES = {
-    table: tuple(re.findall("^    ([a-z_]+) ", columns, re.MULTILINE))
-    for table, columns in re.findall(
-        r"^CREATE TABLE (\w+) (.*?)^\)", SQLITE_SCHEMA.read_text(encoding="utf-8"), re.M | re.S
-    )
-}
+_DEFINITIONS = re.findall(r"^CREATE TABLE (\w+) (.*?)^\)", SQLITE_SCHEMA.read_text(encoding="utf-8"), re.M | re.S)
+TABLES = {table: tuple(re.findall("^    ([a-z_]+) ", columns, re.MULTILINE)) for table, columns in _DEFINITIONS}
 NUMBERED_TABLES = "users", "sessions", "registrations"  # their ids are generated and never reused
 
 # MIGRATIONS[n - 1] brings a database from version n to n + 1. The schema files always make the newest version.
