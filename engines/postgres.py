@@ -290,11 +290,8 @@ _ADAPTERS.register_dumper(int, Int8Dumper)  # else by size, and a sum of two sma
 @functools.cache  # statements are literals, or built from a fixed set of names
 def _converted(statement: str) -> bytes:
     """Return a statement with the parameters as psycopg writes them: ``:name`` becomes ``%(name)s``."""
-
-    def convert(found: re.Match[str]) -> str:
-        return f"%({found['name']})s" if found["name"] else found[0].replace("%", "%%")
-
-    return re.sub(r"'[^']*'|::|:(?P<name>[a-z_]+[0-9]*)|%", convert, statement).encode()
+    escaped = statement.replace("%", "%%")
+    return re.sub(r"('[^']*'|::)|:([a-z_]+[0-9]*)", lambda found: found[1] or f"%({found[2]})s", escaped).encode()
 
 
 def _conninfo(database: str, timeouts: dict[str, int] = SERVER_TIMEOUTS) -> str:
