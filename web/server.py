@@ -514,14 +514,10 @@ class Server:
         self.dispatcher.start_background()
         self.dispatcher.refuse_displaced()
         if self._has_new:
-            self._accept_all()
-
-    def _accept_all(self) -> None:
-        self._has_new = False
-        before = -1
-        while before < len(self._server._map) < MAX_CONNECTIONS and not self._stopping:
-            before = len(self._server._map)
-            self._accept()
+            self._has_new, before = False, -1
+            while before < len(self._server._map) < MAX_CONNECTIONS and not self._stopping:
+                before = len(self._server._map)
+                self._accept()
 
     def _in_hand(self) -> bool:
         return any(channel.requests or channel.total_outbufs_len for channel in self._channels)
