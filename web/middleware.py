@@ -35,7 +35,10 @@ class SecurityMiddleware:
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request. An unexpected error becomes a JSON answer with status 500 and one line in the log."""
         environ["authsvc.request_id"] = request_id = new_request_id()
-        environ["authsvc.client"] = self._client(environ)
+        peer, forwarded_for = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR")
+        if forwarded_for is not None and not is_trusted(peer, self._settings.trusted_proxy):
+            _warn_of_ignored_forwarding()
+        environ["authsvc.client"] = client_address(peer, forwarded_for, self._settings.trusted_proxy)
 
         def start(status: str, headers: list[Header], exc_info: Any = None) -> Any:
             common = self._page_headers if responses.PAGE_POLICY in headers else self._headers
@@ -52,12 +55,6 @@ class SecurityMiddleware:
         body = json_body({"message": message})
         start(status_line(status), json_headers(body))
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-    def _client(self, environ: WSGIEnvironment) -> str:
-        peer, forwarded_for = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR")
-        if forwarded_for is not None and not is_trusted(peer, self._settings.trusted_proxy):
-            _warn_of_ignored_forwarding()
-        return client_address(peer, forwarded_for, self._settings.trusted_proxy)
 
     def _check(self, environ: WSGIEnvironment) -> None:
         settings, peer = self._settings, environ.get("REMOTE_ADDR")
