@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -162,23 +161,22 @@ def _read_csv(lines: Iterator[str]) -> Iterator[tuple[int, Record]]:
         raise UnknownFormat(f"the columns of the CSV file: {error}")
     # Where the names of the columns have blanks around them, so have the values.
     blanks = " " if re.search(r" [,;|]|[,;|] ", read[-1]) else ""
-    reader = csv.reader(chain(read, lines), delimiter=delimiter, strict=True, skipinitialspace=bool(blanks))
-    for _ in read:
-        next(reader)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=bool(blanks))
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, ValueError(str(error))
+            yield len(read) + reader.line_num, ValueError(str(error))
             continue
         if len(row) == len(header):
             texts = (value.strip(blanks) for value in row)
             values = (text[1:] if text.startswith("'") and FORMULA.match(text) else text for text in texts)
-            yield reader.line_num, dict(zip(header, values, strict=True))
+            yield len(read) + reader.line_num, dict(zip(header, values, strict=True))
         elif row:
-            yield reader.line_num, ValueError(f"expected {len(header)} columns as in the header, found {len(row)}")
+            reason = f"expected {len(header)} columns as in the header, found {len(row)}"
+            yield len(read) + reader.line_num, ValueError(reason)
 
 
 def _parse_header(line: str, delimiter: str) -> list[str]:
