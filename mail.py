@@ -72,6 +72,7 @@ class Mailer:
         self._resets = FairQueue[Waiting](WAITING // 2, RESETS_PER_CLIENT, RESETS_PER_NETWORK)
         self._notice_sender = _Sender(self._notices.get, self._send, log, float("inf"))
         self._reset_sender = _Sender(self._resets.get, self._send, log, settings.reset_lifetime)
+        self.stop = self._reset_sender.stop  # the tasks with links read the database, the others do not
 
     def enqueue(self, task: Task) -> None:
         """Have a worker thread run ``task`` and send the notice that it returns, if any."""
@@ -91,10 +92,6 @@ class Mailer:
         waiting = time.monotonic() + ANSWER_FIRST, task, not known
         for _ in self._resets.put(waiting, path, preferred=known, limited=limited):
             self._log("mail_dropped", reason="queue full")
-
-    def stop(self, timeout: float) -> bool:
-        """Begin no further task with a link, as these read the database; return whether none runs any more."""
-        return self._reset_sender.stop(timeout)
 
     def sign_in(self, email: str, what: str, seen: tuple[object, ...] = ()) -> EmailMessage:
         """Return the mail that notifies a user of sign-ins. ``what`` becomes its subject.
