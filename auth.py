@@ -606,7 +606,7 @@ class Auth:
             raise ReauthenticationFailed("wrong one-time code", user_id=user.id)
         codes, new_id = totp.new_recovery_codes(), self._new_secret()
         hashes, old, new = [totp.recovery_hash(code) for code in codes], _digest(session_id), _digest(new_id)
-        if not self._db.confirm_totp(user, step, hashes, now=self._now(), session_hash=old, new_session_hash=new):
+        if not self._db.confirm_totp(user, step, hashes, now=self._now(), kept=old, renewed=new):
             raise SessionRequired
         self._run_in_background(self._limiter.refund, buckets)
         self._notify(user, "A second factor was switched on")

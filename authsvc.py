@@ -119,11 +119,9 @@ class Handlers:
 
     @_route("POST", "/sessions", fields=("email", "password"), optional=("otp",), flags=("remember",), hashes=True)
     def log_in(self, email: str, password: str, otp: str, remember: str) -> Response:
-        caller, ended = _caller(), self._cookie()
+        session: dict[str, Any] = {"caller": _caller(), "ended": self._cookie(), "remember": bool(remember)}
         try:
-            user, session_id, factors = self._auth.log_in(
-                email, password, otp, caller=caller, ended=ended, remember=bool(remember)
-            )
+            user, session_id, factors = self._auth.log_in(email, password, otp, **session)
         except rules.LoginFailed as failure:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
@@ -220,9 +218,8 @@ class Handlers:
     @_route("POST", "/email", fields=("password", "new_email"), optional=("otp",), hashes=True)
     def begin_email_change(self, password: str, new_email: str, otp: str) -> Response:
         token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, caller=_caller())
-        return json_response(
-            200, **({"email": new_email, "token": token} if token else {"message": "confirmation mailed"})
-        )
+        content = {"email": new_email, "token": token} if token else {"message": "confirmation mailed"}
+        return json_response(200, **content)
 
     @_route("PUT", "/email", fields=("email", "token"))
     def change_email(self, email: str, token: str) -> Response:
@@ -329,9 +326,8 @@ class Handlers:
 
 
 # Routes of which the form names the account. Those of all others need a session.
-RANKED_BY_EMAIL = frozenset(
-    {(method, path) for path in ("/users", "/reset_password") for method in ("POST", "PUT")} | {("POST", "/sessions")}
-)
+RANKED_BY_EMAIL = {(method, path) for path in ("/users", "/reset_password") for method in ("POST", "PUT")}
+RANKED_BY_EMAIL |= {("POST", "/sessions")}
 
 # The server looks them up by path, so none may have a variable or be a GET: those run on the I/O thread.
 HASHING_ROUTES = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
@@ -603,9 +599,8 @@ def _caller() -> rules.Caller:
 
 def _later_log() -> Callable[..., None]:
     """Return a function that logs an event of this request, also after its answer and on another thread."""
-    return functools.partial(
-        log_event, request_id=request.environ["authsvc.request_id"], address=request.environ["authsvc.client"]
-    )
+    environ = request.environ
+    return functools.partial(log_event, request_id=environ["authsvc.request_id"], address=environ["authsvc.client"])
 
 
 def _log(event: str, **details: object) -> None:

@@ -65,10 +65,9 @@ _STRAY = re.compile(
 
 # Common suffixes under which strangers have hosts. Browsers refuse a cookie for each suffix in publicsuffix.org's list.
 _SECOND_LEVEL = re.compile(r"(?:ac|co|com|edu|go|gob|gov|gv|ltd|mil|ne|net|nom|or|org|plc|sch)\.[a-z]{2}")
-_HOSTING = (
-    "me.uk github.io gitlab.io pages.dev workers.dev web.app vercel.app netlify.app fly.dev onrender.com ngrok.io "
-)
-_HOSTING += "herokuapp.com duckdns.org dedyn.io ddns.net no-ip.org hopto.org dyndns.org synology.me myfritz.net nip.io"
+_HOSTING = "me.uk github.io gitlab.io pages.dev workers.dev web.app vercel.app netlify.app fly.dev onrender.com "
+_HOSTING += "ngrok.io herokuapp.com duckdns.org dedyn.io ddns.net no-ip.org hopto.org dyndns.org synology.me "
+_HOSTING += "myfritz.net nip.io"
 
 REGISTRATION = "open", "invitation", "closed"
 

@@ -255,10 +255,8 @@ class DB:
         """Store a new hash of the same password, unless the password was changed meanwhile."""
         self._engine.write(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new})
 
-    def change_password(
-        self, user_id: int, old: str | bytes, new: bytes, session_hash: str, new_session_hash: str
-    ) -> bool:
-        """Set a new password and revoke all other credentials; this session continues under a new hash.
+    def change_password(self, user_id: int, old: str | bytes, new: bytes, kept: str, renewed: str) -> bool:
+        """Set a new password and revoke all other credentials; the session ``kept`` continues as ``renewed``.
 
         The user's device cookies become void.
 
@@ -266,7 +264,7 @@ class DB:
         """
         with suppress(RolledBack), self._user_transaction(user_id) as db:
             _require_row(db.execute(REPLACE_HASH, {"user_id": user_id, "old": old, "new": new}))
-            _revoke_credentials(db, user_id, session_hash, new_session_hash, devices=True)
+            _revoke_credentials(db, user_id, kept, renewed, devices=True)
             return True
         return False
 
@@ -446,26 +444,24 @@ class DB:
 
     # Second factor
 
-    def set_totp(self, user: User, secret: str, session_hash: str, new_session_hash: str) -> bool:
-        """Store an unconfirmed TOTP seed; this session continues under a new hash.
+    def set_totp(self, user: User, secret: str, kept: str, renewed: str) -> bool:
+        """Store an unconfirmed TOTP seed; the session ``kept`` continues under the hash ``renewed``.
 
         Return False and change nothing if TOTP is on, if the password is no longer that of ``user``, or if the session
         has ended.
         """
-        values = {"user_id": user.id, "verified": user.hashed_password, "session_hash": session_hash}
+        values = {"user_id": user.id, "verified": user.hashed_password, "session_hash": kept}
         with suppress(RolledBack), self._user_transaction(user.id) as db:
             statement = f"""
                 UPDATE users SET totp_secret = :secret, totp_step = 0 WHERE {IS_VERIFIED} AND totp_since IS NULL"""
             _require_row(db.execute(statement, values | {"secret": secret}))
-            _renew_session(db, user.id, session_hash, new_session_hash)
+            _renew_session(db, user.id, kept, renewed)
             _update_newest_session(db, user.id)
             return True
         return False
 
-    def confirm_totp(
-        self, user: User, step: int, code_hashes: Iterable[str], *, now: int, session_hash: str, new_session_hash: str
-    ) -> bool:
-        """Switch on TOTP with the seed in ``user`` and these recovery codes; this session continues under a new hash.
+    def confirm_totp(self, user: User, step: int, hashes: Iterable[str], *, now: int, kept: str, renewed: str) -> bool:
+        """Switch on TOTP with the seed in ``user`` and recovery codes; ``kept`` continues as ``renewed``.
 
         The user's device cookies become void: they are from before this factor.
 
@@ -478,8 +474,8 @@ class DB:
             values = {"user_id": user.id, "secret": user.totp_secret, "now": now, "step": step}
             _require_row(db.execute(statement, values))
             statement = "INSERT INTO recovery_codes (user_id, code_hash) VALUES (:user_id, :code_hash)"
-            db.executemany(statement, [{"user_id": user.id, "code_hash": code_hash} for code_hash in code_hashes])
-            _revoke_credentials(db, user.id, session_hash, new_session_hash, devices=True)
+            db.executemany(statement, [{"user_id": user.id, "code_hash": code_hash} for code_hash in hashes])
+            _revoke_credentials(db, user.id, kept, renewed, devices=True)
             db.execute("UPDATE sessions SET factor_at = :now WHERE user_id = :user_id", values)
             return True
         return False
@@ -496,8 +492,8 @@ class DB:
         statement = "DELETE FROM recovery_codes WHERE user_id = :user_id AND code_hash = :code_hash"
         return self._engine.write(statement, {"user_id": user_id, "code_hash": code_hash}) == 1
 
-    def remove_totp(self, user_id: int, session_hash: str | None = None, new_session_hash: str | None = None) -> bool:
-        """Switch TOTP off and end all sessions, or all but one, which continues under a new hash.
+    def remove_totp(self, user_id: int, kept: str | None = None, renewed: str | None = None) -> bool:
+        """Switch TOTP off and end all sessions, or all but ``kept``, which continues under the hash ``renewed``.
 
         Return False and change nothing if TOTP was off or that session has ended.
         """
@@ -507,7 +503,7 @@ class DB:
                  WHERE id = :user_id AND totp_since IS NOT NULL"""
             _require_row(db.execute(statement, {"user_id": user_id}))
             db.execute("DELETE FROM recovery_codes WHERE user_id = :user_id", {"user_id": user_id})
-            _revoke_credentials(db, user_id, session_hash, new_session_hash)
+            _revoke_credentials(db, user_id, kept, renewed)
             db.execute("UPDATE sessions SET factor_at = NULL WHERE user_id = :user_id", {"user_id": user_id})
             return True
         return False
@@ -622,29 +618,24 @@ def _end_sessions(db: Transaction, user_id: int, kept: str | None = None) -> int
 
 
 def _revoke_credentials(
-    db: Transaction,
-    user_id: int,
-    session_hash: str | None = None,
-    new_session_hash: str | None = None,
-    *,
-    devices: bool = False,
+    db: Transaction, user_id: int, kept: str | None = None, renewed: str | None = None, *, devices: bool = False
 ) -> None:
     """Invalidate pending resets, changes of email, invitations and unconfirmed TOTP seeds, and end all sessions.
 
     With ``devices`` the user's device cookies become void as well.
-    The session of ``session_hash`` continues under a new hash. If it has ended, raise RolledBack.
+    The session of the hash ``kept`` continues under the hash ``renewed``. If it has ended, raise RolledBack.
     """
     values = {"user_id": user_id, "device_key": _new_device_key() if devices else None}
     db.execute(f"{REVOKE_PENDING}, device_key = coalesce(:device_key, device_key) WHERE id = :user_id", values)
     db.execute(f"DELETE FROM email_changes WHERE session_id IN ({OWN_SESSIONS})", values)
-    if session_hash is not None:
-        _renew_session(db, user_id, session_hash, new_session_hash)
-    _end_sessions(db, user_id, new_session_hash)
+    if kept is not None:
+        _renew_session(db, user_id, kept, renewed)
+    _end_sessions(db, user_id, renewed)
 
 
-def _renew_session(db: Transaction, user_id: int, session_hash: str, new_session_hash: str | None) -> None:
+def _renew_session(db: Transaction, user_id: int, kept: str, renewed: str | None) -> None:
     statement = "UPDATE sessions SET session_hash = :new WHERE session_hash = :old AND user_id = :user_id"
-    _require_row(db.execute(statement, {"user_id": user_id, "old": session_hash, "new": new_session_hash}))
+    _require_row(db.execute(statement, {"user_id": user_id, "old": kept, "new": renewed}))
 
 
 def _update_newest_session(db: Transaction, user_id: int, login_at: int | None = None) -> None:

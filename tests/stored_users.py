@@ -174,7 +174,7 @@ def enable_totp(db: DB, user: User, session_hash: str, new_session_hash: str, *c
     """Store and confirm a seed."""
     assert begin_totp(db, user.id)
     return db.confirm_totp(
-        db.find_user_by(id=user.id), 1000, codes, now=now, session_hash=session_hash, new_session_hash=new_session_hash
+        db.find_user_by(id=user.id), 1000, codes, now=now, kept=session_hash, renewed=new_session_hash
     )
 
 
@@ -219,7 +219,7 @@ LOOKUPS: dict[str, Callable[[DB], object]] = {
     "another session": lambda db: add_session(db, db.find_user_by(id=1), "u"),
     "change_password": lambda db: db.change_password(1, NEW_HASH, HASH, "u", "v"),
     "set_totp": lambda db: begin_totp(db, 1),
-    "confirm_totp": lambda db: db.confirm_totp(SEEDED, 1, ["a"], now=NOW, session_hash="v", new_session_hash="w"),
+    "confirm_totp": lambda db: db.confirm_totp(SEEDED, 1, ["a"], now=NOW, kept="v", renewed="w"),
     "spend_totp": lambda db: db.spend_totp(1, 2, 2),
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "a"),
     "remove_totp": lambda db: db.remove_totp(1, "w", "x"),

@@ -52,7 +52,7 @@ OTHER_CHANGES: dict[str, Change] = {
     "set_reset_token": lambda db: set_reset_token(db, 1, "newer"),
     "set_totp": lambda db: begin_totp(db, 3, "OTHER"),
     "confirm_totp": lambda db: db.confirm_totp(
-        db.find_user_by(id=3), 1000, ["code"], now=NOW, session_hash="carol1", new_session_hash="renewed"
+        db.find_user_by(id=3), 1000, ["code"], now=NOW, kept="carol1", renewed="renewed"
     ),
     "spend_totp": lambda db: db.spend_totp(1, 1001, 1011),
     "spend_recovery_code": lambda db: db.spend_recovery_code(1, "bob code"),

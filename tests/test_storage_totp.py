@@ -121,14 +121,14 @@ def test_a_refused_confirmation_changes_nothing(db: DB, eve: User, bob: User, ot
     begin_totp(db, 1)
     before = all_rows(other)
     user, session_hash = UNCONFIRMED[reason]
-    assert not db.confirm_totp(user, 1000, ["a"], now=NOW, session_hash=session_hash, new_session_hash="renewed")
+    assert not db.confirm_totp(user, 1000, ["a"], now=NOW, kept=session_hash, renewed="renewed")
     assert all_rows(other) == before
 
 
 def test_a_second_factor_is_confirmed_once(populated: None, db: DB, other: Any) -> None:
     before = all_rows(other)
     bob = db.find_user_by(id=1)
-    assert not db.confirm_totp(bob, 1001, ["a"], now=NOW, session_hash="bob1", new_session_hash="renewed")
+    assert not db.confirm_totp(bob, 1001, ["a"], now=NOW, kept="bob1", renewed="renewed")
     assert all_rows(other) == before
 
 
@@ -139,9 +139,7 @@ def test_one_of_eight_threads_confirms_a_second_factor(db: DB, bob: User, other:
 
     def confirm(index: int) -> bool:
         codes = [f"{index} code", f"{index} spare"]
-        return db.confirm_totp(
-            SEEDED, 1000 + index, codes, now=NOW, session_hash="s", new_session_hash=f"renewed{index}"
-        )
+        return db.confirm_totp(SEEDED, 1000 + index, codes, now=NOW, kept="s", renewed=f"renewed{index}")
 
     confirmed = run_together(8, confirm)
     assert sum(confirmed) == 1
@@ -208,7 +206,7 @@ def test_removing_the_second_factor_deletes_codes_and_other_sessions(
 def test_the_next_second_factor_counts_its_own_steps(populated: None, db: DB, bob: User) -> None:
     assert db.remove_totp(1, "bob1", "bob3")
     assert begin_totp(db, 1)
-    assert db.confirm_totp(SEEDED, 900, ["new code"], now=NOW, session_hash="bob3", new_session_hash="bob4")
+    assert db.confirm_totp(SEEDED, 900, ["new code"], now=NOW, kept="bob3", renewed="bob4")
     assert [db.spend_recovery_code(1, code) for code in ("bob code", "new code")] == [False, True]
     assert db.spend_totp(1, 901, 911)
 

@@ -69,9 +69,7 @@ HALFWAY: dict[str, tuple[str, Callable[[DB], object]]] = {
     "spend_reset": ("DELETE ON sessions", lambda db: spend_token(db, "bob token")),
     "confirm_totp": (
         "DELETE ON sessions",
-        lambda db: db.confirm_totp(
-            db.find_user_by(id=3), 1000, ["a"], now=NOW, session_hash="carol1", new_session_hash="renewed"
-        ),
+        lambda db: db.confirm_totp(db.find_user_by(id=3), 1000, ["a"], now=NOW, kept="carol1", renewed="renewed"),
     ),
     "remove_totp": ("DELETE ON sessions", lambda db: db.remove_totp(1)),
     "remove_totp from one session": ("DELETE ON sessions", lambda db: db.remove_totp(1, "bob1", "renewed")),

@@ -42,7 +42,7 @@ def kinds(db: DB, auth: Auth) -> dict[str, Callable[[int], Form]]:
         held = factor.session_id or ""
         assert db.set_totp(factor, "A" * 32, held, held)
         factor = db.find_user_by(id=factor.id)
-        assert db.confirm_totp(factor, 1, [], now=int(auth._clock()), session_hash=held, new_session_hash=f"new{n}")
+        assert db.confirm_totp(factor, 1, [], now=int(auth._clock()), kept=held, renewed=f"new{n}")
 
     def device(n: int) -> str:
         return auth.device_cookie(db.find_user_by(email=f"device{n:03}@x.io"), None) or ""
