@@ -165,8 +165,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # These three are as in waitress's class, for mypy. It also has ``requests``, the one that is being served, and
     # ``last_activity``, when something was received or sent, in unix seconds.
     request: StrictParser | None = None  # one that is not fully received
-    sent_continue: bool = False
-    close_when_flushed: bool = False
+    sent_continue = close_when_flushed = False
     serve_now = False  # set by Dispatcher.add_task
     unparsed = b""  # received after the request that is being served
     head_at: float | None = None  # when the head of the request that is being received was complete, monotonic seconds
