@@ -34,9 +34,8 @@ _ALPHABET = b"./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _SALT, _DIGEST = rb"(?P<salt>[./A-Za-z0-9]{21}[.Oeu])", rb"(?P<digest>[./A-Za-z0-9]{31})"
 PLAIN = re.compile(rb"\$2[aby]\$(?P<cost>0[4-9]|[12]\d|3[01])\$(?P<salt>[./A-Za-z0-9]{22})" + _DIGEST)
 # passlib's version 2, and its version 1 ("$2a,12$"), in which the key of bcrypt is the plain SHA-256 of the password.
-SHA256 = re.compile(
-    rb"\$bcrypt-sha256\$(?:v=2,t=2b,r=|(?P<first>2[ab],))(?P<cost>[4-9]|[12]\d|3[01])\$" + _SALT + rb"\$" + _DIGEST
-)
+_VERSION = rb"(?:v=2,t=2b,r=|(?P<first>2[ab],))"
+SHA256 = re.compile(rb"\$bcrypt-sha256\$" + _VERSION + rb"(?P<cost>[4-9]|[12]\d|3[01])\$" + _SALT + rb"\$" + _DIGEST)
 
 # A new password may not be a part of one of these: keyboard rows and columns and the alphabet, in both directions.
 _ROWS = "1234567890", "qwertyuiopasdfghjklzxcvbnm", "abcdefghijklmnopqrstuvwxyz", "1qaz2wsx3edc4rfv5tgb6yhn7ujm8ik9ol0p"
