@@ -21,6 +21,8 @@ response; each refusal names its status. Knows no SQL.
 - Disabling or deleting a user, a restored backup and the operator's ``sessions end --all`` end sessions, and with them
   reset tokens, invitations and unconfirmed seeds. ``sessions end EMAIL`` and ``totp-off`` end the sessions of one user.
   ``sessions end`` also voids device cookies.
+- An access token opens ``/verify`` alone. It ends at its own time, when its user deletes it, when the password is
+  reset, when the user is disabled, and by ``sessions end``. A change with the current password leaves it valid.
 - A one-time code works once, and only after the password. Nobody can sign in to a disabled account.
 - A session remembers when a second factor was last shown in it. Switching the factor off resets that.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
@@ -44,15 +46,16 @@ from urllib.parse import urlsplit
 
 from addresses import network_path
 from credentials import device as devices
-from credentials import passwords, totp
+from credentials import passwords, tokens, totp
 from engines.errors import AlreadyExists, StorageUnavailable
 from log import timestamp
-from mail import Mailer
+from mail import Mailer, harmless
 from rate_limit import CODE_MISSING, NEW_BROWSER, SUMMARY, Buckets, RateLimiter
 from settings import MAILBOX, Settings
 from storage import DB, LiveSession, NoResultFound, Session, User, public_id
 from tables.emails import EmailReserved, Link
 from tables.rate_limits import CLOCK_TOLERANCE
+from tables.tokens import MAX_TOKENS, Token
 
 MAX_EMAIL_BYTES = 254  # RFC 5321 4.5.3.1.3, without the angle brackets
 MAX_USER_AGENT = 200  # characters that are stored
@@ -65,6 +68,8 @@ PRUNE_STEP = 200  # expired rows that are deleted in one transaction: 10 ms in w
 FACTOR_VALIDITY = 600  # seconds for which a second factor that a session has shown allows changes of the account
 GROUP = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 MAX_GROUPS = 32  # of one user: the header that names them stays below 2.1 KB
+MAX_TOKEN_NAME = 64  # characters
+MAX_TOKEN_DAYS = 3650
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
 Log = Callable[..., None]  # takes the name of an event and its details
@@ -142,8 +147,8 @@ class SessionRequired(AuthError, status=403, event="authz_fail", message="not lo
     """There is no live session."""
 
 
-class SessionUnknown(AuthError, status=404, event="authz_fail", message="no such session"):
-    """The user has no live session with this public id."""
+class NotFound(AuthError, status=404, event="authz_fail"):
+    """The user has no live session with this public id, or no access token with this id; the message says which."""
 
 
 class RegistrationClosed(AuthError, status=403, event="authz_fail"):
@@ -180,6 +185,14 @@ class NotAMember(AuthError, status=403, event="authz_verify_fail", message="not 
 
 class GroupRejected(AuthError, status=400, event="input_validation_fail"):
     """The user cannot be in these groups; the message says why."""
+
+
+class InvalidToken(SessionRequired, status=401, event="authz_fail", message="invalid access token"):
+    """An access token that is unknown, deleted, expired, another user's, or not accepted from a browser."""
+
+
+class TokenNotCreated(AuthError, status=400, event="input_validation_fail"):
+    """The user cannot have this access token; the message says why."""
 
 
 class SecondFactorRejected(AuthError, status=400, event="input_validation_fail"):
@@ -225,10 +238,12 @@ class Auth:
         self._db = db or DB(self._settings.database, private=self._settings.production)
         self.engine_version = self._db.engine_version  # the database engine with its version
         self.empty_log = self._db.empty_log
+        self.tokens_of = self._db.tokens.of_user
         self._clock = clock
         self._background = run_in_background
         self._mailer = mailer if mailer and mailer.enabled else None
         self._limiter = RateLimiter(self._db.rate_limits, self._settings, clock)
+        self.tag = self._limiter.tag
 
     def close(self) -> None:
         """Close the database. No other thread may use it, so a mail that is being written is waited for."""
@@ -417,19 +432,71 @@ class Auth:
         """End a session of this user by its public id; return the user, and whether it is this session.
 
         Raises:
-            SessionUnknown: the user has no such session.
+            NotFound: the user has no such session.
         """
         user = self.identify(session_id)
         for session in self.sessions_of(user.id):
             if session.id == ended_id and self._db.end_session(session.session_hash):
                 return user, ended_id == public_id(_digest(session_id))
-        raise SessionUnknown
+        raise NotFound("no such session")
 
     def end_sessions(self, session_id: str | None, *, except_this: bool) -> User:
         """End all sessions of this session's user, or all others; return the user."""
         user = self.identify(session_id)
         if not except_this or len(self.sessions_of(user.id)) > 1:  # where nothing ends, nothing is written
             self._db.end_sessions(user.id, kept=_digest(session_id) if except_this else None)
+        return user
+
+    # Access tokens
+
+    def create_token(
+        self, session_id: str | None, password: str, name: str, days: str = "", otp: str = "", *, caller: Caller
+    ) -> tuple[User, Token, str]:
+        """Create an access token that expires after a number of ``days``, or never; return its user, itself, its text.
+
+        Raises:
+            TokenNotCreated: the name or the number of days is not acceptable, or the user has MAX_TOKENS already.
+            ReauthenticationFailed: the password or the code is wrong.
+            SessionCodeRequired: the code is missing.
+        """
+        user, session = self._identify(session_id)
+        if not (name.strip() and name.isprintable() and len(name) <= MAX_TOKEN_NAME):
+            raise TokenNotCreated(f"name must be 1 to {MAX_TOKEN_NAME} printable characters")
+        if days and not (re.fullmatch("[1-9][0-9]{0,3}", days) and int(days) <= MAX_TOKEN_DAYS):
+            raise TokenNotCreated(f"days must be a whole number from 1 to {MAX_TOKEN_DAYS}")
+        self._reauthenticate(user, session, password, otp, caller)
+        now, text = self._now(), tokens.new_token()
+        token = Token(0, name, now, None, now + int(days) * 86_400 if days else None)
+        token_id = self._db.tokens.add(user.id, user.hashed_password, _digest(session_id), _digest(text), token)
+        if token_id is None:
+            if len(self.tokens_of(user.id)) >= MAX_TOKENS:
+                raise TokenNotCreated(f"at most {MAX_TOKENS} access tokens: delete one first")
+            raise SessionRequired  # the session ended while we hashed
+        self._notify(user, harmless(name), kind="token")
+        return user, token._replace(id=token_id), text
+
+    def delete_token(self, user: User, token_id: str) -> None:
+        """Delete an access token of a user. Raise NotFound if there is none with this id."""
+        if not (re.fullmatch("[1-9][0-9]{0,17}", token_id) and self._db.tokens.delete(user.id, int(token_id))):
+            raise NotFound("no such token")
+
+    def identify_program(self, authorization: str, *, browser: bool) -> User | None:
+        """Return the user of the access token in an ``Authorization`` header; None if it holds no token.
+
+        A ``browser`` may not use Basic: it keeps the password, and sends it with requests of other sites, too.
+
+        Raises:
+            InvalidToken: the token is not live, or not of the user whom Basic names.
+        """
+        if not (parsed := tokens.parse(authorization)):
+            return None
+        text, email = parsed
+        found = None if browser and email is not None else self._db.find_token(_digest(text), **self._window())
+        if not found or (email is not None and email.casefold() != found[0].email.casefold()):
+            raise InvalidToken
+        user, token_id, last_used_at = found
+        if (last_used_at or 0) <= self._now() - SEEN_INTERVAL:
+            self._run_in_background(self._db.tokens.touch, token_id, self._now())
         return user
 
     # Groups
@@ -734,10 +801,6 @@ class Auth:
         self.check_email(email)
         with _taken(email):
             self._db.change_email(user.id, email, self._now(), self.reserved_at())
-
-    def tag(self, email: str) -> str:
-        """Return a keyed hash that stands for an unknown email in the log."""
-        return self._limiter.tag(email)
 
     # The Python contract: methods with these names and signatures that nothing in the service calls
 
@@ -1049,6 +1112,13 @@ def check_groups(names: Iterable[str]) -> str:
     if len(groups) > MAX_GROUPS:
         raise GroupRejected(f"a user can be in at most {MAX_GROUPS} groups")
     return ",".join(groups)
+
+
+def describe_token(token: Token) -> dict[str, str | None]:
+    """Return an access token as its user and the operator see it."""
+    times = {"created": token.created_at, "last_used": token.last_used_at, "expires": token.expires_at}
+    shown = {name: None if time is None else timestamp(time) for name, time in times.items()}
+    return {"id": str(token.id), "name": token.name, **shown}
 
 
 def _account_name(email: str) -> str:

@@ -56,6 +56,7 @@ MAX_COOKIES = 4  # different values of one cookie in a request, each of which is
 DEVICE_COOKIE = "__Host-device"  # never shared with sibling hosts, even where the session is
 DEVICE_ATTRIBUTES = "HttpOnly; Path=/; SameSite=Lax; Secure"
 VERIFY_QUERY = re.compile("login=1|group=[a-z0-9][a-z0-9_-]{0,63}")  # a part of the query of /verify; rules.GROUP
+CHALLENGE = "WWW-Authenticate", 'Basic realm="authsvc", charset="UTF-8"'
 HEADER_TEXT = re.compile("[!-$&-~]+")  # an email that a header can hold unencoded; "%" begins an encoded character
 
 Handler = Callable[..., Response]
@@ -178,12 +179,13 @@ class Handlers:
         """Tell a proxy which user sent a request to an application, if the user may use it."""
         leads, groups = _parse_verify_query(request.query_string)
         try:
-            user = self._auth.identify(self._cookie())
+            user = self._program() or self._auth.identify(self._cookie())
         except (rules.SessionRequired, rules.SecondFactorRequired) as refusal:
             _log("authz_verify_fail", reason=refusal.message)
-            if not leads or _is_asked_by_script():
-                return json_response(401, message=refusal.message)
-            return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)
+            if leads and not (isinstance(refusal, rules.InvalidToken) or _is_asked_by_script()):
+                return json_response(302, ("Location", self._sign_in_url(refusal)), message=refusal.message)
+            # Programs such as git send no token unasked. A browser would ask for a password, and keep it.
+            return json_response(401, *([] if leads or _is_browser() else [CHALLENGE]), message=refusal.message)
         if groups:
             self._auth.require_member(user, groups)
         # Percent-encoded where a header cannot hold it. "%" is encoded, too, so that no two users get the same name.
@@ -191,6 +193,10 @@ class Handlers:
         # Always all four: where one is missing, Caddy before 2.11.2 passes on the header that the client sent.
         names = ("Remote-User", name), ("Remote-Email", name)
         return json_response(200, *names, ("Remote-Groups", user.groups), ("Remote-Id", str(user.id)), email=user.email)
+
+    def _program(self) -> User | None:
+        authorization = request.environ.get("HTTP_AUTHORIZATION")
+        return self._auth.identify_program(authorization, browser=_is_browser()) if authorization else None
 
     def _sign_in_url(self, refusal: rules.AuthError) -> str:
         # The page checks the return address when it uses it.
@@ -226,6 +232,25 @@ class Handlers:
         user, session_id = self._auth.change_email(self._cookie(), email, token, caller=_caller())
         _log("user_updated", user_id=user.id, changed="email")
         return self._with_renewed(json_response(200, email=email, message="email changed"), session_id)
+
+    @_route("POST", "/tokens", fields=("password", "name"), optional=("days", "otp"), hashes=True)
+    def create_token(self, password: str, name: str, days: str, otp: str) -> Response:
+        user, token, text = self._auth.create_token(self._cookie(), password, name, days, otp, caller=_caller())
+        _log("authn_token_created", user_id=user.id, token=token.id)
+        shown = rules.describe_token(token)
+        return json_response(200, id=shown["id"], name=name, token=text, expires=shown["expires"])
+
+    @_route("GET", "/tokens")
+    def tokens(self) -> Response:
+        user = self._auth.identify(self._cookie())
+        return json_response(200, tokens=[rules.describe_token(token) for token in self._auth.tokens_of(user.id)])
+
+    @_route("DELETE", "/tokens/<token_id>")
+    def delete_token(self, token_id: str) -> Response:
+        user = self._auth.identify(self._cookie())
+        self._auth.delete_token(user, token_id)
+        _log("authn_token_revoked", user_id=user.id, token=int(token_id))
+        return json_response(200, message="token deleted")
 
     @_route("POST", "/totp", fields=("password",), hashes=True)
     def begin_totp(self, password: str) -> Response:
@@ -542,6 +567,10 @@ def _is_asked_by_script() -> bool:
     # A script cannot follow a redirect to the sign-in page on another host: it only learns that something has failed.
     mode = request.environ.get("HTTP_SEC_FETCH_MODE", "navigate")
     return bool(mode != "navigate" or request.environ.get("HTTP_X_REQUESTED_WITH") == "XMLHttpRequest")
+
+
+def _is_browser() -> bool:
+    return any(name.startswith("HTTP_SEC_FETCH_") for name in request.environ)
 
 
 def _page(kind: str, content: bytes) -> Response:

@@ -98,8 +98,7 @@ class Mailer:
 
         ``seen`` is the time, the address and the browser of one sign-in.
         """
-        # A client can write a link to another site into the name of its browser. Mail programs make one of www.x.io.
-        lines = [re.sub(r"[^ -~]|://|[@\\]|\.(?=[A-Za-z])", "?", str(text)) or "unknown" for text in seen]
+        lines = [harmless(str(text)) or "unknown" for text in seen]
         text = "".join(f"\n{name}: {line}" for name, line in zip(("\nTime", "Address", "Browser"), lines, strict=False))
         return self.compose("sign_in", email, what=what, seen=text)
 
@@ -168,6 +167,11 @@ class Mailer:
             if "XOAUTH2" in smtp.esmtp_features.get("auth", "").upper().split():
                 error.args = (*error.args[:-1], f"{error.args[-1]} ({NO_XOAUTH2})")
             raise
+
+
+def harmless(text: str) -> str:
+    """Return a text of a client without links: it could lead a reader to another site. Mail programs link www.x.io."""
+    return re.sub(r"[^ -~]|://|[@\\]|\.(?=[A-Za-z])", "?", text)
 
 
 def token_link(base: str, page: str, email: str, token: str) -> str:

@@ -75,6 +75,18 @@ CREATE TABLE former_emails (                         -- given up by a change or 
 
 CREATE INDEX former_emails_released_at ON former_emails (released_at);
 
+CREATE TABLE access_tokens (                         -- with which programs pass /verify
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    token_hash   TEXT NOT NULL UNIQUE,               -- SHA-256 in hex
+    name         TEXT NOT NULL,                      -- as its user named it
+    created_at   INTEGER NOT NULL,
+    last_used_at INTEGER,                            -- may lag by up to a minute; NULL: never used
+    expires_at   INTEGER                             -- valid while now < expires_at; NULL: never expires
+) STRICT;
+
+CREATE INDEX access_tokens_user_id ON access_tokens (user_id);
+
 CREATE TABLE recovery_codes (                        -- each replaces a one-time code once
     user_id   INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
     code_hash TEXT NOT NULL,                         -- SHA-256 in hex

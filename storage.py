@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager as Context
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from engines import Result, Transaction, open_engine, operations
@@ -19,6 +20,7 @@ from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
 from tables.emails import DELETE_WAITING, IS_GOOD, Emails, Link, claim, give_up
 from tables.rate_limits import RateLimits
+from tables.tokens import DELETE_TOKENS, Tokens
 
 LOOKUP_BATCH = 500  # emails that one statement looks up
 SEARCH_STEP = 20_000  # ids among which one statement searches for expired rows: some 10 ms
@@ -119,6 +121,12 @@ FIND_SESSION = f"""
       FROM sessions JOIN users ON users.id = sessions.user_id
      WHERE sessions.session_hash = :session_hash AND {IS_LIVE_SESSION}"""
 
+FIND_TOKEN = f"""
+    SELECT access_tokens.id, last_used_at, {USER_COLUMNS}
+      FROM access_tokens JOIN users ON users.id = access_tokens.user_id
+     WHERE token_hash = :token_hash AND disabled_at IS NULL AND access_tokens.created_at <= :latest
+       AND (access_tokens.expires_at IS NULL OR access_tokens.expires_at > :now)"""
+
 
 class LiveSession(NamedTuple):
     """What the rules ask of a session at each request."""
@@ -151,13 +159,12 @@ class DB:
         self.engine_version = self._engine.version
         self.rate_limits = RateLimits(self._engine)
         self.emails = Emails(self._engine)
+        self.tokens = Tokens(self._engine)
         self.check = self._engine.check
         self.empty_log = self._engine.empty_log
         self.close = self._engine.close
 
-    def _user_transaction(
-        self, user_id: int | None = None, session_hash: str | None = None
-    ) -> AbstractContextManager[Transaction]:
+    def _user_transaction(self, user_id: int | None = None, session_hash: str | None = None) -> Context[Transaction]:
         """Begin a transaction about one user, or about a session's user. No other about that user overlaps with it."""
         return self._engine.transaction(lock=LOCK_USER, values={"user_id": user_id, "session_hash": session_hash})
 
@@ -274,18 +281,19 @@ class DB:
         return self._engine.write(statement, {"id": user.id, "old": user.groups, "new": groups}) == 1
 
     def disable_user(self, user_id: int, now: int) -> None:
-        """Disable a user: end all sessions, void the device cookies, and refuse login and reset."""
+        """Disable a user: end all sessions, void the device cookies and access tokens, and refuse login and reset."""
         with self._user_transaction(user_id) as db:
             statement = "UPDATE users SET disabled_at = coalesce(disabled_at, :now) WHERE id = :user_id"
             db.execute(statement, {"user_id": user_id, "now": now})
             _revoke_credentials(db, user_id, devices=True)
+            db.execute(DELETE_TOKENS, {"user_id": user_id})
 
     def enable_user(self, user_id: int) -> None:
         """Enable a disabled user."""
         self._engine.write("UPDATE users SET disabled_at = NULL WHERE id = :user_id", {"user_id": user_id})
 
     def change_email(
-        self, user_id: int, email: str, now: int, reserved_at: int | None, pending: dict[str, Any] | None = None
+        self, user_id: int, email: str, now: int, reserved_at: int | None, pending: Link | None = None
     ) -> bool:
         """Give a user another email and revoke all other credentials. ``reserved_at`` is that of delete_user().
 
@@ -367,6 +375,11 @@ class DB:
         row = self._engine.read(FIND_SESSION, window | {"session_hash": session_hash})
         return row and (_user(row[5:]), LiveSession._make(row[:5]))
 
+    def find_token(self, token_hash: str, *, now: int, latest: int) -> tuple[User, int, int | None] | None:
+        """Return the user of a live access token that was made no later than ``latest``, its id and its last use."""
+        row = self._engine.read(FIND_TOKEN, {"token_hash": token_hash, "now": now, "latest": latest})
+        return row and (_user(row[2:]), row[0], row[1])
+
     def list_sessions(self, user_id: int, **window: int) -> list[Session]:
         """Return the live sessions of a user, newest first; ``window`` as in find_session()."""
         statement = f"""
@@ -388,7 +401,7 @@ class DB:
             return _end_session(db, session_hash)
 
     def end_sessions(self, user_id: int, *, kept: str | None = None, devices: bool = False) -> int:
-        """End all sessions of a user, except ``kept``, and with ``devices`` void the device cookies.
+        """End all sessions of a user, except ``kept``, and with ``devices`` void device cookies and access tokens.
 
         Return how many sessions ended.
         """
@@ -396,17 +409,19 @@ class DB:
             if devices:
                 statement = "UPDATE users SET device_key = :device_key WHERE id = :user_id"
                 db.execute(statement, {"user_id": user_id, "device_key": _new_device_key()})
+                db.execute(DELETE_TOKENS, {"user_id": user_id})
             return _end_sessions(db, user_id, kept)
 
     def end_all_sessions(self) -> dict[str, int]:
-        """End all sessions of all users, revoke all mailed and printed links, and void all device cookies.
+        """End all sessions of all users, revoke all links and access tokens, and void all device cookies.
 
         Return how many rows were deleted from each table.
         """
         with self._engine.own_connection() as own, self._engine.transaction(lock=LOCK_ALL_USERS, connection=own) as db:
             # One key for all: a device cookie also names its user.
             db.execute(f"{REVOKE_PENDING}, session_id = NULL, device_key = :key", {"key": _new_device_key()})
-            tables = "registrations", "email_changes", "sessions"  # sessions last, as changes are deleted with them
+            # Sessions last, as changes are deleted with them.
+            tables = "registrations", "email_changes", "access_tokens", "sessions"
             return {table: db.execute(f"DELETE FROM {table}").rowcount for table in tables}
 
     # Reset tokens
@@ -428,7 +443,7 @@ class DB:
         return row and _user(row)
 
     def spend_reset(self, token_hash: str, hashed_password: bytes, *, now: int, latest: int) -> bool:
-        """Set the password of the token's user, revoke all credentials and void the device cookies.
+        """Set the password of the token's user, and revoke all credentials, device cookies and access tokens.
 
         Return whether the token was live.
         """
@@ -440,6 +455,7 @@ class DB:
             row = db.execute(statement, values).fetchone()
             if row:
                 _revoke_credentials(db, row[0], devices=True)
+                db.execute(DELETE_TOKENS, {"user_id": row[0]})
             return row is not None
 
     # Second factor

@@ -13,13 +13,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import IO, Any, NoReturn
 
 import log
-from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail
+from auth import NO_PASSWORD, Auth, AuthError, UnknownEmail, describe_token
 from cli import user_files
 from cli.copy import CopyRefused, copy
 from cli.operator import CommandFailed, Operator, printable, user_name
@@ -151,7 +151,8 @@ def _list_users(operator: Operator) -> None:
 def _show_user(operator: Operator) -> None:
     """Show one user."""
     with operator.open_user() as (auth, _, user):
-        record = _user_record(user) | {"sessions": len(auth.sessions_of(user.id))}
+        counts = {"sessions": len(auth.sessions_of(user.id)), "access_tokens": len(auth.tokens_of(user.id))}
+        record = _user_record(user) | counts
         operator.print_record("\n".join(f"{name:<14}{_format(value)}" for name, value in record.items()), **record)
 
 
@@ -311,8 +312,27 @@ def _list_sessions(operator: Operator) -> None:
     """List the sessions of a user."""
     with operator.open_user() as (auth, _, user):
         for session in auth.sessions_of(user.id):
-            record = auth.describe_session(session)
-            operator.print_record("  ".join(map(_format, record.values())), **record)
+            _print_row(operator, auth.describe_session(session))
+
+
+def _print_row(operator: Operator, record: Mapping[str, str | None]) -> None:
+    operator.print_record("  ".join(map(_format, record.values())), **record)
+
+
+def _list_tokens(operator: Operator) -> None:
+    """List the access tokens of a user: id, name, and when each was created, was last used and expires."""
+    with operator.open_user() as (auth, _, user):
+        for token in auth.tokens_of(user.id):
+            _print_row(operator, describe_token(token))
+
+
+def _delete_token(operator: Operator) -> None:
+    """Delete an access token of a user, by the id that "token list" shows."""
+    token_id = operator.arguments.id
+    with operator.open_user() as (auth, _, user):
+        auth.delete_token(user, token_id)
+        operator.log("authn_token_revoked", user_id=user.id, token=int(token_id))
+        operator.print_record(f"{user.email}: deleted access token {token_id}", email=user.email, id=token_id)
 
 
 def _end_sessions(operator: Operator) -> None:
@@ -562,7 +582,7 @@ def _format(value: object) -> str:
 # All commands: name, function, argument. A new one is a function above, with its help text as the docstring, and a row
 # here; options are added in new_parser(). Brackets mark an argument that may be left out.
 
-GROUPS = "user", "group", "sessions"  # the first words of commands of two words
+GROUPS = "user", "group", "sessions", "token"  # the first words of commands of two words
 
 COMMANDS: tuple[tuple[str, Callable[[Operator], int | None], str], ...] = (
     ("user list", _list_users, ""),
@@ -581,6 +601,8 @@ COMMANDS: tuple[tuple[str, Callable[[Operator], int | None], str], ...] = (
     ("totp-off", _disable_totp, "email"),
     ("sessions list", _list_sessions, "email"),
     ("sessions end", _end_sessions, "[email]"),
+    ("token list", _list_tokens, "email"),
+    ("token delete", _delete_token, "email id"),
     ("import", _import_users, "file"),
     ("export", _export_users, "[file]"),
     ("backup", _backup, "file"),

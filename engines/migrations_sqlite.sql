@@ -58,3 +58,15 @@ CREATE INDEX IF NOT EXISTS former_emails_released_at ON former_emails (released_
 
 -- to version 7
 ALTER TABLE users ADD COLUMN groups TEXT NOT NULL DEFAULT '';
+
+-- to version 8
+CREATE TABLE access_tokens (
+    id           INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id      INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    token_hash   TEXT NOT NULL UNIQUE,
+    name         TEXT NOT NULL,
+    created_at   INTEGER NOT NULL,
+    last_used_at INTEGER,
+    expires_at   INTEGER
+) STRICT;
+CREATE INDEX access_tokens_user_id ON access_tokens (user_id);

@@ -71,6 +71,17 @@ ask 401 GET /verify
 ask 302 GET "/verify?login=1"
 jar=$here
 
+# An access token, with which a program passes /verify
+ask 200 POST /tokens password="tarte flambée" name=git days=30
+token=$(value token) id=$(value id)
+ask 200 GET /tokens
+curl -s -f -o "$folder/body" -u "$email:$token" "$url/verify" || {
+    echo "api.sh: GET /verify: the access token is refused" >&2
+    exit 1
+}
+ask 200 DELETE "/tokens/$id"
+ask 404 DELETE "/tokens/$id"
+
 # Two-factor authentication
 ask 200 POST /totp password="tarte flambée"
 seed=$(value secret)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import psycopg
 
+from engines.schema import NUMBERED_TABLES
 from tests.ports import fixed_port
 
 MISSING = "PostgreSQL is missing: apt-get install postgresql"
@@ -178,7 +179,7 @@ class Server:
             psycopg.connect(f"{database}%20-c%20lock_timeout%3D1000", autocommit=True) as connection,
         ):
             connection.execute(
-                """
+                f"""
                 SELECT email_key FROM users;
                 DROP FUNCTION IF EXISTS stop CASCADE;
                 DELETE FROM users;
@@ -186,7 +187,7 @@ class Server:
                 DELETE FROM former_emails;
                 DELETE FROM throttle;
                 DELETE FROM throttle_secret;
-                SELECT setval(name || '_id_seq', 1, false) FROM unnest(ARRAY['users', 'sessions', 'registrations']) name
+                SELECT setval(name || '_id_seq', 1, false) FROM unnest(ARRAY{list(NUMBERED_TABLES)}) name
                 """
             )
             self.emptied.append(database)

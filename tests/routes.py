@@ -36,6 +36,7 @@ FORMS = [
     ("PUT", "/password", ("password", "new_password")),
     ("POST", "/email", ("password", "new_email")),
     ("PUT", "/email", ("email", "token")),
+    ("POST", "/tokens", ("password", "name")),
     ("POST", "/totp", ("password",)),
     ("PUT", "/totp", ("otp",)),
     ("DELETE", "/totp", ("password", "otp")),
@@ -70,6 +71,9 @@ SESSION_ROUTES = [
     ("PUT", "/password"),
     ("POST", "/email"),
     ("PUT", "/email"),
+    ("POST", "/tokens"),
+    ("GET", "/tokens"),
+    ("DELETE", "/tokens/1"),
     ("POST", "/totp"),
     ("PUT", "/totp"),
     ("DELETE", "/totp"),
@@ -93,7 +97,7 @@ class SharedApp:
     def form(self) -> dict[str, str]:
         """Valid fields for every route except POST /users. Each route ignores the ones it does not read."""
         given = {"reset_token": self.reset_token, "new_password": "t4rt1fl3tt3", "otp": "000000"}
-        return {**BOB, **given, "token": "nope", "new_email": "new@x.io"}
+        return {**BOB, **given, "token": "nope", "new_email": "new@x.io", "name": "git"}
 
     def refuses(self, status: int, method: str, path: str, form: Any = None, **rest: Any) -> str:
         """Assert that a request with Bob's cookie is refused and changes nothing; return the message."""

@@ -445,7 +445,7 @@ def test_of_8_concurrent_password_changes_in_one_session_one_succeeds(auth: Auth
 # Deleting an account
 
 
-OWNED_TABLES = ("sessions", "recovery_codes")
+OWNED_TABLES = ("sessions", "recovery_codes", "access_tokens")
 
 
 @pytest.mark.both_engines
@@ -453,9 +453,11 @@ def test_deleting_an_account_deletes_everything_that_belongs_to_it(
     auth: Auth, clock: Clock, other_user: User, db: DB, query: Query
 ) -> None:
     theirs = switch_on(auth, clock, OTHER)
-    sign_in(auth, otp=theirs.recovery_codes.pop(), email=OTHER, caller=Caller(FOREIGN_ADDRESS))
+    held = sign_in(auth, otp=theirs.recovery_codes.pop(), email=OTHER, caller=Caller(FOREIGN_ADDRESS))
+    auth.create_token(held, PASSWORD, "git", caller=UNCOUNTED)
     mine = switch_on(auth, clock)
     session_id = sign_in(auth, otp=mine.recovery_codes[0], caller=Caller(OWN_ADDRESS))
+    auth.create_token(session_id, PASSWORD, "git", caller=UNCOUNTED)
     token = auth.get_reset_password_token(EMAIL)
     before = db.find_user_by(id=other_user.id)
     rows = {table: query(f"SELECT * FROM {table} WHERE user_id = {other_user.id}") for table in OWNED_TABLES}

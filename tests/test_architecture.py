@@ -84,6 +84,7 @@ STATEMENT_PARTS = {
     "table",  # a key of TABLES
     "', '.join(columns)",  # columns of TABLES
     "', '.join(TABLES[table])",
+    "', '.join(Token._fields)",
     "parameters",  # placeholders for the columns of TABLES
     "statement",  # a parameter or variable of this name; its callers and its assignments are checked
     "lock",  # a parameter of transaction(); its callers are checked
@@ -341,7 +342,7 @@ def table_after(page: str, heading: str) -> list[list[str]]:
 
 def test_the_api_page_lists_every_route() -> None:
     listed = [tuple(row[0].split()) for row in table_after(API, "Routes")]
-    assert listed == [(method, path.replace("public_id", "id")) for method, path, *_ in authsvc.ROUTES]
+    assert listed == [(method, re.sub("<.*>", "<id>", path)) for method, path, *_ in authsvc.ROUTES]
 
 
 def test_the_settings_page_lists_every_setting_with_its_default() -> None:

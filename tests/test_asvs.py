@@ -185,6 +185,7 @@ def test_the_tables_have_no_columns_beyond_the_documented_ones(db: DB, settings:
         "email_changes": {"session_id", "email", "email_key", "token_hash", "expires_at"},
         "former_emails": {"email_key", "user_id", "released_at"},
         "sessions": {"id", "session_hash", "user_id", "address", "user_agent", "remember", "factor_at"} | times,
+        "access_tokens": {"id", "user_id", "token_hash", "name", "created_at", "last_used_at", "expires_at"},
         "known_addresses": {"user_id", "address_hash", "seen_at"},
         "throttle": {"key", "full_at"},
         "throttle_secret": {"id", "secret"},

@@ -352,6 +352,7 @@ def test_users_are_listed_and_shown(run: Run, people: Auth) -> None:
         "second_factor": "yes",
         "groups": "admin",
         "sessions": "1",
+        "access_tokens": "0",
     }
 
 
@@ -480,7 +481,7 @@ def test_a_list_of_sessions_contains_no_control_characters(run: Run, people: Aut
 @pytest.mark.parametrize("chosen", ["bob@x.io", "--all"])
 def test_sessions_are_ended(run: Run, people: Auth, chosen: str) -> None:
     session_id = people.log_in("eve@x.io", "3v3", caller=UNCOUNTED)[1]
-    pending = {"registrations": 0, "email_changes": 0} if chosen == "--all" else {}
+    pending = {"registrations": 0, "email_changes": 0, "access_tokens": 0} if chosen == "--all" else {}
     assert run("sessions", "end", chosen, "--json").records == [pending | {"ended": 2 if chosen == "--all" else 1}]
     assert run("sessions", "list", "bob@x.io").out == ""
     assert (people.get_user_from_session_id(session_id) is None) is (chosen == "--all")
@@ -840,12 +841,14 @@ def test_a_restore_deletes_what_waits_for_a_confirmation_and_gives_no_id_twice(
     people._db.emails.add_registration(link)
     (session_hash,) = people._db._engine.read("SELECT session_hash FROM sessions", {})
     assert people._db.emails.set_change(session_hash, link)
+    people.create_token(people.create_session("eve@x.io"), "3v3", "git", caller=UNCOUNTED)
     assert run("backup", "copy.db").code == 0
     later = [people.register_user(f"{name}@x.io", "b4l0u").id for name in ("dan", "eve2")]
     people._db.delete_user(later[1])
     people.close()
     (record,) = run("restore", "copy.db", "--json").records
-    assert (record["sessions_ended"], record["registrations"], record["email_changes"]) == (1, 1, 1)
+    tables = "registrations", "email_changes", "access_tokens"
+    assert (record["sessions_ended"], *(record[table] for table in tables)) == (2, 1, 1, 1)
     people._db = DB(path)  # the fixture closes it
     assert people._db._engine.read("SELECT count(*) FROM registrations", {}) == (0,)
     assert people.register_user("new@x.io", "b4l0u").id == later[1] + 1 == 5

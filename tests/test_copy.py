@@ -98,7 +98,10 @@ def fill(database: str) -> None:
     auth.register_user("ÉVE@x.io", "3v3")
     session_id = auth.log_in("bob@x.io", "b4l0u", caller=Caller("192.0.2.1", agent="tab\t, back\\slash, \\N, é, 🗝"))[1]
     seed, _, _, session_id = auth.begin_totp(session_id, "b4l0u", caller=UNCOUNTED)
-    auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), caller=UNCOUNTED)
+    session_id = auth.confirm_totp(session_id, totp.code(seed, int(time.time()) // totp.STEP), caller=UNCOUNTED)[1]
+    for days in ("30", ""):
+        *_, token = auth.create_token(session_id, "b4l0u", "é, 🗝", days, caller=UNCOUNTED)
+    assert auth.identify_program(f"Bearer {token}", browser=False)  # records the use
     auth.log_in("éve@x.io", "3v3", caller=Caller("2001:db8::1", agent=""), remember=True)
     auth.link_token(auth.find_user("éve@x.io"))
     auth.add_account("invited@x.io")

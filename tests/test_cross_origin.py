@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import authsvc
-from auth import Auth
+from auth import UNCOUNTED, Auth
 from settings import Settings
 from tests.cases import each
 from tests.conftest import COST, Client
@@ -92,16 +92,17 @@ def test_no_route_that_writes_accepts_a_cross_origin_request(
     call: Client, auth: Auth, fetch_site: str | None, origin: str | None
 ) -> None:
     session_id, token = auth.create_session(BOB), auth.get_reset_password_token(BOB)
-    form = {**FORM, "new_password": "choucroute du lundi", "reset_token": token, "otp": "000000"}
+    form = {**FORM, "new_password": "choucroute du lundi", "reset_token": token, "otp": "000000", "name": "git"}
     headers = {"HTTP_SEC_FETCH_SITE": fetch_site, "HTTP_ORIGIN": origin}
     _, (session,), _ = auth.list_sessions(session_id)
+    user, created, _ = auth.create_token(session_id, PASSWORD, "git", caller=UNCOUNTED)
     for method, path, *_ in authsvc.ROUTES:
         if method == "GET":
             continue
         answer = ask(
             call,
             method,
-            path.replace("<public_id>", session.id),
+            path.replace("<public_id>", session.id).replace("<token_id>", str(created.id)),
             form,
             cookie=f"__Host-session_id={session_id}",
             **{name: value for name, value in headers.items() if value is not None},
@@ -109,6 +110,7 @@ def test_no_route_that_writes_accepts_a_cross_origin_request(
         assert (answer.status, answer.json) == (403, {"message": "cross-origin request refused"})
         assert "Set-Cookie" not in answer.headers
     assert auth.list_sessions(session_id)[1] == [session]
+    assert auth.tokens_of(user.id) == [created]
     assert auth.find_user(BOB).totp_secret is None
     assert auth.valid_login(BOB, PASSWORD)
 

@@ -78,12 +78,14 @@ def for_examples(strategy: st.SearchStrategy[T], use: Callable[[T], object], cou
 methods = st.sampled_from(["GET", "POST", "POST", "PUT", "DELETE"]) | st.sampled_from(
     ["HEAD", "OPTIONS", "PATCH", "TRACE", "ANY", "PROXY", "get", "", "POST ", "M-SEARCH"]
 )
-routes = st.sampled_from([path.replace("<public_id>", PUBLIC_ID) for _, path, *_ in authsvc.ROUTES])
+routes = st.sampled_from(
+    [path.replace("<public_id>", PUBLIC_ID).replace("<token_id>", "1") for _, path, *_ in authsvc.ROUTES]
+)
 latin = st.text(st.characters(max_codepoint=255, exclude_characters="\r\n\0"), max_size=30)
 paths = routes | st.builds(
     "".join, st.lists(routes | latin | st.sampled_from(["/", "//", "..", "%2f", "?", "#", "é"]), max_size=4)
 )
-names = st.sampled_from(["email", "password", "reset_token", "new_password", "otp"])
+names = st.sampled_from(["email", "password", "reset_token", "new_password", "otp", "name", "days"])
 values = (
     st.sampled_from(
         [EMAIL, PASSWORD, TOKEN, CODE, "", "nope", "a\0b", "a\r\nb", "x" * 300, "é" * 600, "' OR 1=1--", "=&;+%"]
@@ -96,7 +98,7 @@ fields = st.builds(
     st.fixed_dictionaries(
         {"email": st.just(EMAIL) | values},
         optional={
-            **dict.fromkeys(("reset_token", "new_password", "extra", "id"), values),
+            **dict.fromkeys(("reset_token", "new_password", "name", "days", "extra", "id"), values),
             "password": st.just(PASSWORD) | values,
             "otp": st.just(CODE) | values,
         },
@@ -184,6 +186,7 @@ def damaged_bodies(draw: st.DrawFn) -> tuple[str, bytes]:
 
 
 RIGHT = {"email": EMAIL, "password": PASSWORD, "otp": CODE, "reset_token": TOKEN, "new_password": PASSWORD[::-1]}
+RIGHT |= {"name": "git", "days": "30"}
 right = [
     ("application/x-www-form-urlencoded", urlencode(RIGHT, safe="{}").encode()),
     ("application/json", json.dumps(RIGHT).encode()),
@@ -217,11 +220,13 @@ addresses = (
     | st.sampled_from(["evil", "", "::ffff:1.2.3.4", "[::1]:80", "1.2.3.4, 198.18.0.1"])
     | latin
 )
+credentials = st.sampled_from(["authsvc_", "authsvc_" + "é" * 43, "YjphdXRoc3ZjXw==", "="]) | latin
 lengths = st.sampled_from(["", "-1", "abc", "0", "5", "99999999999"])
 headers = st.fixed_dictionaries(
     {},
     optional={
         "HTTP_COOKIE": cookies,
+        "HTTP_AUTHORIZATION": st.builds("{} {}".format, st.sampled_from(["Bearer", "basic"]) | latin, credentials),
         "HTTP_HOST": st.sampled_from(["localhost", "evil.example"]) | latin,
         "HTTP_ORIGIN": st.sampled_from(["null", "http://localhost", "https://auth.example.com"]) | latin,
         "HTTP_SEC_FETCH_SITE": st.sampled_from(["same-origin", "none", "cross-site"]) | latin,
@@ -242,6 +247,7 @@ confirmed_routes = [
     ("POST", "/totp"),
     ("DELETE", "/totp"),
     ("PUT", "/password"),
+    ("POST", "/tokens"),
     ("DELETE", "/profile"),
 ]
 form_routes = [
@@ -249,7 +255,8 @@ form_routes = [
     for method, path, *_ in authsvc.ROUTES
     if method in ("POST", "PUT") and (method, path) not in confirmed_routes
 ]
-ended_sessions = st.sampled_from(["/sessions/others", "/sessions/others", f"/sessions/{PUBLIC_ID}", "/sessions/all"])
+listed = st.sampled_from(["/profile", "/sessions", "/tokens", "/verify"])
+deleted = st.sampled_from(["/sessions/others", "/tokens/1", f"/sessions/{PUBLIC_ID}", "/sessions/all"])
 RequestParts = tuple[str, str, tuple[str, bytes], dict[str, str], str | None, bool]
 SIGNED_IN = {"HTTP_COOKIE": f"session_id={SESSION}; __Host-session_id={SESSION}"}
 REQUESTS_PER_EXAMPLE = len(form_routes) + 5
@@ -261,10 +268,10 @@ def request_lists(draw: st.DrawFn) -> list[RequestParts]:
     body, headers_sent = draw(bodies), draw(headers)
     length = {"CONTENT_LENGTH": draw(lengths)} if draw(st.integers(0, 9)) == 5 else {}
     return [
-        ("GET", draw(st.sampled_from(["/profile", "/sessions"])), ("", b""), headers_sent, "127.0.0.1", True),
+        ("GET", draw(listed), ("", b""), headers_sent, "127.0.0.1", True),
         (*draw(st.sampled_from(confirmed_routes)), body, SIGNED_IN | length, "127.0.0.1", True),
         *((method, path, body, length, "127.0.0.1", True) for method, path in form_routes),
-        ("DELETE", draw(ended_sessions), ("", b""), headers_sent, "127.0.0.1", True),
+        ("DELETE", draw(deleted), ("", b""), headers_sent, "127.0.0.1", True),
         ("DELETE", "/sessions", ("", b""), headers_sent, "127.0.0.1", True),
         (draw(methods), draw(paths), body, headers_sent, draw(peers), draw(st.booleans())),
     ]
@@ -294,6 +301,7 @@ class Target:
         try:
             user = self.auth.find_user(EMAIL)
         except UnknownEmail:
+            self.db.emails.release(EMAIL)  # in production the email of a deleted user is reserved
             user = self.db.add_user(EMAIL, self.hashed)
         self.db.update_user(user.id, hashed_password=self.hashed)
         self.db.remove_totp(user.id)
@@ -386,7 +394,7 @@ def check_answer(status: int, headers: dict[str, str], body: bytes, production: 
         assert status == 200
         return
     content = json.loads(body)
-    kinds = {"sessions": list, "recovery_codes": list, "second_factor": bool}
+    kinds = {"sessions": list, "tokens": list, "recovery_codes": list, "second_factor": bool, "expires": str | None}
     assert all(isinstance(value, kinds.get(name, str)) for name, value in content.items())
     assert status < 400 or (content.keys() == {"message"} and content["message"])
 

@@ -61,6 +61,7 @@ AMBIGUOUS = {
     "two content types": f"POST / HTTP/1.1\r\n{HOST}Content-Type: a/b\r\nContent-Type: c/d\r\n{BODY}\r\nhello",
     "two origins": f"POST / HTTP/1.1\r\n{HOST}Origin: {PUBLIC_URL}\r\nOrigin: {OTHER_ORIGIN}\r\n{BODY}\r\nhello",
     "two forwarded protocols": f"GET / HTTP/1.1\r\n{HOST}X-Forwarded-Proto: http\r\nX-Forwarded-Proto: https\r\n\r\n",
+    "two authorizations": f"GET / HTTP/1.1\r\n{HOST}Authorization: Bearer a\r\nAuthorization: Bearer a\r\n\r\n",
     "lengths in two letter cases": f"POST / HTTP/1.1\r\n{HOST}CONTENT-length: 5\r\ncontent-LENGTH: 5\r\n\r\nhello",
     "HTTP/0.9": "GET /\r\n\r\n",
     "HTTP/9.9": f"GET / HTTP/9.9\r\n{HOST}\r\n",

@@ -35,7 +35,9 @@ EVENTS = {
     "authn_factor_added",
     "authn_factor_removed",
     "authn_login_fail",
+    "authn_token_created",
     "authn_token_fail",
+    "authn_token_revoked",
     "authz_fail",
     "authz_verify_fail",
     "input_validation_fail",
@@ -86,6 +88,11 @@ def use_a_session(call: Client, auth: Auth, clock: Clock, odd: str, environ: dic
     fail("PUT", "/totp", otp=f"canary-token{odd}".encode("utf-8", "replace"))
     clock.advance(totp.STEP)
     codes = succeed("PUT", "/totp", otp=totp.code(seed, int(clock()) // totp.STEP))["recovery_codes"]
+    fail("POST", "/tokens", password=new, name=f"canary-token{odd}\n".encode("utf-8", "replace"))
+    created = succeed("POST", "/tokens", password=new, name="git")
+    for secret in (created["token"], "authsvc_canary-token"):
+        ask(call, "GET", "/verify", HTTP_AUTHORIZATION=f"Bearer {secret}", **environ | {"QUERY_STRING": ""})
+    succeed("DELETE", f"/tokens/{created['id']}")
     fail("POST", "/sessions", email="live@x.io", password=new)
     fail("POST", "/sessions", email="live@x.io", password=new, otp="canary-token")
     succeed("POST", "/sessions", email="live@x.io", password=new, otp=codes[0])
@@ -101,7 +108,7 @@ def use_a_session(call: Client, auth: Auth, clock: Clock, odd: str, environ: dic
     succeed("POST", "/sessions", email="live@x.io", password=new)
     succeed("DELETE", "/profile", password=new)
     assert set(devices.values()) >= {"/sessions", "/password", "/totp"}
-    return [*secrets, *devices, *codes, *(code.replace("-", "") for code in codes), seed]
+    return [*secrets, *devices, *codes, *(code.replace("-", "") for code in codes), seed, created["token"]]
 
 
 def use_every_route(call: Client, auth: Auth, clock: Clock, odd: str) -> list[str]:

@@ -501,6 +501,16 @@ def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock:
         assert not [secret for secret in (PASSWORD, NEW_PASSWORD, seed, session_id, *recovery) if secret in text]
 
 
+def test_a_new_access_token_is_told_by_mail_without_a_link_in_its_name(auth: Auth, server: MailServer) -> None:
+    name = "http://evil.example www.evil.example a@b {link} é"
+    _, _, token = auth.create_token(auth.create_session(BOB), PASSWORD, name, caller=UNCOUNTED)
+    subject, text = next_notice(server)
+    assert subject == "An access token was created"
+    assert f"An access token named http?evil?example www?evil?example a?b {{link}} ? was created for {BOB}" in text
+    assert "https://auth.example.com/account" in text
+    assert token not in text
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -511,8 +521,13 @@ def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock:
         lambda auth, session_id: auth.begin_totp(session_id, "wrong", caller=UNCOUNTED),
         lambda auth, session_id: auth.confirm_totp(session_id, "000000", caller=UNCOUNTED),
         lambda auth, session_id: auth.remove_totp(session_id, PASSWORD, "000000", caller=UNCOUNTED),
+        lambda auth, session_id: auth.create_token(session_id, "wrong", "git", caller=UNCOUNTED),
+        lambda auth, session_id: auth.create_token(session_id, PASSWORD, "", caller=UNCOUNTED),
     ],
-    ids=["password: wrong", "password: weak", "password: no session", "delete", "begin", "confirm", "remove"],
+    ids=[
+        *("password: wrong", "password: weak", "password: no session", "delete", "begin", "confirm", "remove"),
+        *("token", "token: no name"),
+    ],
 )
 def test_a_refused_change_sends_no_mail(
     auth: Auth, server: MailServer, mailer: Mailer, act: Callable[[Auth, str | None], object]

@@ -28,7 +28,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
-    "Vary": "Cookie",
+    "Vary": "Cookie, Authorization",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }

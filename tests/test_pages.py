@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.message
+import functools
 import json
 import os
 import re
@@ -548,6 +549,33 @@ def test_a_new_password_ends_all_other_sessions(visit: Visit) -> None:
     expect(here.page.locator("#who")).to_have_text("change@example.com")
 
 
+def test_an_access_token_is_created_shown_once_and_deleted(visit: Visit, site: Site) -> None:
+    bob = visit()
+    bob.get_account("tokens@example.com")
+    bob.page.get_by_role("heading", name="Access tokens").click()
+    bob.fill("token", name="<b>git</b>", password="wrong")
+    bob.expect_status("token", "Wrong password.")
+    bob.page.locator("#token-password").fill("")
+    bob.fill("token", password=PASSWORD)
+    bob.expect_status("token", "Access token created. Copy it now: it is not shown again.")
+    listed, secret = bob.page.locator("#tokens li"), bob.page.locator("#token-secret")
+    expect(listed).to_have_count(1)
+    expect(listed).to_contain_text("<b>git</b>")
+    expect(listed).to_contain_text("never used · expires")
+    token = secret.inner_text()
+    assert site.service
+    ask = functools.partial(requests.get, f"{site.service.url}/verify", headers={"Authorization": f"Bearer {token}"})
+    assert ask(timeout=10).status_code == 200
+    bob.page.reload()
+    bob.page.get_by_role("heading", name="Access tokens").click()
+    expect(listed).to_contain_text("last used")
+    expect(secret).to_be_hidden()
+    assert token not in bob.page.content()
+    bob.page.get_by_role("button", name="Delete <b>git</b>").click()
+    expect(listed).to_have_count(0)
+    assert ask(timeout=10).status_code == 401
+
+
 def test_an_account_is_deleted(visit: Visit) -> None:
     bob = visit()
     bob.get_account("gone@example.com")
@@ -726,6 +754,7 @@ def test_axe_finds_no_problem_on_any_page(visit: Visit) -> None:
         bob.open(f"/{name}")
         _check_accessibility(bob.page)
     bob.get_account("axe@example.com")
+    bob.page.get_by_role("heading", name="Access tokens").click()
     _check_accessibility(bob.page)
     bob.fill("begin", password=PASSWORD)
     expect(bob.page.locator("#factor-key")).to_be_visible()

@@ -391,6 +391,11 @@ def test_a_lookup_of_a_session_is_one_round_trip(db: DB, round_trips: list[int])
     assert count_own(round_trips) == 1
 
 
+def test_a_lookup_of_an_access_token_is_one_round_trip(db: DB, round_trips: list[int]) -> None:
+    assert db.find_token("unknown", now=1, latest=1) is None
+    assert count_own(round_trips) == 1
+
+
 def test_consuming_from_all_buckets_is_one_round_trip(db: DB, round_trips: list[int]) -> None:
     buckets = [Bucket("pair", 2, 60, emptied=True), Bucket("address", 30, 30), Bucket("strangers", 20, 900)]
     for _ in range(2):

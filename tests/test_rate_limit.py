@@ -390,9 +390,8 @@ def test_code_guesses_from_the_owners_browser_are_limited_to_5(auth: Auth, phone
 def test_code_guesses_on_all_routes_share_one_bucket(auth: Auth, phone: Phone, checked: list[str]) -> None:
     guess = phone.wrong()
     outcomes = [log_in_with(auth, guess, AWAY) for _ in range(3)]
-    outcomes += [
-        outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, caller=Caller(AWAY))) for _ in range(3)
-    ]
+    caller = Caller(AWAY)
+    outcomes += [outcome(lambda: auth.remove_totp(phone.session_id, PASSWORD, guess, caller=caller)) for _ in range(3)]
     outcomes += [log_in_with(auth, guess, AWAY)]
     assert outcomes == ["LoginFailed"] * 3 + ["ReauthenticationFailed"] * 2 + ["TooManyAttempts"] * 2
     assert len(checked) == 5

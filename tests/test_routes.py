@@ -128,7 +128,8 @@ def test_every_other_request_goes_through_bottle(routers: Routers, method: str, 
 
 
 def test_every_route_is_open_or_needs_a_session() -> None:
-    routes = [(method, path.replace("<public_id>", "0123456789abcdef")) for method, path, *_ in authsvc.ROUTES]
+    parts = {"<public_id>": "0123456789abcdef", "<token_id>": "1"}
+    routes = [(method, re.sub("<.*>", lambda found: parts[found[0]], path)) for method, path, *_ in authsvc.ROUTES]
     account_page = ("GET", "/account")  # without a session it redirects to the sign-in page
     assert sorted([*OPEN_ROUTES, *SESSION_ROUTES, account_page]) == sorted(routes)
 
@@ -162,7 +163,7 @@ def test_every_answer_states_its_type_and_text_its_charset(
     "path",
     [
         *("/nowhere", "/users/", "/users/1", "/Users", "/profile/..", "/authsvc.db"),
-        *("/sessions/", "/sessions//", "/sessions/others/", "/sessions/a/b", "/password/", "/totp/1"),
+        *("/sessions/", "/sessions//", "/sessions/others/", "/sessions/a/b", "/password/", "/totp/1", "/tokens/"),
         *("/verify/", "/verify/login", "/Verify", "/health/", "/login/", "/Login", "/login.html", "/index.html"),
         *("/pages", "/pages/", "/pages/nothing", "/pages/index.html", "/pages/login", "/pages/Style.css"),
         *("/pages/style.css/", "/pages/../authsvc.py", "/pages//style.css", "/pages/.", "/pages/..", "/style.css"),
@@ -183,6 +184,8 @@ def test_another_path_is_not_found(shared: SharedApp, path: str) -> None:
         ("/sessions/0123456789abcdef", {"DELETE"}),
         ("/profile", {"GET", "DELETE"}),
         ("/password", {"PUT"}),
+        ("/tokens", {"GET", "POST"}),
+        ("/tokens/1", {"DELETE"}),
         ("/totp", {"POST", "PUT", "DELETE"}),
         ("/reset_password", {"POST", "PUT"}),
         *((path, {"GET"}) for path in ("/verify", "/health", *PAGES)),
@@ -379,13 +382,13 @@ def test_a_page_carries_the_headers_with_a_policy_of_its_own(shared: SharedApp, 
 def test_a_password_field_is_masked_and_open_to_password_managers(shared: SharedApp) -> None:
     text = shared.call("GET", "/login").body.decode()
     fields = {field for field in re.findall("<input[^>]*>", text) if "password" in field and "otp" not in field}
-    assert len(fields) == 10
+    assert len(fields) == 11
     for field in fields:
         assert ' type="password"' in field
         assert re.search(' autocomplete="(current|new)-password"', field)
     assert 'autocomplete="off"' not in text
     script = shared.call("GET", "/pages/script.js").body.decode()  # it does not stop pasting
-    assert set(re.findall(r'addEventListener\("(\w+)"', script)) == {"click", "hashchange", "submit"}
+    assert set(re.findall(r'addEventListener\("(\w+)"', script)) == {"click", "hashchange", "submit", "toggle"}
     assert not re.search(r"\.on[a-z]+ *=", script)
 
 

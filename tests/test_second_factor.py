@@ -542,6 +542,9 @@ SENSITIVE_CHANGES: dict[str, Callable[..., object]] = {
     "ask for a new email": lambda auth, held, otp, **more: auth.begin_email_change(
         held, PASSWORD, "new@x.io", otp, **{"caller": DIRECT, **more}
     ),
+    "create an access token": lambda auth, held, otp, **more: auth.create_token(
+        held, PASSWORD, "git", "", otp, **{"caller": DIRECT, **more}
+    ),
 }
 sensitive = pytest.mark.parametrize("change", SENSITIVE_CHANGES.values(), ids=SENSITIVE_CHANGES)
 

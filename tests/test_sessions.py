@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from auth import Auth, Caller, LoginFailed, SessionRequired, SessionUnknown, TokenRejected
+from auth import Auth, Caller, LoginFailed, NotFound, SessionRequired, TokenRejected
 from settings import Settings
 from storage import DB, User
 from tests import accounts
@@ -449,7 +449,7 @@ def test_a_session_of_another_user_cannot_be_ended(auth: Auth, other_user: User)
     mine, theirs = str(auth.create_session(EMAIL)), str(auth.create_session(OTHER))
     of_this_user = digest(mine), digest(mine)[:15], mine  # none of them is the public id
     for ended_id in (digest(theirs)[:16], digest(theirs), theirs, *of_this_user, "", "%", "all"):
-        with pytest.raises(SessionUnknown):
+        with pytest.raises(NotFound):
             auth.end_session(mine, ended_id)
     assert live(auth, mine, theirs) == [True, True]
 
@@ -461,7 +461,7 @@ def test_an_ended_or_expired_session_cannot_be_ended(three_sessions: Auth, user:
         clock.advance(WEEK // 2 + 1)
         live(three_sessions, mine)
     for gone in (ended, expired):
-        with pytest.raises(SessionUnknown):
+        with pytest.raises(NotFound):
             three_sessions.end_session(mine, digest(gone)[:16])
 
 

@@ -21,7 +21,8 @@ from addresses import parse_address
 MAX_HEADERS = 100  # in a request; thousands of short ones would take milliseconds
 
 # Headers that must not be repeated: which one counts differs between us and a proxy.
-SINGLE_HEADERS = "HOST", "CONTENT_LENGTH", "TRANSFER_ENCODING", "CONTENT_TYPE", "COOKIE", "ORIGIN", "X_FORWARDED_PROTO"
+SINGLE_HEADERS = {"HOST", "CONTENT_LENGTH", "TRANSFER_ENCODING", "CONTENT_TYPE"}
+SINGLE_HEADERS |= {"COOKIE", "AUTHORIZATION", "ORIGIN", "X_FORWARDED_PROTO"}
 
 # A request line and headers (RFC 9112, 2.2 to 5; RFC 9110, 5.5 and 5.6.2). Browsers send most printable characters as
 # they are, so a target may have all but "#". Its form is origin or absolute, as CONNECT and OPTIONS * are for proxies.

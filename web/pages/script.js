@@ -137,6 +137,15 @@ const actions = {
     showStatus(one("[data-action=begin]"), text("factor-off"));
   },
 
+  async token(fields) {
+    const {token} = requireSuccess(await send("POST", "/tokens", fields));
+    one("#token-secret").textContent = token;
+    one("#new-token").hidden = false;
+    one("#token-name").value = "";
+    await showTokens();
+    return text("token");
+  },
+
   async delete(fields) {
     requireSuccess(await send("DELETE", "/profile", fields));
     forgetUser();
@@ -225,19 +234,44 @@ async function showAccount() {
   for (const field of all(".aside")) field.value = email;
   showFactor(factor ? "on" : "off");
   one("#sessions").replaceChildren(...sessions.map(sessionItem));
+  await showTokens();
 }
 
 function sessionItem(session) {
-  const lastSeen = `${text("seen")} ${new Date(session.last_seen).toLocaleString()}`;
+  const lastSeen = `${text("seen")} ${time(session.last_seen)}`;
   const details = element("small", `${session.user_agent} · ${lastSeen}`);
   if (session.current) return listItem(element("strong", `${session.address}, ${text("this")}`), details);
-  const end = element("button", text("end"));
-  end.setAttribute("aria-label", `${text("end")} ${session.address}, ${lastSeen}`);
-  end.addEventListener("click", async () => {
-    await send("DELETE", `/sessions/${session.id}`);
+  const end = removal(text("end"), `${session.address}, ${lastSeen}`, `/sessions/${session.id}`);
+  return listItem(element("span", `${session.address} `), end, details);
+}
+
+// Most people have none, so the list is requested when its part of the page is opened.
+async function showTokens() {
+  if (!one("#access").open) return;
+  const {tokens = []} = await send("GET", "/tokens");
+  one("#tokens").replaceChildren(...tokens.map(tokenItem));
+}
+
+function tokenItem({id, name, last_used: used, expires}) {
+  const details = [used ? `${text("seen")} ${time(used)}` : text("unused")];
+  if (expires) details.push(`${text("expires")} ${time(expires)}`);
+  const remove = removal(text("remove"), name, `/tokens/${id}`);
+  return listItem(element("span", `${name} `), remove, element("small", details.join(" · ")));
+}
+
+function time(stamp) {
+  return new Date(stamp).toLocaleString();
+}
+
+// Returns a button that sends DELETE for one item of a list and shows the lists again.
+function removal(label, item, path) {
+  const button = element("button", label);
+  button.setAttribute("aria-label", `${label} ${item}`);
+  button.addEventListener("click", async () => {
+    await send("DELETE", path);
     await showAccount();
   });
-  return listItem(element("span", `${session.address} `), end, details);
+  return button;
 }
 
 // The account page redirects a visitor without a session. A browser would report a 401 in its console.
@@ -261,6 +295,8 @@ function nextAddress() {
 async function enter(address) {
   location.replace((await send("GET", "/verify")).status === 200 ? address : `/account${location.search}`);
 }
+
+one("#access").addEventListener("toggle", showTokens);
 
 for (const form of all("form")) {
   form.addEventListener("submit", async (event) => {
