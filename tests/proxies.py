@@ -240,7 +240,7 @@ class Site:
     def request(
         self, method: str, url: str, form: Any = None, *, cookie: str = "", headers: Mapping[str, str] = {}
     ) -> Reply:
-        """Send a request to the proxy, and do not follow a redirect. A form of bytes is sent unchanged."""
+        """Send a request as a browser opens a page, and do not follow a redirect. A form of bytes is sent unchanged."""
         address = urlsplit(url)
         assert address.scheme == "https", url
         assert address.port == self.port, url
@@ -251,7 +251,7 @@ class Site:
         assert address.hostname
         with contextlib.closing(http.client.HTTPConnection(address.hostname, self.port)) as connection:
             connection.sock = self.connect(address.hostname)
-            connection.request(method, path, body, {**content_type, **cookies, **headers})
+            connection.request(method, path, body, {"Accept": "text/html", **content_type, **cookies, **headers})
             response = connection.getresponse()
             return Reply(response.status, response.headers, response.read())
 

@@ -18,7 +18,7 @@ import requests
 
 from authsvc import ROUTES
 from tests.conftest import HERE, Service, clean_environ
-from tests.proxies import APP, START_TIMEOUT, Site, program, reserve_port
+from tests.proxies import APP, PASSWORD, START_TIMEOUT, Site, program, reserve_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.process]
 
@@ -34,10 +34,10 @@ def test_the_script_uses_the_whole_api(start: Callable[..., Service]) -> None:
     service = start(AUTHSVC_SESSIONS_PER_USER="2")
     done = run_script(service.url)
     assert (done.returncode, done.stderr) == (0, "")
-    used = {re.sub("[0-9a-f]{16}", "<public_id>", line[4:].partition("?")[0]) for line in done.stdout.splitlines()}
+    used = {re.sub("/([0-9a-f]{16}|[0-9]+)$", "/<>", line[4:].partition("?")[0]) for line in done.stdout.splitlines()}
     pages = {"GET /login", "GET /register", "GET /forgot", "GET /reset", "GET /logout", "GET /account"}
     pages |= {"GET /confirm", "GET /change", "GET /pages/style.css", "GET /pages/script.js"}
-    assert used == {f"{method} {path}" for method, path, *_ in ROUTES} - pages
+    assert used == {re.sub("<.*>", "<>", f"{method} {path}") for method, path, *_ in ROUTES} - pages
 
 
 def test_the_script_stops_at_an_unexpected_response(start: Callable[..., Service], service: Service) -> None:
@@ -148,5 +148,10 @@ def test_static_files(tmp_path: Path) -> None:
         assert site.request("GET", f"{site.app}/page.html", cookie=cookie).headers["Cache-Control"] == "no-store"
         assert site.request("GET", f"{site.app}/nothing.html", cookie=cookie).status == 404
         assert site.request("GET", f"{site.app}/nothing.html").status == 302
+        made = site.request("POST", f"{site.auth}/tokens", {"password": PASSWORD, "name": "curl"}, cookie=cookie).json
+        program_headers = {"Accept": "*/*", "Authorization": f"Bearer {made['token']}"}
+        assert site.request("GET", f"{site.app}/page.html", headers=program_headers).body == b"for members"
+        refused = site.request("GET", f"{site.app}/page.html", headers={"Accept": "*/*"})
+        assert (refused.status, refused.headers["WWW-Authenticate"][:5]) == (401, "Basic")
         site.end_service()
         assert site.request("GET", f"{site.app}/page.html", cookie=cookie).status == 500
