@@ -416,7 +416,8 @@ def test_every_request_gets_an_answer_of_the_documented_form(database: str, monk
     # Each engine once and each mode once: what depends on one of them does not depend on the other.
     target = Target(settings_for(database, production=not is_url(database)), monkeypatch)
     for content in FIXED_BODIES:
-        target.call_all([(*route, content, SIGNED_IN, "127.0.0.1", True) for route in confirmed_routes + form_routes])
+        routes = [*confirmed_routes, *form_routes, ("GET", "/account"), ("GET", "/.well-known/change-password")]
+        target.call_all([(*route, content, SIGNED_IN, "127.0.0.1", True) for route in routes])
     for_examples(request_lists(), target.call_all, REQUESTS // REQUESTS_PER_EXAMPLE + 1)
     target.db.close()
     monkeypatch.undo()

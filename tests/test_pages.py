@@ -550,8 +550,10 @@ def test_a_new_password_ends_all_other_sessions(visit: Visit) -> None:
 
 
 def test_an_access_token_is_created_shown_once_and_deleted(visit: Visit, site: Site) -> None:
+    invite(site, "tokens@example.com")
     bob = visit()
-    bob.get_account("tokens@example.com")
+    bob.open("/login")
+    bob.sign_in("tokens@example.com")
     bob.page.get_by_role("heading", name="Access tokens").click()
     bob.fill("token", name="<b>git</b>", password="wrong")
     bob.expect_status("token", "Wrong password.")
