@@ -287,11 +287,11 @@ def test_the_database_of_a_running_service_is_not_replaced(
     assert requests.post(f"{service.url}/users", data=form, timeout=10).ok
     if damage:
         damage(path)
-    before = path.read_bytes()
+    before = path.stat().st_ino  # the content may change: the service moves its write-ahead log into the file
     restore_is_refused(backup, path, kept, IN_USE)
     if not damage:
         assert requests.post(f"{service.url}/sessions", data=form, timeout=10).ok
-    assert path.read_bytes() == before
+    assert path.stat().st_ino == before
     assert service.end() == 0
     assert restore(backup, path, kept) is True
     assert emails(path) == RESTORED
