@@ -223,7 +223,7 @@ class Handlers:
 
     @_route("POST", "/email", fields=("password", "new_email"), optional=("otp",), hashes=True)
     def begin_email_change(self, password: str, new_email: str, otp: str) -> Response:
-        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, caller=_caller())
+        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, caller=_caller(local=True))
         content = {"email": new_email, "token": token} if token else {"message": "confirmation mailed"}
         return json_response(200, **content)
 
@@ -621,9 +621,10 @@ def _device() -> str | None:
     return found[0] if len(found) == 1 else None  # two are ambiguous
 
 
-def _caller() -> rules.Caller:
-    environ, agent = request.environ, request.environ.get("HTTP_USER_AGENT", "")
-    return rules.Caller(environ["authsvc.client"], _device(), agent, is_direct(environ), _later_log())
+def _caller(*, local: bool = False) -> rules.Caller:
+    """Return who sends this request. With ``local``, find out whether it is a program on this machine."""
+    environ, direct = request.environ, local and is_direct(request.environ)
+    return rules.Caller(environ["authsvc.client"], _device(), environ.get("HTTP_USER_AGENT", ""), direct, _later_log())
 
 
 def _later_log() -> Callable[..., None]:
