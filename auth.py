@@ -46,7 +46,7 @@ from urllib.parse import urlsplit
 
 from addresses import network_path
 from credentials import device as devices
-from credentials import passwords, tokens, totp
+from credentials import passkeys, passwords, tokens, totp
 from engines.errors import AlreadyExists, StorageUnavailable
 from log import timestamp
 from mail import Mailer, harmless
@@ -54,6 +54,7 @@ from rate_limit import CODE_MISSING, NEW_BROWSER, SUMMARY, Buckets, RateLimiter
 from settings import MAILBOX, Settings
 from storage import DB, LiveSession, NoResultFound, Session, User, public_id
 from tables.emails import EmailReserved, Link
+from tables.passkeys import MAX_PASSKEYS, Passkey, Use
 from tables.rate_limits import CLOCK_TOLERANCE
 from tables.tokens import MAX_TOKENS, Token
 
@@ -66,9 +67,11 @@ INVITATION_LIFETIME = 604_800  # seconds, 7 days: longer than a reset link, as t
 SEEN_INTERVAL = 60  # seconds between two records of a session's use, so that reading does not always write
 PRUNE_STEP = 200  # expired rows that are deleted in one transaction: 10 ms in which nobody else can write
 FACTOR_VALIDITY = 600  # seconds for which a second factor that a session has shown allows changes of the account
+ROW_ID = re.compile("[1-9][0-9]{0,17}", re.ASCII)
 GROUP = re.compile("[a-z0-9][a-z0-9_-]{0,63}")
 MAX_GROUPS = 32  # of one user: the header that names them stays below 2.1 KB
-MAX_TOKEN_NAME = 64  # characters
+MAX_NAME = 64  # characters of an access token or a passkey
+NAME_RULE = f"name must be 1 to {MAX_NAME} printable characters"
 MAX_TOKEN_DAYS = 3650
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
@@ -195,6 +198,14 @@ class TokenNotCreated(AuthError, status=400, event="input_validation_fail"):
     """The user cannot have this access token; the message says why."""
 
 
+class PasskeyRejected(AuthError, status=401, event=None, message="passkey not accepted"):
+    """A passkey cannot be used to sign in. Only the log says why, and caller.log() has been called."""
+
+
+class PasskeyNotCreated(AuthError, status=400, event="input_validation_fail", message="passkey not accepted"):
+    """The user cannot have this passkey; the message says why, but for one that is not valid."""
+
+
 class SecondFactorRejected(AuthError, status=400, event="input_validation_fail"):
     """The second factor is on already, or off; the message says which."""
 
@@ -224,7 +235,7 @@ class Auth:
     cookie, is counted apart.
     """
 
-    device_lifetime = devices.LIFETIME  # seconds
+    device_lifetime, challenge_lifetime = devices.LIFETIME, passkeys.CHALLENGE_LIFETIME  # seconds
 
     def __init__(
         self,
@@ -239,11 +250,16 @@ class Auth:
         self.engine_version = self._db.engine_version  # the database engine with its version
         self.empty_log = self._db.empty_log
         self.tokens_of = self._db.tokens.of_user
+        self.passkeys_of = self._db.passkeys.of_user
         self._clock = clock
         self._background = run_in_background
         self._mailer = mailer if mailer and mailer.enabled else None
         self._limiter = RateLimiter(self._db.rate_limits, self._settings, clock)
         self.tag = self._limiter.tag
+        self._relying_party = passkeys.RelyingParty(self._settings.origin, self._limiter.keyed)
+        # An IP address cannot have passkeys. Its last part is a number, which no name ends with.
+        named = not self._relying_party.id.rpartition(".")[2].isdigit()
+        self.passkey_host = self._relying_party.id if named and passkeys.is_installed() else ""  # "": none are offered
 
     def close(self) -> None:
         """Close the database. No other thread may use it, so a mail that is being written is waited for."""
@@ -325,8 +341,7 @@ class Auth:
         buckets = self._count(caller, lambda address: self._limiter.login(email, address, nonce))
         checked_since = None  # of the second factor whose code was checked
         factors, factor_at = "password", None
-        caller = caller._replace(agent=caller.agent.replace("\0", "")[:MAX_USER_AGENT])  # PostgreSQL stores no NUL
-        details = {"address": caller.address or "", "user_agent": caller.agent, "remember": int(remember)}
+        details = _session_details(caller, remember)
         for _ in range(LOGIN_TRIES):
             user = self._verified(found, password)
             if not user:
@@ -343,6 +358,42 @@ class Auth:
             found = self._find_user(email)  # the password or the second factor has changed: compare again
         raise LoginFailed(user_id=found.id if found else None)
 
+    def log_in_with_passkey(
+        self,
+        credential: passkeys.Credential,
+        browser: str,
+        *,
+        caller: Caller,
+        ended: str | None = None,
+        remember: int = 0,
+    ) -> tuple[User, str]:
+        """Sign in with an AuthenticationResponseJSON; return the user and the id of a new session. See log_in().
+
+        It is two factors: the device with the key, and the fingerprint or PIN that the device asks for.
+
+        Raises:
+            PasskeyRejected: the passkey is unknown or not valid, its user is disabled, or the challenge is not good.
+        """
+        user = None
+        try:
+            found = self._db.find_passkey(self._relying_party.credential_id(credential))
+            if not found:
+                raise passkeys.Refused("unknown credential id")
+            user, handle, passkey = found
+            stored, now = (passkey.public_key, passkey.sign_count, handle), self._now()
+            count, synced, challenge = self._relying_party.verify(credential, *stored, ("sign in", browser), now)
+            used = passkey._replace(sign_count=count, synced=synced, last_used_at=now), challenge
+            session_id = self._start_session(user, ended, used, factor_at=now, **_session_details(caller, remember))
+            if not session_id:
+                raise passkeys.Refused("challenge used, or account changed meanwhile")
+        except passkeys.Refused as refused:
+            caller.log("authn_login_fail", reason=f"passkey: {refused}", **({"user_id": user.id} if user else {}))
+            self._count(caller, self._limiter.unknown_passkey)
+            raise PasskeyRejected from None
+        if user.last_login_at is not None:
+            self._tell_of_sign_in(user, self._known_device(user, caller.device), NEW_BROWSER, caller)
+        return user, session_id
+
     def identify(self, session_id: str | None, *, enrolling: bool = False) -> User:
         """Return the user of a live session. ``enrolling`` allows a user who has yet to set up a second factor.
 
@@ -356,9 +407,12 @@ class Auth:
     def _identify(self, session_id: str | None, *, enrolling: bool = False) -> tuple[User, LiveSession]:
         """Return a live session with its user, if it has shown the second factor that is required."""
         user, session = self._find_session(session_id)
-        shown = (user.totp_since and session.factor_at) or not self._settings.require_second_factor
-        if not shown and (user.totp_since or not enrolling):
-            raise SecondFactorNotShown if user.totp_since else SecondFactorRequired
+        if self._settings.require_second_factor and not (user.totp_since and session.factor_at):
+            factor = user.totp_since or self.passkeys_of(user.id)
+            if factor and not session.factor_at:
+                raise SecondFactorNotShown
+            if not factor and not enrolling:
+                raise SecondFactorRequired
         return user, session
 
     def _find_session(self, session_id: str | None) -> tuple[User, LiveSession]:
@@ -460,8 +514,8 @@ class Auth:
             SessionCodeRequired: the code is missing.
         """
         user, session = self._identify(session_id)
-        if not (name.strip() and name.isprintable() and len(name) <= MAX_TOKEN_NAME):
-            raise TokenNotCreated(f"name must be 1 to {MAX_TOKEN_NAME} printable characters")
+        if not _is_name(name):
+            raise TokenNotCreated(NAME_RULE)
         if days and not (re.fullmatch("[1-9][0-9]{0,3}", days) and int(days) <= MAX_TOKEN_DAYS):
             raise TokenNotCreated(f"days must be a whole number from 1 to {MAX_TOKEN_DAYS}")
         self._reauthenticate(user, session, password, otp, caller)
@@ -477,7 +531,7 @@ class Auth:
 
     def delete_token(self, user: User, token_id: str) -> None:
         """Delete an access token of a user. Raise NotFound if there is none with this id."""
-        if not (re.fullmatch("[1-9][0-9]{0,17}", token_id) and self._db.tokens.delete(user.id, int(token_id))):
+        if not (ROW_ID.fullmatch(token_id) and self._db.tokens.delete(user.id, int(token_id))):
             raise NotFound("no such token")
 
     def identify_program(self, authorization: str, *, browser: bool) -> User | None:
@@ -498,6 +552,86 @@ class Auth:
         if (last_used_at or 0) <= self._now() - SEEN_INTERVAL:
             self._run_in_background(self._db.tokens.touch, token_id, self._now())
         return user
+
+    # Passkeys. ``browser`` is the value of the cookie that ties a challenge to a browser.
+
+    def passkey_request(self, browser: str) -> passkeys.Options:
+        """Return the options for signing in with a passkey."""
+        return self._relying_party.request_options(("sign in", browser), self._now())
+
+    def begin_passkey(
+        self, session_id: str | None, password: str, browser: str, otp: str = "", *, caller: Caller
+    ) -> passkeys.Options:
+        """Return the options for a new passkey of this session's user.
+
+        Raises:
+            PasskeyNotCreated: the user has MAX_PASSKEYS already.
+            ReauthenticationFailed: the password or the code is wrong.
+            SessionCodeRequired: the code is missing.
+        """
+        user, session = self._identify(session_id, enrolling=True)
+        self._reauthenticate(user, session, password, otp, caller)
+        held = [passkey.credential_id for passkey in self._require_room(user)]
+        handle = self._db.passkeys.handle(user.id, secrets.token_urlsafe(32))
+        if handle is None:
+            raise SessionRequired  # the user was deleted while we hashed
+        purpose = self._creation(user, session_id, browser)
+        return self._relying_party.creation_options(purpose, self._now(), handle, user.email, held)
+
+    def add_passkey(
+        self, session_id: str | None, name: str, credential: passkeys.Credential, browser: str
+    ) -> tuple[User, int, str]:
+        """Add a passkey, a RegistrationResponseJSON, under a name; return the user, its id, and the session's new id.
+
+        All other sessions end. The session has shown a second factor by that.
+
+        Raises:
+            PasskeyNotCreated: the name or the passkey is not acceptable, or the user has MAX_PASSKEYS already.
+        """
+        user, now, new_id = self.identify(session_id, enrolling=True), self._now(), self._new_secret()
+        if not _is_name(name):
+            raise PasskeyNotCreated(NAME_RULE)
+        try:
+            purpose = self._creation(user, session_id, browser)
+            credential_id, key, count, synced, challenge = self._relying_party.verify_new(credential, purpose, now)
+            passkey = Passkey(0, name, now, None, synced, credential_id, key, count)
+            kept, renewed = _digest(session_id), _digest(new_id)
+            passkey_id = self._db.add_passkey(user, passkey, challenge, kept=kept, renewed=renewed)
+            if passkey_id is None:
+                self._require_room(user)
+                raise passkeys.Refused("known credential id, challenge used, or session ended meanwhile")
+        except passkeys.Refused as refused:
+            raise PasskeyNotCreated(text=f"passkey not accepted: {refused}", user_id=user.id) from None
+        self._notify(user, f"A passkey named {harmless(name)} was added")
+        return user, passkey_id, new_id
+
+    def delete_passkey(
+        self, session_id: str | None, passkey_id: str, password: str, otp: str = "", *, caller: Caller
+    ) -> tuple[User, str]:
+        """Delete a passkey of this session's user; return the user and the new id of the session. All others end.
+
+        Raises:
+            NotFound: the user has no passkey with this id.
+            ReauthenticationFailed: the password or the code is wrong.
+            SessionCodeRequired: the code is missing.
+        """
+        user, session = self._identify(session_id)
+        self._reauthenticate(user, session, password, otp, caller)
+        new_id, number = self._new_secret(), int(passkey_id) if ROW_ID.fullmatch(passkey_id) else 0
+        if not self._db.delete_passkeys(user.id, number, kept=_digest(session_id), renewed=_digest(new_id)):
+            raise NotFound("no such passkey")
+        self._notify(user, "A passkey was deleted")
+        return user, new_id
+
+    def _creation(self, user: User, session_id: str | None, browser: str) -> passkeys.Purpose:
+        # With the session: the password was checked in this one.
+        return "new passkey", str(user.id), _digest(session_id), browser
+
+    def _require_room(self, user: User) -> list[Passkey]:
+        held = self.passkeys_of(user.id)
+        if len(held) >= MAX_PASSKEYS:
+            raise PasskeyNotCreated(f"at most {MAX_PASSKEYS} passkeys: delete one first")
+        return held
 
     # Groups
 
@@ -738,7 +872,8 @@ class Auth:
         new_hash = _hash_password(password, self._settings.bcrypt_cost)
         if not self._db.spend_reset(token_hash, new_hash, **self._window()):
             raise TokenRejected("invalid reset token")  # another request spent it while we hashed
-        self._notify(user, "Your password was changed")
+        held = ", ".join([f'"{harmless(passkey.name)}"' for passkey in self.passkeys_of(user.id)])
+        self._notify(user, held or "Your password was changed", kind="passkeys_kept" if held else "notice")
         return self._reloaded(user)
 
     # For the operator's commands
@@ -859,7 +994,7 @@ class Auth:
 
     def _tell_of_sign_in(self, user: User, known: object, kind: str, caller: Caller) -> None:
         if self._mailer and self._settings.production and not known:
-            seen = timestamp(self._now()), caller.address, caller.agent
+            seen = timestamp(self._now()), caller.address, _stored_agent(caller)
             self._run_in_background(self._enqueue_sign_in_mail, self._mailer, user, kind, seen)
 
     def _enqueue_sign_in_mail(self, mailer: Mailer, user: User, kind: str, seen: tuple[object, ...]) -> None:
@@ -945,12 +1080,14 @@ class Auth:
         if reason:
             raise PasswordRejected(reason)
 
-    def _start_session(self, user: User, replaced: str | None = None, **details: Any) -> str | None:
+    def _start_session(
+        self, user: User, ended: str | None = None, used: Use | None = None, **details: Any
+    ) -> str | None:
         now, session_id = self._now(), self._new_secret()
         session = Session(_digest(session_id), now, now, now + self._settings.session_lifetime, **details)
-        ended = _digest(replaced) if replaced else None
+        replaced = _digest(ended) if ended else None
         idle_since, limit = now - self._settings.session_idle, self._settings.sessions_per_user
-        started = self._db.add_session(user, session, replaced=ended, idle_since=idle_since, limit=limit)
+        started = self._db.add_session(user, session, used, replaced=replaced, idle_since=idle_since, limit=limit)
         return session_id if started else None
 
     def _session_window(self) -> dict[str, int]:
@@ -1079,6 +1216,18 @@ def _taken(email: str) -> Iterator[None]:
         raise EmailTaken(text=text) from None
 
 
+def _session_details(caller: Caller, remember: int) -> dict[str, Any]:
+    return {"address": caller.address or "", "user_agent": _stored_agent(caller), "remember": int(remember)}
+
+
+def _stored_agent(caller: Caller) -> str:
+    return caller.agent.replace("\0", "")[:MAX_USER_AGENT]  # PostgreSQL stores no NUL
+
+
+def _is_name(name: str) -> bool:
+    return bool(name.strip()) and name.isprintable() and len(name) <= MAX_NAME
+
+
 def _may_reset(user: User) -> bool:
     # An invited user may not: anybody's request would invalidate the invitation.
     return user.disabled_at is None and user.hashed_password != NO_PASSWORD
@@ -1116,9 +1265,17 @@ def check_groups(names: Iterable[str]) -> str:
 
 def describe_token(token: Token) -> dict[str, str | None]:
     """Return an access token as its user and the operator see it."""
-    times = {"created": token.created_at, "last_used": token.last_used_at, "expires": token.expires_at}
-    shown = {name: None if time is None else timestamp(time) for name, time in times.items()}
-    return {"id": str(token.id), "name": token.name, **shown}
+    return _described(token) | {"expires": token.expires_at and timestamp(token.expires_at)}
+
+
+def describe_passkey(passkey: Passkey) -> dict[str, object]:
+    """Return a passkey as its user sees it."""
+    return _described(passkey) | {"synced": passkey.synced == 1}
+
+
+def _described(row: Token | Passkey) -> dict[str, Any]:
+    times = {"created": row.created_at, "last_used": row.last_used_at}
+    return {"id": str(row.id), "name": row.name} | {name: time and timestamp(time) for name, time in times.items()}
 
 
 def _account_name(email: str) -> str:

@@ -11,12 +11,14 @@ import functools
 import io
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -70,8 +72,8 @@ def _route(method: str, *paths: str, hashes: bool = False, **form: tuple[str, ..
     """
 
     def add(handler: Handler) -> Handler:
-        def with_form(handlers: Handlers) -> Response:
-            return handler(handlers, *read_form(request.environ, **form))
+        def with_form(handlers: Handlers, **parts: str) -> Response:
+            return handler(handlers, *read_form(request.environ, **form), **parts)
 
         ROUTES.extend((method, path, with_form if form else handler, hashes) for path in paths)
         return handler
@@ -85,15 +87,18 @@ class Handlers:
     def __init__(self, auth: rules.Auth, settings: Settings) -> None:
         self._auth = auth
         self._settings = settings
+        self.offers_passkeys = bool(auth.passkey_host)
         # Not Secure in development: clients send no Secure cookie back over plain http. The prefixes (RFC 6265bis
         # 4.1.3) keep a sibling host from setting the cookie; __Host- forbids a Domain.
         domain = settings.cookie_domain
         prefix = ("__Secure-" if domain else "__Host-") if settings.production else ""
         self._cookie_name = prefix + "session_id"
+        self._browser_name = "__Host-challenge" if settings.production else "challenge"
         secure = "; Secure" if settings.production else ""
         self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
         template = (PAGES / "index.html").read_text(encoding="utf-8").replace("{domain}", domain)
         template = template.replace("{confirm}", "on" if settings.confirms_email else "off")
+        template = template.replace("{passkeys}", auth.passkey_host)
         self._pages = {f"/{name}": _page("html", template.replace("{page}", name).encode()) for name in PAGE_NAMES}
         self._pages["/pages/style.css"] = _page("css", (PAGES / "style.css").read_bytes())
         self._pages["/pages/script.js"] = _page("javascript", (PAGES / "script.js").read_bytes())
@@ -127,11 +132,48 @@ class Handlers:
             account = {"user_id": failure.user_id} if failure.user_id else {"unknown": self._auth.tag(email)}
             _log("authn_login_fail", **account)
             raise
+        return self._signed_in(user, email, session_id, remember, factors)
+
+    def _signed_in(self, user: User, email: str, session_id: str, remember: str, factors: str) -> Response:
         age = self._settings.session_lifetime if remember else None
         answer = self._with_cookie(json_response(200, email=email, message="logged in"), session_id, age)
         answer = self._with_device(answer, user)
         _log("authn_login_success", user_id=user.id, factors=factors)  # last: it wakes a thread, which delays the rest
         return answer
+
+    @_route("POST", "/sessions/passkey/options")
+    def passkey_request(self) -> Response:
+        browser = self._browser()
+        return self._with_browser(json_response(200, **self._auth.passkey_request(browser)), browser)
+
+    @_route("POST", "/sessions/passkey", flags=("remember",), objects=("credential",))
+    def log_in_with_passkey(self, remember: str, credential: dict[str, Any]) -> Response:
+        session: dict[str, Any] = {"caller": _caller(), "ended": self._cookie(), "remember": bool(remember)}
+        user, session_id = self._auth.log_in_with_passkey(credential, self._browser(), **session)
+        return self._signed_in(user, user.email, session_id, remember, "passkey")
+
+    @_route("POST", "/passkeys/options", fields=("password",), optional=("otp",), hashes=True)
+    def begin_passkey(self, password: str, otp: str) -> Response:
+        browser = self._browser()
+        options = self._auth.begin_passkey(self._cookie(), password, browser, otp, caller=_caller())
+        return self._with_browser(json_response(200, **options), browser)
+
+    @_route("POST", "/passkeys", fields=("name",), objects=("credential",))
+    def add_passkey(self, name: str, credential: dict[str, Any]) -> Response:
+        user, passkey_id, session_id = self._auth.add_passkey(self._cookie(), name, credential, self._browser())
+        _log("authn_factor_added", user_id=user.id, passkey=passkey_id)
+        return self._with_renewed(json_response(200, id=str(passkey_id), name=name), session_id)
+
+    @_route("GET", "/passkeys")
+    def passkeys(self) -> Response:
+        user = self._auth.identify(self._cookie())
+        return json_response(200, passkeys=list(map(rules.describe_passkey, self._auth.passkeys_of(user.id))))
+
+    @_route("DELETE", "/passkeys/<passkey_id>", fields=("password",), optional=("otp",), hashes=True)
+    def delete_passkey(self, password: str, otp: str, passkey_id: str) -> Response:
+        user, session_id = self._auth.delete_passkey(self._cookie(), passkey_id, password, otp, caller=_caller())
+        _log("authn_factor_removed", user_id=user.id, passkey=int(passkey_id))
+        return self._with_renewed(json_response(200, message="passkey deleted"), session_id)
 
     @_route("DELETE", "/sessions")
     def log_out(self) -> Response:
@@ -343,6 +385,17 @@ class Handlers:
             answer.headers.append(("Set-Cookie", f"{self._cookie_name}=; {own_host}; Max-Age=0"))
         return answer
 
+    def _browser(self) -> str:
+        """Return what ties the challenge of a passkey to this browser: the value of a cookie, or a new one."""
+        found = _read_cookies(self._browser_name, SESSION_ID)
+        return found[0] if len(found) == 1 else secrets.token_urlsafe(16)
+
+    def _with_browser(self, answer: Response, value: str) -> Response:
+        secure = "; Secure" if self._settings.production else ""
+        attributes = f"HttpOnly; Path=/; SameSite=Lax{secure}; Max-Age={self._auth.challenge_lifetime}"
+        answer.headers.append(("Set-Cookie", f"{self._browser_name}={value}; {attributes}"))
+        return answer
+
     def _with_device(self, answer: Response, user: User, kind: str = "full") -> Response:
         if value := self._auth.device_cookie(user, _device(), kind):
             expiry = f"; Max-Age={self._auth.device_lifetime}"
@@ -354,8 +407,8 @@ class Handlers:
 RANKED_BY_EMAIL = {(method, path) for path in ("/users", "/reset_password") for method in ("POST", "PUT")}
 RANKED_BY_EMAIL |= {("POST", "/sessions")}
 
-# The server looks them up by path, so none may have a variable or be a GET: those run on the I/O thread.
-HASHING_ROUTES = frozenset((method, path) for method, path, _, hashes in ROUTES if hashes)
+# The server looks them up by path, so none may be a GET: those run on the I/O thread. "*" is a variable.
+HASHING_ROUTES = frozenset((method, re.sub("<.*>", "*", path)) for method, path, _, hashes in ROUTES if hashes)
 
 
 def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplication:
@@ -374,7 +427,8 @@ def _application(handlers: Handlers, settings: Settings) -> WSGIApplication:
     bottle.default_error_handler = _bottle_error
     direct: dict[tuple[str, str], Handler] = {}  # paths without a variable, found faster than by Bottle's router
     for method, path, function, _ in ROUTES:
-        handler = functools.partial(function, handlers)
+        offered = handlers.offers_passkeys or "passkey" not in path
+        handler = functools.partial(function, handlers) if offered else _not_found
         bottle.route(path, method, functools.partial(_answer_bottle, handler))
         if "<" not in path:
             direct[method, path] = functools.partial(_answer, handler)
@@ -517,13 +571,14 @@ def serve(settings: Settings) -> int:
 
     # The port first: a start that fails must not leave a file behind.
     listener = _bind(settings)
+    host, port = listener.getsockname()[:2]
+    settings = replace(settings, listen=f"{settings.listen.rpartition(':')[0]}:{port}")  # it may have been 0
     auth = _open_auth(settings, lambda write: dispatcher.run_in_background(write))
     handlers = Handlers(auth, settings)
     dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, handlers.rank)
     server = Server(_application(handlers, settings), listener, dispatcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    host, port = listener.getsockname()[:2]
     print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
     log_event("sys_startup", version=_version(), database=auth.engine_version, production=settings.production)
     for warning in settings.warnings():
@@ -576,6 +631,10 @@ def _is_browser() -> bool:
 def _page(kind: str, content: bytes) -> Response:
     headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(content)))]
     return Response(200, content, [*headers, responses.PAGE_POLICY])
+
+
+def _not_found(**_: str) -> Response:
+    raise Refusal(404, responses.MESSAGES[404])
 
 
 def _answer(handler: Handler, **parts: str) -> Response:

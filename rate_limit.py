@@ -40,6 +40,7 @@ EMAIL_CHANGES = 5, 17_280  # that one user asks for: 5 a day
 ACCOUNT_CHANGES = 10, 3600  # of one user, with the current password: most are told by mail
 RESET_ADDRESS = 10, 360
 RESET_TOKEN_ADDRESS = 10, 60
+PASSKEY_ADDRESS = 30, 30  # passkeys that are not accepted
 SESSION_PASSWORD = 10, 900  # the current password, asked again in one session
 NEW_BROWSER_MAILS = 5, 17_280  # to one user: 5 a day
 OTHER_SIGN_IN_MAILS = 1, 86_400  # to one user, of each kind
@@ -124,6 +125,10 @@ class RateLimiter:
     def unknown_token(self, address: str) -> list[Buckets]:
         """Return the buckets of a token that is not live, of whatever kind."""
         return [self._by_network(RESET_TOKEN_ADDRESS, "confirm", client_networks(address))]
+
+    def unknown_passkey(self, address: str) -> list[Buckets]:
+        """Return the buckets of a passkey that is not accepted."""
+        return [self._by_network(PASSKEY_ADDRESS, "passkey", client_networks(address))]
 
     def sign_in_mail(self, kind: str, user_id: int) -> list[Buckets]:
         """Return the buckets of a mail to a user about sign-ins."""

@@ -23,7 +23,8 @@ CREATE TABLE users (
     cut_salt         TEXT,                               -- the salt of an imported hash for which only the first 72
                                                          -- bytes of a password count; void once the hash is another
     untold_logins    INTEGER NOT NULL DEFAULT 0,         -- sign-ins from new browsers that no mail has told of yet
-    groups           TEXT NOT NULL DEFAULT ''            -- sorted, with commas between them
+    groups           TEXT NOT NULL DEFAULT '',           -- sorted, with commas between them
+    passkey_handle   TEXT                                -- random, by which authenticators know the user; NULL: none yet
 ) STRICT;
 
 CREATE INDEX users_session_id ON users (session_id) WHERE session_id IS NOT NULL;
@@ -86,6 +87,27 @@ CREATE TABLE access_tokens (                         -- with which programs pass
 ) STRICT;
 
 CREATE INDEX access_tokens_user_id ON access_tokens (user_id);
+
+CREATE TABLE passkeys (                              -- with which users sign in; bytes are in base64url
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id       INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    name          TEXT NOT NULL,                     -- as its user named it
+    created_at    INTEGER NOT NULL,
+    last_used_at  INTEGER,                           -- NULL: never used
+    synced        INTEGER NOT NULL,                  -- 1: its provider keeps a copy, so that other devices have it, too
+    credential_id TEXT NOT NULL UNIQUE,
+    public_key    TEXT NOT NULL,                     -- a COSE key
+    sign_count    INTEGER NOT NULL                   -- of the last use; 0 where the passkey does not count
+) STRICT;
+
+CREATE INDEX passkeys_user_id ON passkeys (user_id);
+
+CREATE TABLE spent_challenges (                      -- of passkeys: each is accepted once
+    digest     TEXT PRIMARY KEY,                     -- SHA-256 in hex
+    expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX spent_challenges_expires_at ON spent_challenges (expires_at);
 
 CREATE TABLE recovery_codes (                        -- each replaces a one-time code once
     user_id   INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,

@@ -223,6 +223,11 @@ class Settings:
         return self.public_url or f"http://{self.listen}"
 
     @property
+    def origin(self) -> str:
+        """The origin of the pages (RFC 6454). In development they are opened on this machine, as localhost."""
+        return self.public_url.removesuffix(":443") or f"http://localhost:{self.address[1]}".removesuffix(":80")
+
+    @property
     def confirms_email(self) -> bool:
         """Whether anybody can create an account, but only with an email that was confirmed."""
         chosen = self.production and bool(self.smtp_url) if self.confirm_email is None else self.confirm_email

@@ -18,8 +18,10 @@ from engines.errors import RolledBack
 from engines.rows import hash_as_given, is_storable
 from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
+from tables import passkeys
 from tables.emails import DELETE_WAITING, IS_GOOD, Emails, Link, claim, give_up
-from tables.rate_limits import RateLimits
+from tables.passkeys import DELETE_PASSKEYS, NEW_FOR, Challenge, Passkey, Passkeys, Use
+from tables.rate_limits import CLOCK_TOLERANCE, RateLimits
 from tables.tokens import DELETE_TOKENS, Tokens
 
 LOOKUP_BATCH = 500  # emails that one statement looks up
@@ -127,6 +129,11 @@ FIND_TOKEN = f"""
      WHERE token_hash = :token_hash AND disabled_at IS NULL AND access_tokens.created_at <= :latest
        AND (access_tokens.expires_at IS NULL OR access_tokens.expires_at > :now)"""
 
+FIND_PASSKEY = f"""
+    SELECT passkey_handle, {passkeys.COLUMNS}, {USER_COLUMNS}
+      FROM passkeys JOIN users ON users.id = passkeys.user_id
+     WHERE credential_id = :credential_id AND disabled_at IS NULL"""
+
 
 class LiveSession(NamedTuple):
     """What the rules ask of a session at each request."""
@@ -160,6 +167,7 @@ class DB:
         self.rate_limits = RateLimits(self._engine)
         self.emails = Emails(self._engine)
         self.tokens = Tokens(self._engine)
+        self.passkeys = Passkeys(self._engine)
         self.check = self._engine.check
         self.empty_log = self._engine.empty_log
         self.close = self._engine.close
@@ -339,8 +347,20 @@ class DB:
 
     # Sessions
 
-    def add_session(self, user: User, session: Session, *, replaced: str | None, idle_since: int, limit: int) -> bool:
+    def add_session(
+        self,
+        user: User,
+        session: Session,
+        used: Use | None = None,
+        *,
+        replaced: str | None,
+        idle_since: int,
+        limit: int,
+    ) -> bool:
         """Start a session if password and second factor are still those of ``user``, and the user is not disabled.
+
+        ``used`` is the new state of a passkey, with the challenge that it has signed: the session starts only if the
+        passkey exists, and neither it nor the challenge was used meanwhile.
 
         Return whether it was started. The ``replaced`` session ends, as do the user's expired sessions and the oldest
         ones beyond ``limit``.
@@ -353,6 +373,9 @@ class DB:
                  WHERE id = :user_id AND hashed_password = :verified AND coalesce(totp_since, 0) = :totp_since
                    AND disabled_at IS NULL"""
             _require_row(db.execute(statement, values))
+            if used:
+                _require_row(passkeys.use(db, used[0]))
+                _require_row(passkeys.spend(db, used[1]))
             if replaced is not None:
                 _end_session(db, replaced)
             statement = """
@@ -379,6 +402,11 @@ class DB:
         """Return the user of a live access token that was made no later than ``latest``, its id and its last use."""
         row = self._engine.read(FIND_TOKEN, {"token_hash": token_hash, "now": now, "latest": latest})
         return row and (_user(row[2:]), row[0], row[1])
+
+    def find_passkey(self, credential_id: str) -> tuple[User, str, Passkey] | None:
+        """Return the user of a passkey who is not disabled, with their handle, and the passkey."""
+        row, end = self._engine.read(FIND_PASSKEY, {"credential_id": credential_id}), 1 + len(Passkey._fields)
+        return row and (_user(row[end:]), row[0], Passkey(*row[1:end]))
 
     def list_sessions(self, user_id: int, **window: int) -> list[Session]:
         """Return the live sessions of a user, newest first; ``window`` as in find_session()."""
@@ -445,7 +473,7 @@ class DB:
     def spend_reset(self, token_hash: str, hashed_password: bytes, *, now: int, latest: int) -> bool:
         """Set the password of the token's user, and revoke all credentials, device cookies and access tokens.
 
-        Return whether the token was live.
+        Passkeys that are younger than NEW_FOR are deleted. Return whether the token was live.
         """
         values = {"token_hash": token_hash, "hashed_password": hashed_password, "now": now, "latest": latest}
         with self._engine.transaction() as db:  # the first statement finds the user, and locks the row
@@ -456,6 +484,7 @@ class DB:
             if row:
                 _revoke_credentials(db, row[0], devices=True)
                 db.execute(DELETE_TOKENS, {"user_id": row[0]})
+                db.execute(f"{DELETE_PASSKEYS} AND created_at > :since", {"user_id": row[0], "since": now - NEW_FOR})
             return row is not None
 
     # Second factor
@@ -524,6 +553,39 @@ class DB:
             return True
         return False
 
+    def add_passkey(self, user: User, passkey: Passkey, challenge: Challenge, *, kept: str, renewed: str) -> int | None:
+        """Add a passkey, whose id is ignored, and return its id. The session ``kept`` continues as ``renewed``.
+
+        Return None and change nothing if the user has MAX_PASSKEYS, the passkey exists, the challenge was used, or the
+        session has ended.
+        """
+        values = passkey._asdict() | {"user_id": user.id}
+        with suppress(RolledBack), self._user_transaction(user.id) as db:
+            _require_row(passkeys.spend(db, challenge))
+            passkey_id = passkeys.add(db, values)
+            if passkey_id is None:
+                raise RolledBack
+            _revoke_credentials(db, user.id, kept, renewed)
+            db.execute("UPDATE sessions SET factor_at = :created_at WHERE user_id = :user_id", values)
+            return passkey_id
+        return None
+
+    def delete_passkeys(
+        self, user_id: int, passkey_id: int | None = None, *, kept: str | None = None, renewed: str | None = None
+    ) -> int:
+        """Delete one passkey of a user, or all. All sessions end but ``kept``, which continues as ``renewed``.
+
+        Return how many were deleted. If there was none, or that session has ended, nothing is changed.
+        """
+        values = {"user_id": user_id, "id": passkey_id}
+        with suppress(RolledBack), self._user_transaction(user_id) as db:
+            one = "" if passkey_id is None else " AND id = :id"
+            deleted = db.execute(f"{DELETE_PASSKEYS}{one}", values)
+            _require_row(deleted)
+            _revoke_credentials(db, user_id, kept, renewed)
+            return deleted.rowcount
+        return 0
+
     # Sign-ins that no mail has told of
 
     def count_untold_logins(self, user_id: int, change: int) -> bool:
@@ -557,6 +619,8 @@ class DB:
                 cleared = db.executemany(f"{CLEAR_RESET} WHERE id = :id AND {HAS_EXPIRED_RESET}", rows).rowcount
             yield "reset_tokens", cleared
         yield from self.emails.prune(now=now, limit=limit)
+        while deleted := self.passkeys.prune(before=now - CLOCK_TOLERANCE, limit=limit):
+            yield "spent_challenges", deleted
         while deleted := self.rate_limits.prune(now=now, limit=limit):
             yield "buckets", deleted
 

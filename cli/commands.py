@@ -151,8 +151,8 @@ def _list_users(operator: Operator) -> None:
 def _show_user(operator: Operator) -> None:
     """Show one user."""
     with operator.open_user() as (auth, _, user):
-        counts = {"sessions": len(auth.sessions_of(user.id)), "access_tokens": len(auth.tokens_of(user.id))}
-        record = _user_record(user) | counts
+        counts = {"passkeys": len(auth.passkeys_of(user.id)), "sessions": len(auth.sessions_of(user.id))}
+        record = _user_record(user) | counts | {"access_tokens": len(auth.tokens_of(user.id))}
         operator.print_record("\n".join(f"{name:<14}{_format(value)}" for name, value in record.items()), **record)
 
 
@@ -305,6 +305,17 @@ def _disable_totp(operator: Operator) -> None:
         operator.print_record(text, email=user.email, second_factor=False)
 
 
+def _delete_passkeys(operator: Operator) -> None:
+    """Delete all passkeys of a user, and end their sessions."""
+    with operator.open_user() as (_, db, user):
+        deleted = db.delete_passkeys(user.id)
+        if not deleted:
+            raise CommandFailed(f"{user.email} has no passkeys")
+        operator.log("authn_factor_removed", user_id=user.id, passkeys=deleted)
+        text = f"deleted {_count(deleted, 'passkey')} of {user.email}; all sessions ended"
+        operator.print_record(text, email=user.email, passkeys_deleted=deleted)
+
+
 # Sessions
 
 
@@ -398,6 +409,7 @@ def _export_users(operator: Operator) -> None:
         with operator.open_database() as (_, db), _open_output(path) as file:
             for written in user_files.write_users(db.each_user(), file, form):
                 counts[written] += 1
+            passkeys = db.passkeys.count()
     except BaseException:
         if counts[True] and not path:  # the reader closed the pipe, for example, and has some of the users
             operator.log("users_exported", users=counts[True], complete=False)
@@ -405,9 +417,12 @@ def _export_users(operator: Operator) -> None:
     exported, left_out = counts[True], counts[False]
     operator.log("users_exported", users=exported)
     if path:
-        operator.print_record(f"{_count(exported, 'user')} exported", exported=exported, left_out=left_out)
+        record = {"exported": exported, "left_out": left_out, "passkeys_left_out": passkeys}
+        operator.print_record(f"{_count(exported, 'user')} exported", **record)
     if left_out:
         print(f"authsvc: left out {_count(left_out, 'user')} that {form} cannot represent", file=sys.stderr)
+    if passkeys:
+        print(f"authsvc: left out {_count(passkeys, 'passkey')}: only backup and copy-to keep them", file=sys.stderr)
 
 
 def _with_progress(step: str, rows: Iterable[Any]) -> Iterator[Any]:
@@ -546,7 +561,7 @@ def _mail_problems(settings: Settings) -> list[str]:
 
 def _prune(operator: Operator) -> None:
     """Delete expired rows now. The service also does this every hour."""
-    deleted = {"sessions": 0, "reset_tokens": 0, **dict.fromkeys(EXPIRED, 0), "buckets": 0}
+    deleted = {"sessions": 0, "reset_tokens": 0, **dict.fromkeys(EXPIRED, 0), "spent_challenges": 0, "buckets": 0}
     with operator.open_database() as (auth, _):
         for kind, number in auth.prune():
             deleted[kind] += number
@@ -599,6 +614,7 @@ COMMANDS: tuple[tuple[str, Callable[[Operator], int | None], str], ...] = (
     ("invite", _invite, "email"),
     ("reset-link", _print_reset_link, "email"),
     ("totp-off", _disable_totp, "email"),
+    ("passkeys-off", _delete_passkeys, "email"),
     ("sessions list", _list_sessions, "email"),
     ("sessions end", _end_sessions, "[email]"),
     ("token list", _list_tokens, "email"),

@@ -70,3 +70,23 @@ CREATE TABLE access_tokens (
     expires_at   INTEGER
 ) STRICT;
 CREATE INDEX access_tokens_user_id ON access_tokens (user_id);
+
+-- to version 9
+ALTER TABLE users ADD COLUMN passkey_handle TEXT;
+CREATE TABLE passkeys (
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_id       INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    name          TEXT NOT NULL,
+    created_at    INTEGER NOT NULL,
+    last_used_at  INTEGER,
+    synced        INTEGER NOT NULL,
+    credential_id TEXT NOT NULL UNIQUE,
+    public_key    TEXT NOT NULL,
+    sign_count    INTEGER NOT NULL
+) STRICT;
+CREATE INDEX passkeys_user_id ON passkeys (user_id);
+CREATE TABLE spent_challenges (
+    digest     TEXT PRIMARY KEY,
+    expires_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX spent_challenges_expires_at ON spent_challenges (expires_at);

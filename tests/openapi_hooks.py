@@ -56,7 +56,7 @@ ACCOUNT = Account()
 # Asked before each case, because the case before may have ended the session.
 @(
     schemathesis.auth(refresh_interval=None)
-    .apply_to(path=["/profile", "/verify", "/password", "/email", "/tokens", "/totp"])
+    .apply_to(path=["/profile", "/verify", "/password", "/email", "/tokens", "/passkeys", "/passkeys/options", "/totp"])
     .apply_to(method="DELETE")
     .apply_to(path="/sessions", method="GET")
 )

@@ -185,6 +185,7 @@ class Server:
                 DELETE FROM users;
                 DELETE FROM registrations;
                 DELETE FROM former_emails;
+                DELETE FROM spent_challenges;
                 DELETE FROM throttle;
                 DELETE FROM throttle_secret;
                 SELECT setval(name || '_id_seq', 1, false) FROM unnest(ARRAY{list(NUMBERED_TABLES)}) name

@@ -37,6 +37,8 @@ FORMS = [
     ("POST", "/email", ("password", "new_email")),
     ("PUT", "/email", ("email", "token")),
     ("POST", "/tokens", ("password", "name")),
+    ("POST", "/passkeys/options", ("password",)),
+    ("DELETE", "/passkeys/1", ("password",)),
     ("POST", "/totp", ("password",)),
     ("PUT", "/totp", ("otp",)),
     ("DELETE", "/totp", ("password", "otp")),
@@ -59,7 +61,10 @@ OPEN_ROUTES = [
         if path != "/account"
     ),
     *((method, path) for method, path, _ in FORMS[:5]),
+    ("POST", "/sessions/passkey/options"),
 ]
+# The routes that read a passkey, which only JSON can carry: see test_passkeys.py.
+JSON_ROUTES = [("POST", "/passkeys"), ("POST", "/sessions/passkey")]
 SESSION_ROUTES = [
     ("GET", "/profile"),
     ("DELETE", "/profile"),
@@ -74,6 +79,9 @@ SESSION_ROUTES = [
     ("POST", "/tokens"),
     ("GET", "/tokens"),
     ("DELETE", "/tokens/1"),
+    ("POST", "/passkeys/options"),
+    ("GET", "/passkeys"),
+    ("DELETE", "/passkeys/1"),
     ("POST", "/totp"),
     ("PUT", "/totp"),
     ("DELETE", "/totp"),

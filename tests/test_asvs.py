@@ -108,7 +108,7 @@ def test_all_cryptography_comes_from_known_modules_under_their_own_names() -> No
     # So test_the_inventory_of_cryptography_is_complete finds every use.
     imported = {name.partition(".")[0] for module in MODULES for name in imported_by(module)}
     foreign = imported - sys.stdlib_module_names - {module.partition(".")[0] for module in MODULES}
-    assert foreign == {"bcrypt", "bottle", "psycopg", "psycopg_pool", "segno", "waitress"}
+    assert foreign == {"bcrypt", "bottle", "cryptography", "fido2", "psycopg", "psycopg_pool", "segno", "waitress"}
     known = {"bcrypt", "hashlib", "hmac", "secrets", "ssl", "uuid"}
     assert imported & {"crypt", "random"} == set()
     assert {name for name in imported if name.startswith("_")} == {"__future__"}
@@ -178,7 +178,7 @@ def test_the_tables_have_no_columns_beyond_the_documented_ones(db: DB, settings:
             *("id", "email", "email_key", "hashed_password"),
             *("session_id", "reset_token", "reset_expires_at", "reset_created_at"),
             *("created_at", "disabled_at", "totp_secret", "totp_since", "totp_step"),
-            *("device_key", "last_login_at", "cut_salt", "untold_logins", "groups"),
+            *("device_key", "last_login_at", "cut_salt", "untold_logins", "groups", "passkey_handle"),
         },
         "recovery_codes": {"user_id", "code_hash"},
         "registrations": {"id", "email", "email_key", "token_hash", "expires_at"},
@@ -186,6 +186,11 @@ def test_the_tables_have_no_columns_beyond_the_documented_ones(db: DB, settings:
         "former_emails": {"email_key", "user_id", "released_at"},
         "sessions": {"id", "session_hash", "user_id", "address", "user_agent", "remember", "factor_at"} | times,
         "access_tokens": {"id", "user_id", "token_hash", "name", "created_at", "last_used_at", "expires_at"},
+        "passkeys": {
+            *("id", "user_id", "name", "created_at", "last_used_at", "synced"),
+            *("credential_id", "public_key", "sign_count"),
+        },
+        "spent_challenges": {"digest", "expires_at"},
         "known_addresses": {"user_id", "address_hash", "seen_at"},
         "throttle": {"key", "full_at"},
         "throttle_secret": {"id", "secret"},

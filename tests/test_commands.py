@@ -351,6 +351,7 @@ def test_users_are_listed_and_shown(run: Run, people: Auth) -> None:
         "state": "active",
         "second_factor": "yes",
         "groups": "admin",
+        "passkeys": "0",
         "sessions": "1",
         "access_tokens": "0",
     }
@@ -625,7 +626,7 @@ def test_an_export_is_imported_into_another_database(
 ) -> None:
     run("user", "add", "carol@x.io")
     run("user", "disable", "eve@x.io")
-    assert run("export", f"out.{form}", "--json").records == [{"exported": 3, "left_out": 0}]
+    assert run("export", f"out.{form}", "--json").records == [{"exported": 3, "left_out": 0, "passkeys_left_out": 0}]
     assert stat.S_IMODE((tmp_path / f"out.{form}").stat().st_mode) == 0o600
     assert run("export", "--format", form).out == (tmp_path / f"out.{form}").read_text()
     DB(tmp_path / "other.db").close()
@@ -1187,9 +1188,10 @@ def test_pruning_says_what_it_deletes(run: Run, people: Auth, logged: list[str])
         for table, columns in (("registrations", "7, 'a', 'a', 't', 1"), ("former_emails", "'a', 7, 1")):
             db.execute(f"INSERT INTO {table} VALUES ({columns})")
         db.execute("INSERT INTO email_changes SELECT id, 'a', 'a', 't', 1 FROM sessions")
+        db.execute("INSERT INTO spent_challenges VALUES ('a', 1)")
     emails = "registrations 1, email changes 0, former emails 1"  # the session ended, and so did its change
-    assert run("prune").out == f"deleted: sessions 1, reset tokens 1, {emails}, buckets 2\n"
-    kinds = "sessions", "reset_tokens", "registrations", "email_changes", "former_emails", "buckets"
+    assert run("prune").out == f"deleted: sessions 1, reset tokens 1, {emails}, spent challenges 1, buckets 2\n"
+    kinds = "sessions", "reset_tokens", "registrations", "email_changes", "former_emails", "spent_challenges", "buckets"
     assert json.loads(run("prune", "--json").out) == {"pruned": True, **dict.fromkeys(kinds, 0)}
     counts = [(line["sessions"], line["reset_tokens"], line["buckets"]) for line in map(json.loads, logged)]
     assert counts == [(1, 1, 2), (0, 0, 0)]

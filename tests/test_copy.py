@@ -31,6 +31,7 @@ from settings import Settings, is_url
 from storage import DB
 from tables.rate_limits import Bucket
 from tests import postgres
+from tests.authenticator import Authenticator
 from tests.conftest import COST, HERE, Service, clean_environ, raw_connection
 
 pytestmark = pytest.mark.skipif(not postgres.programs(), reason=postgres.MISSING)
@@ -102,6 +103,10 @@ def fill(database: str) -> None:
     for days in ("30", ""):
         *_, token = auth.create_token(session_id, "b4l0u", "é, 🗝", days, caller=UNCOUNTED)
     assert auth.identify_program(f"Bearer {token}", browser=False)  # records the use
+    device, browser = Authenticator(), "one"
+    options = auth.begin_passkey(session_id, "b4l0u", browser, caller=UNCOUNTED)
+    auth.add_passkey(session_id, "é, 🗝", device.create(options), browser)
+    auth.log_in_with_passkey(device.get(auth.passkey_request(browser)), browser, caller=UNCOUNTED)
     auth.log_in("éve@x.io", "3v3", caller=Caller("2001:db8::1", agent=""), remember=True)
     auth.link_token(auth.find_user("éve@x.io"))
     auth.add_account("invited@x.io")
@@ -442,7 +447,7 @@ def test_a_killed_copy_to_a_file_leaves_no_file_of_its_name(new: New, copy: Copy
     assert process.wait(timeout=20) == -signal.SIGKILL
     assert not os.path.exists(target)
     assert copy(source, target).returncode == 0
-    assert len(rows_of(target)["sessions"]) == 15_002
+    assert len(rows_of(target)["sessions"]) == 15_003
 
 
 def test_progress_is_shown_at_a_terminal_only(

@@ -133,7 +133,7 @@ def test_the_mail_server_of_the_docs_prints_a_link(start: Callable[..., Service]
         service = start(**dict(re.findall(r"(\w+)=(\S+)", export)))
         assert awaited(lambda: accepts(int(port)))
         requests.post(f"{service.url}/users", data={"email": "bob@example.com"}, timeout=5)
-        link = re.compile("^http://127.0.0.1:0/confirm#token=[0-9a-f-]{36}&email=bob%40example.com$", re.MULTILINE)
+        link = re.compile(f"^{service.url}/confirm#token=[0-9a-f-]{{36}}&email=bob%40example.com$", re.MULTILINE)
         assert awaited(lambda: link.search(printed.read_text()), 20)
     finally:
         os.killpg(process.pid, signal.SIGTERM)

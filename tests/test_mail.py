@@ -34,6 +34,8 @@ from credentials import totp
 from mail import ANSWER_FIRST, Mailer
 from settings import Settings, SettingsError
 from storage import DB, User
+from tables.passkeys import NEW_FOR
+from tests.authenticator import Authenticator
 from tests.conftest import HERE, Answer, Client, Clock, Service
 from tests.crowd import awaited
 from tests.mail_server import SMTP_PASSWORD, USER, MailServer, smtp_url
@@ -509,6 +511,37 @@ def test_a_new_access_token_is_told_by_mail_without_a_link_in_its_name(auth: Aut
     assert f"An access token named http?evil?example www?evil?example a?b {{link}} ? was created for {BOB}" in text
     assert "https://auth.example.com/account" in text
     assert token not in text
+
+
+def test_a_passkey_that_is_added_or_deleted_is_told_by_mail(auth: Auth, server: MailServer) -> None:
+    session_id = add_passkey(auth, "www.evil.example é")
+    passkey_id = str(auth.passkeys_of(1)[0].id)
+    auth.delete_passkey(session_id, passkey_id, PASSWORD, caller=UNCOUNTED)
+    for what in ("A passkey named www?evil?example ? was added", "A passkey was deleted"):
+        subject, text = next_notice(server)
+        assert subject == what
+        assert text.startswith(f"{what}: {BOB} at auth.example.com, just now.")
+
+
+def add_passkey(auth: Auth, name: str) -> str:
+    """Add a passkey for Bob, and return the id of the session."""
+    session_id, device = auth.create_session(BOB), Authenticator("https://auth.example.com", "auth.example.com")
+    options = auth.begin_passkey(session_id, PASSWORD, "browser", caller=UNCOUNTED)
+    return auth.add_passkey(session_id, name, device.create(options), "browser")[2]
+
+
+def test_the_mail_about_a_reset_lists_the_passkeys_that_stay(auth: Auth, clock: Clock, server: MailServer) -> None:
+    for name, age in [("laptop", NEW_FOR - 10), ("www.phone", 10), ("intruder", 0)]:
+        add_passkey(auth, name)
+        assert next_notice(server)[0].startswith("A passkey named")
+        clock.advance(age)
+    auth.reset_password(auth.link_token(auth.find_user(BOB))[0], NEW_PASSWORD, email=None, caller=UNCOUNTED)
+    subject, text = next_notice(server)
+    assert subject == "Your password was changed"
+    assert '"laptop"' in text
+    assert "phone" not in text
+    assert "intruder" not in text
+    assert "https://auth.example.com/account" in text
 
 
 @pytest.mark.parametrize(

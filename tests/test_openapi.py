@@ -25,7 +25,9 @@ from auth import Auth, AuthError
 from authsvc import create_app
 from credentials import totp
 from settings import Settings
+from tests.authenticator import Authenticator
 from tests.conftest import HERE, Client, Clock, Service
+from tests.routes import as_json
 
 OPENAPI = HERE / "docs" / "openapi.yaml"
 PASSWORD = "correct horse battery"  # the password in the examples of the document
@@ -81,7 +83,9 @@ def test_no_answer_has_undocumented_fields(document: Any) -> None:
         return found + [schema for child in children for schema in objects(child)]
 
     answers = [route["responses"] for item in document["paths"].values() for route in item.values()]
-    named = [document["components"]["schemas"][name] for name in ("Welcome", "Refusal", "Session", "AccessToken")]
+    named = [
+        document["components"]["schemas"][name] for name in ("Welcome", "Refusal", "Session", "AccessToken", "Passkey")
+    ]
     assert all(schema["additionalProperties"] is False for schema in objects([answers, named]))
 
 
@@ -103,11 +107,12 @@ class CheckedClient:
 
         self.validator = functools.partial(OAS31Validator, format_checker=oas31_format_checker)
         self.document, self.call = document, call
-        self.cookie: str | None = None
+        self.cookies: dict[str, str] = {}
         self.seen: Counter[tuple[str, str, int]] = Counter()
 
-    def __call__(self, method: str, path: str, status: int = 200, /, **form: str) -> Any:
-        answer = self.call(method, path, form, cookie=self.cookie)
+    def __call__(self, method: str, path: str, status: int = 200, /, **form: Any) -> Any:
+        cookie = "; ".join("=".join(pair) for pair in self.cookies.items())
+        answer = self.call(method, path, form, cookie=cookie, **(as_json(form) if "credential" in form else {}))
         assert answer.status == status, (method, path, answer.body)
         route = re.sub("/([0-9a-f]{16}|[0-9]+)$", "/{id}", path.partition("?")[0])
         documented = self._resolve(self.document["paths"][route][method.lower()]["responses"][str(status)])
@@ -119,7 +124,7 @@ class CheckedClient:
                 self.validator(header["schema"]).validate(value)
         if "Set-Cookie" in answer.headers:
             assert "Set-Cookie" in documented["headers"]
-            self.cookie = f"session_id={answer.session_id}"
+            self.cookies |= answer.cookies
         self.seen[method, route, status] += 1
         return answer.json
 
@@ -159,6 +164,17 @@ def test_every_successful_answer_is_as_documented(
     send("DELETE", f"/tokens/{created['id']}")
     send("DELETE", f"/tokens/{created['id']}", 404)
     send("POST", "/tokens", 400, password="b4l0u", name="git", days="3651")
+    device = Authenticator()
+    options = send("POST", "/passkeys/options", password="b4l0u")
+    created = send("POST", "/passkeys", name="laptop", credential=device.create(options))
+    send("POST", "/passkeys", 400, name="laptop", credential={})
+    send("GET", "/passkeys")
+    options = send("POST", "/sessions/passkey/options")
+    send("POST", "/sessions/passkey", 401, credential={})
+    send("POST", "/sessions/passkey", credential=device.get(options), remember="1")
+    send("GET", "/passkeys")
+    send("DELETE", f"/passkeys/{created['id']}", password="b4l0u")
+    send("DELETE", f"/passkeys/{created['id']}", 404, password="b4l0u")
     token = send("POST", "/email", password="b4l0u", new_email="rob@x.io")["token"]
     send("PUT", "/email", email="rob@x.io", token=token)
     login["email"] = "rob@x.io"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
@@ -61,13 +61,13 @@ def running_mail_server(folder: Path) -> Iterator[tuple[MailServer, dict[str, st
 
 
 @contextlib.contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium(*options: str) -> Iterator[Browser]:
     path = program("chromium", "chromium")
     expect.set_options(timeout=TIMEOUT)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=path,
-            args=["--host-resolver-rules=MAP *.example.com 127.0.0.1", "--disable-dev-shm-usage"],
+            args=["--host-resolver-rules=MAP *.example.com 127.0.0.1", "--disable-dev-shm-usage", *options],
             chromium_sandbox=os.geteuid() != 0,  # Chromium refuses to run as root with its sandbox
         )
         try:
@@ -177,7 +177,7 @@ class Visitor:
         self.errors.clear()
         self.requests.clear()
 
-    def __enter__(self) -> Visitor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
@@ -319,13 +319,17 @@ def test_the_sign_out_page_forgets_the_browser(visit: Visit, site: Site) -> None
     bob = visit()
     bob.open("/login")
     bob.sign_in("leave@example.com")
-    assert len(bob.context.cookies()) == 2
+
+    def cookies() -> set[str]:
+        return {cookie["name"] for cookie in bob.context.cookies()} - {"__Host-challenge"}  # for five minutes
+
+    assert len(cookies()) == 2
     for choice, left in (False, {"__Host-device"}), (True, set()):
         bob.open("/logout")
         bob.page.get_by_label("Forget this browser").set_checked(choice)
         bob.page.get_by_role("button", name="Sign out").click()
         bob.expect_url("/login")
-        assert {cookie["name"] for cookie in bob.context.cookies()} == left
+        assert cookies() == left
     bob.open("/logout")
     bob.page.get_by_role("button", name="Sign out").click()
     bob.expect_status("leave", "You are not signed in.")
@@ -723,7 +727,7 @@ def test_a_link_opened_in_the_same_tab_leaves_the_address_bar_too(visit: Visit) 
     bob.expect_url("/reset")
 
 
-def test_a_page_takes_at_most_4_requests_and_40_kb(visit: Visit) -> None:
+def test_a_page_takes_few_requests_and_at_most_45_kb(visit: Visit) -> None:
     bob = visit(new_profile=True)
     finished: dict[Page, list[Request]] = {}
 
@@ -742,9 +746,9 @@ def test_a_page_takes_at_most_4_requests_and_40_kb(visit: Visit) -> None:
     tabs["account"].goto(bob.url("/account"), wait_until="networkidle")
     for name, tab in tabs.items():
         requests = finished[tab]
-        assert 3 <= len(requests) <= 4, (name, requests)
+        assert 3 <= len(requests) <= (5 if name == "login" else 4), (name, requests)  # it asks for a challenge, too
         # With the headers.
-        assert sum(int(str(size)) for request in requests for size in request.sizes().values()) <= 40_000, name
+        assert sum(int(str(size)) for request in requests for size in request.sizes().values()) <= 45_000, name
 
 
 LOOKS: list[tuple[int, Literal["light", "dark"]]] = [(320, "light"), (1280, "dark")]
@@ -754,16 +758,16 @@ def test_axe_finds_no_problem_on_any_page(visit: Visit) -> None:
     bob = visit(new_profile=True)
     for name in (*PAGES[:-1], "confirm", "change"):
         bob.open(f"/{name}")
-        _check_accessibility(bob.page)
+        check_accessibility(bob.page)
     bob.get_account("axe@example.com")
     bob.page.get_by_role("heading", name="Access tokens").click()
-    _check_accessibility(bob.page)
+    check_accessibility(bob.page)
     bob.fill("begin", password=PASSWORD)
     expect(bob.page.locator("#factor-key")).to_be_visible()
-    _check_accessibility(bob.page)
+    check_accessibility(bob.page)
 
 
-def _check_accessibility(page: Page) -> None:
+def check_accessibility(page: Page) -> None:
     """Run axe on the page in two looks. The layout depends on the width only, and the colours on the scheme only.
 
     All rules run once. Those about colours and sizes run in the second look too.

@@ -221,12 +221,14 @@ def test_tables_of_emails_are_made_where_the_step_before_did_not(
     database: str, new_database: Callable[[], str], made: bool
 ) -> None:
     DB(database).close()
-    number = newest_version(database) - 3
+    number = newest_version(database) - 4
     with raw_connection(database) as connection:
         for table in () if made else ("email_changes", "registrations", "former_emails"):
             connection.execute(f"DROP TABLE {table}")
-        connection.execute("ALTER TABLE users DROP COLUMN groups")  # as before the two steps after
-        connection.execute("DROP TABLE access_tokens")
+        connection.execute("ALTER TABLE users DROP COLUMN groups")  # as before the steps after
+        connection.execute("ALTER TABLE users DROP COLUMN passkey_handle")
+        for table in ("access_tokens", "passkeys", "spent_challenges"):
+            connection.execute(f"DROP TABLE {table}")
         change = (
             f"UPDATE authsvc_version SET version = {number}" if is_url(database) else f"PRAGMA user_version = {number}"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from auth import MAX_TOKEN_NAME, UNCOUNTED, Auth, InvalidToken, SessionRequired
+from auth import MAX_NAME, UNCOUNTED, Auth, InvalidToken, SessionRequired
 from authsvc import create_app
 from credentials import tokens
 from settings import Settings
@@ -146,7 +146,7 @@ def test_a_token_is_created_listed_and_deleted(call: Client, cookie: str, clock:
     assert create(call, cookie)["id"] == "3"  # an id is not given twice
 
 
-@each("name", ["a", "x" * MAX_TOKEN_NAME, "é ☃ 💻", " git "])
+@each("name", ["a", "x" * MAX_NAME, "é ☃ 💻", " git "])
 def test_a_name_is_kept_as_it_is(call: Client, cookie: str, name: str) -> None:
     assert create(call, cookie, name)["name"] == name
     assert call("GET", "/tokens", cookie=cookie).json["tokens"][-1]["name"] == name

@@ -28,12 +28,16 @@ END = re.compile(rb"--[ \t]*+(?:\r\n|\Z)")
 Names = tuple[str, ...]
 
 
-def read_form(environ: WSGIEnvironment, fields: Names = (), optional: Names = (), flags: Names = ()) -> tuple[str, ...]:
+def read_form(
+    environ: WSGIEnvironment, fields: Names = (), optional: Names = (), flags: Names = (), objects: Names = ()
+) -> tuple[Any, ...]:
     """Return the values of the required fields, of the optional ones, and of the flags; one that is absent is "".
+
+    After them come those of the ``objects``, which only JSON can carry.
 
     Raises:
         Refusal: 413 the body is too large, 415 it is of another type, 400 it is malformed or a field is missing, empty,
-            repeated or no text, or a flag is not "1".
+            repeated or of another kind, or a flag is not "1".
     """
     try:
         pairs = _parse(_read_body(environ), environ.get("CONTENT_TYPE", ""))
@@ -46,7 +50,8 @@ def read_form(environ: WSGIEnvironment, fields: Names = (), optional: Names = ()
     for name in set(flags) - absent:
         if _field(pairs, name) != "1":
             raise Refusal(400, f"{name} must be 1")
-    return tuple("" if name in absent else _field(pairs, name) for name in fields + optional + flags)
+    texts = ["" if name in absent else _field(pairs, name) for name in fields + optional + flags]
+    return (*texts, *(_object(pairs, name) for name in objects))
 
 
 def _read_body(environ: WSGIEnvironment) -> bytes:
@@ -120,13 +125,23 @@ def _parse_parameters(text: str) -> dict[str, str]:
     return values
 
 
-def _field(pairs: list[tuple[str, Any]], name: str) -> str:
+def _given(pairs: list[tuple[str, Any]], name: str) -> Any:
     values = [value for key, value in pairs if key == name]
     if not values:
         raise Refusal(400, f"{name} is missing")
     if len(values) > 1:
         raise Refusal(400, f"{name} is given more than once")
-    value = values[0]
+    return values[0]
+
+
+def _object(pairs: list[tuple[str, Any]], name: str) -> dict[str, Any]:
+    if not isinstance(value := _given(pairs, name), tuple):
+        raise Refusal(400, f"{name} must be an object")
+    return {key: dict(part) if isinstance(part, tuple) else part for key, part in value}
+
+
+def _field(pairs: list[tuple[str, Any]], name: str) -> str:
+    value = _given(pairs, name)
     if not isinstance(value, str):
         raise Refusal(400, f"{name} must be text")
     if not value:

@@ -295,7 +295,7 @@ class Dispatcher:
     """waitress's dispatcher: decides on which thread a request runs.
 
     Args:
-        hashing_routes: the routes that may hash, as (method, path).
+        hashing_routes: the routes that may hash, as (method, path); "*" stands for the last part of a path.
         cores: the number of hashing threads.
         settings: the settings of the service.
         rank: returns whether a request that may hash goes before others, and a text that stands for its account ("" if
@@ -324,7 +324,8 @@ class Dispatcher:
         """Schedule the request of a connection. Called on the I/O thread, which holds requests_lock."""
         request = channel.requests[0]
         if not request.error and request.command not in ("GET", "HEAD"):
-            hashes = (request.command, request.path) in self._hashing_routes
+            paths = request.path, f"{request.path.rpartition('/')[0]}/*"
+            hashes = any((request.command, path) in self._hashing_routes for path in paths)
             if not (hashes and self._stopping) and self._wait(channel, hashes):
                 return
             request.error = Busy("")

@@ -9,9 +9,11 @@ const text = (name) => one("#texts").content.querySelector(`[data-text="${CSS.es
 // Returns the JSON response with its status added; the status is 0 when the service cannot be reached.
 async function send(method, path, fields) {
   try {
-    const body = fields && new URLSearchParams(fields);
+    // Only JSON can carry a passkey.
+    const json = fields?.credential && {"Content-Type": "application/json"};
+    const body = json ? JSON.stringify(fields) : fields && new URLSearchParams(fields);
     // Without "manual", a browser would follow the logout's 302 with another DELETE.
-    const response = await fetch(path, {method, body, redirect: "manual", cache: "no-store"});
+    const response = await fetch(path, {method, body, headers: json || {}, redirect: "manual", cache: "no-store"});
     if (response.type === "opaqueredirect") return {status: 302};
     return {...await response.json(), status: response.status};
   } catch {
@@ -146,6 +148,26 @@ const actions = {
     return text("token");
   },
 
+  async passkey() {
+    await signInWithPasskey();
+  },
+
+  async enroll({name, ...fields}) {
+    const options = requireSuccess(await send("POST", "/passkeys/options", fields));
+    const credential = await askBrowser("create", options);
+    requireSuccess(await send("POST", "/passkeys", {name, credential}));
+    stopOffering();
+    await showAccount();
+    return text("passkey");
+  },
+
+  async discard(fields, form) {
+    requireSuccess(await send("DELETE", `/passkeys/${form.dataset.id}`, fields));
+    form.hidden = true;
+    await showAccount();
+    showStatus(one("[data-action=enroll]"), text("discarded"));
+  },
+
   async delete(fields) {
     requireSuccess(await send("DELETE", "/profile", fields));
     forgetUser();
@@ -234,7 +256,9 @@ async function showAccount() {
   for (const field of all(".aside")) field.value = email;
   showFactor(factor ? "on" : "off");
   one("#sessions").replaceChildren(...sessions.map(sessionItem));
+  one("#offer").hidden = !hasPasskeys || status !== 200 || localStorage.getItem("passkey") !== null;
   await showTokens();
+  await showPasskeys();
 }
 
 function sessionItem(session) {
@@ -257,6 +281,81 @@ function tokenItem({id, name, last_used: used, expires}) {
   if (expires) details.push(`${text("expires")} ${time(expires)}`);
   const remove = removal(text("remove"), name, `/tokens/${id}`);
   return listItem(element("span", `${name} `), remove, element("small", details.join(" · ")));
+}
+
+// Passkeys (https://www.w3.org/TR/webauthn-3/). They belong to one host: a page under another name does not offer them.
+
+const hasPasskeys = "PublicKeyCredential" in window && document.body.dataset.passkeys === location.hostname;
+const RENEWAL = 240_000; // milliseconds: a challenge expires after five minutes
+// The question that the browser has open: its AbortController, and the timer that replaces its challenge.
+const asked = {};
+
+const decode = (text) =>
+  Uint8Array.from(atob(text.replaceAll("-", "+").replaceAll("_", "/")), (letter) => letter.charCodeAt(0));
+const encode = (buffer) =>
+  btoa(String.fromCharCode(...new Uint8Array(buffer))).replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+
+// Has the browser "create" a passkey or "get" the answer of one, and returns it as JSON. The browser's own conversions
+// are not used: older ones have none, and some password managers break them.
+async function askBrowser(method, options, mediation) {
+  asked.controller?.abort(); // there can be only one
+  clearTimeout(asked.renewal);
+  asked.controller = new AbortController();
+  if (mediation) asked.renewal = setTimeout(offerInField, RENEWAL);
+  const publicKey = {...options, challenge: decode(options.challenge)};
+  if (options.user) publicKey.user = {...options.user, id: decode(options.user.id)};
+  publicKey.excludeCredentials = options.excludeCredentials?.map((held) => ({...held, id: decode(held.id)}));
+  const {signal} = asked.controller;
+  const {id, type, response} = await navigator.credentials[method]({publicKey, mediation, signal});
+  const names = ["clientDataJSON", "attestationObject", "authenticatorData", "signature", "userHandle"];
+  const given = names.filter((name) => response[name]).map((name) => [name, encode(response[name])]);
+  return {id, rawId: id, type, response: Object.fromEntries(given), clientExtensionResults: {}};
+}
+
+async function signInWithPasskey(mediation) {
+  const options = requireSuccess(await send("POST", "/sessions/passkey/options"));
+  const credential = await askBrowser("get", options, mediation);
+  const remember = one("#login [name=remember]").checked ? {remember: "1"} : {};
+  requireSuccess(await send("POST", "/sessions/passkey", {credential, ...remember}));
+  stopOffering();
+  await enter(destination());
+}
+
+// Lets the browser offer passkeys in the field for the email. After an error it is not started again: where a browser
+// refuses at once, that would be an endless loop. The button stays.
+async function offerInField() {
+  try {
+    if (await PublicKeyCredential.isConditionalMediationAvailable?.()) await signInWithPasskey("conditional");
+  } catch (error) {
+    if (error.name === "AbortError") return; // by a later question
+    clearTimeout(asked.renewal);
+    if (error.cause) showStatus(one("[data-action=passkey]"), error.message, true);
+  }
+}
+
+// From now on the account page of this browser no longer offers to create a passkey.
+function stopOffering() {
+  localStorage.setItem("passkey", "known");
+}
+
+async function showPasskeys() {
+  if (!one("#passkeys").open) return;
+  const {passkeys = []} = await send("GET", "/passkeys");
+  one("#passkey-list").replaceChildren(...passkeys.map(passkeyItem));
+}
+
+function passkeyItem({id, name, last_used: used, synced}) {
+  const button = element("button", text("remove"));
+  button.setAttribute("aria-label", `${text("remove")} ${name}`);
+  button.addEventListener("click", () => {
+    const form = one("[data-action=discard]");
+    form.dataset.id = id;
+    form.hidden = false;
+    one("#discarded").textContent = name;
+    one("[name=password]", form).focus();
+  });
+  const details = [used ? `${text("seen")} ${time(used)}` : text("unused"), ...(synced ? [text("synced")] : [])];
+  return listItem(element("span", `${name} `), button, element("small", details.join(" · ")));
 }
 
 function time(stamp) {
@@ -297,6 +396,16 @@ async function enter(address) {
 }
 
 one("#access").addEventListener("toggle", showTokens);
+one("#passkeys").addEventListener("toggle", showPasskeys);
+one("#passkeys").hidden = one("[data-action=passkey]").hidden = !hasPasskeys;
+one("#accept").addEventListener("click", () => {
+  one("#passkeys").open = true;
+  one("#passkey-name").focus();
+});
+one("#dismiss").addEventListener("click", () => {
+  stopOffering();
+  one("#offer").hidden = true;
+});
 
 for (const form of all("form")) {
   form.addEventListener("submit", async (event) => {
@@ -310,7 +419,9 @@ for (const form of all("form")) {
       for (const field of all("[type=password], [name=otp]", form)) field.value = "";
       showCode(form, false);
     } catch (error) {
-      showStatus(form, error.message, true);
+      // A browser's own errors have a name that says more than their message.
+      const own = error instanceof DOMException && (text(error.name) ?? `${text("failed")} (${error.name}).`);
+      showStatus(form, own || error.message, true);
       if (error.cause === "one-time code required") showCode(form, true);
     }
     button.disabled = false;
@@ -331,5 +442,11 @@ for (const anchor of all("a[data-keep]")) anchor.search = location.search;
 document.title = one(`#${page} h1`).textContent;
 if (page === "account") showAccount();
 if (page === "login") hasSession().then((found) => found && enter(nextAddress()));
+if (page === "login" && hasPasskeys) {
+  offerInField();
+  // A question that is still open would keep the next page from asking (iOS).
+  addEventListener("pagehide", () => asked.controller?.abort());
+  addEventListener("pageshow", (event) => event.persisted && offerInField());
+}
 // A link opened in a tab that already shows this page changes only the fragment.
 addEventListener("hashchange", () => location.reload());

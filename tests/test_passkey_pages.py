@@ -1,0 +1,317 @@
+"""Passkeys in a real Chromium, with its virtual authenticator, behind a real nginx with TLS."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from playwright.sync_api import Browser, CDPSession, expect
+
+from tests.proxies import PASSWORD, Site
+from tests.test_pages import Visitor, check_accessibility, chromium, code_of, invite
+
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
+
+CREATED = "Passkey created. You can sign in with it next time. All other sessions have been signed out."
+CANCELLED = "That was cancelled, or took too long. Nothing has changed. Try again when you like."
+NOT_ACCEPTED = "This passkey was not accepted. It may have been deleted here. Try again, or use your password."
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    settings = {"AUTHSVC_SESSIONS_PER_USER": "9"}
+    with closing(Site("nginx", tmp_path_factory.mktemp("site"), settings)) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def strict_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A site that requires a second factor."""
+    settings = {"AUTHSVC_REQUIRE_SECOND_FACTOR": "on"}
+    with closing(Site("nginx", tmp_path_factory.mktemp("strict"), settings)) as shared:
+        yield shared
+
+
+@pytest.fixture(scope="module")
+def browser(site: Site, strict_site: Site) -> Iterator[Browser]:
+    """A browser that trusts the certificates of the sites: with an error of TLS, Chromium offers no passkeys."""
+    trusted = ",".join([_key_hash(one.folder / "certificate.pem") for one in (site, strict_site)])
+    with chromium(f"--ignore-certificate-errors-spki-list={trusted}") as shared:
+        yield shared
+
+
+def _key_hash(path: Path) -> str:
+    key = x509.load_pem_x509_certificate(path.read_bytes()).public_key()
+    encoded = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    return base64.b64encode(hashlib.sha256(key.public_bytes(*encoded)).digest()).decode()
+
+
+class Owner(Visitor):
+    """A visitor with a device that makes passkeys."""
+
+    devtools: CDPSession
+    device: str
+
+    def __init__(self, browser: Browser, site: Site, email: str, *, init_script: str = "") -> None:
+        super().__init__(browser, site)
+        self.email = email
+        if init_script:
+            self.context.add_init_script(init_script)
+        self.devtools = self.context.new_cdp_session(self.page)
+        self.devtools.send("WebAuthn.enable")
+        self.add_device()
+        invite(site, email)
+
+    def add_device(self, **options: Any) -> None:
+        """Plug in a device that verifies its user at once, unless told otherwise."""
+        every = {"protocol": "ctap2", "transport": "internal", "hasResidentKey": True, "hasUserVerification": True}
+        every |= {"isUserVerified": True, "automaticPresenceSimulation": True}
+        self.device = self.tell("addVirtualAuthenticator", options=every | options)["authenticatorId"]
+
+    def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Tell the device something (https://chromedevtools.github.io/devtools-protocol/tot/WebAuthn/)."""
+        answer: dict[str, Any] = self.devtools.send(f"WebAuthn.{method}", parameters)
+        return answer
+
+    def tell_device(self, method: str, **parameters: Any) -> dict[str, Any]:
+        return self.tell(method, authenticatorId=self.device, **parameters)
+
+    def sign_in_by_password(self) -> None:
+        self.open("/login")
+        self.sign_in(self.email)
+
+    def open_passkeys(self) -> None:
+        self.page.get_by_role("heading", name="Passkeys").click()
+
+    def create(self, name: str, status: str = CREATED) -> None:
+        """Create a passkey on the account page."""
+        for field in ("passkey-name", "passkey-password"):
+            self.page.locator(f"#{field}").fill("")
+        self.fill("enroll", name=name, password=PASSWORD)
+        self.expect_status("enroll", status)
+
+    def sign_out(self) -> None:
+        self.page.get_by_role("button", name="Sign out").click()
+
+    def expect_listed(self, *names: str) -> None:
+        expect(self.page.locator("#passkey-list li span")).to_have_text([f"{name} " for name in names])
+
+
+Begin = Callable[..., Owner]
+
+
+@pytest.fixture
+def begin(browser: Browser, site: Site) -> Iterator[Begin]:
+    """Start the visit of an owner; at the end nobody may have seen an error."""
+    started: list[Owner] = []
+
+    def one(email: str, **options: Any) -> Owner:
+        started.append(Owner(browser, site, email, **options))
+        return started[-1]
+
+    yield one
+    for owner in started:
+        owner.context.close()
+        assert owner.errors == []
+
+
+def test_a_passkey_is_created_and_signs_in_by_the_field_and_by_the_button(begin: Begin) -> None:
+    bob = begin("bob@example.com")
+    bob.sign_in_by_password()
+    expect(bob.page.locator("#offer")).to_be_visible()
+    bob.page.get_by_role("button", name="Create a passkey").click()
+    expect(bob.page.locator("#passkey-name")).to_be_focused()
+    bob.create("<b>laptop</b>")
+    bob.expect_listed("<b>laptop</b>")
+    expect(bob.page.locator("#offer")).to_be_hidden()
+    check_accessibility(bob.page)
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=False)
+    bob.sign_out()
+    bob.expect_url("/login")
+    bob.page.wait_for_timeout(300)  # nothing happens while nobody touches the device
+    bob.expect_url("/login")
+    check_accessibility(bob.page)
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=True)
+    bob.page.reload(wait_until="commit")  # the field asks again, and the device answers
+    bob.expect_url("/account")
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=False)
+    bob.sign_out()
+    bob.expect_url("/login")
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=True)
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_url("/account")
+
+
+def test_a_second_device_and_the_same_one_twice(begin: Begin) -> None:
+    bob = begin("second@example.com")
+    bob.sign_in_by_password()
+    bob.open_passkeys()
+    bob.create("laptop")
+    bob.create("again", "This device already has a passkey for your account.")
+    bob.tell_device("removeVirtualAuthenticator")
+    bob.add_device()
+    bob.create("phone")
+    bob.expect_listed("laptop", "phone")
+
+
+def test_a_deleted_passkey_signs_nobody_in(begin: Begin) -> None:
+    bob = begin("deleted@example.com")
+    bob.sign_in_by_password()
+    bob.open_passkeys()
+    bob.create("laptop")
+    bob.page.get_by_role("button", name="Delete laptop").click()
+    expect(bob.page.locator("#discard-password")).to_be_focused()
+    bob.page.keyboard.type("wrong")
+    bob.page.keyboard.press("Enter")
+    bob.expect_status("discard", "Wrong password.")
+    bob.page.locator("#discard-password").fill(PASSWORD)
+    bob.page.keyboard.press("Enter")
+    bob.expect_status("enroll", "Passkey deleted. All other sessions have been signed out.")
+    bob.expect_listed()
+    bob.sign_out()
+    bob.expect_url("/login")
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_status("passkey", NOT_ACCEPTED)
+
+
+def test_who_cannot_or_does_not_want_to_show_a_fingerprint_gets_a_friendly_word(begin: Begin) -> None:
+    bob = begin("cancel@example.com")
+    bob.sign_in_by_password()
+    bob.open_passkeys()
+    bob.tell_device("setUserVerified", isUserVerified=False)
+    bob.create("laptop", CANCELLED)
+    bob.tell_device("setUserVerified", isUserVerified=True)
+    bob.create("laptop")
+    bob.tell_device("setUserVerified", isUserVerified=False)
+    bob.sign_out()
+    bob.expect_url("/login")
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_status("passkey", CANCELLED)
+    bob.tell_device("setUserVerified", isUserVerified=True)
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_url("/account")
+
+
+def test_a_device_with_another_key_is_refused(begin: Begin) -> None:
+    bob = begin("forged@example.com")
+    bob.sign_in_by_password()
+    bob.open_passkeys()
+    bob.create("laptop")
+    (credential,) = bob.tell_device("getCredentials")["credentials"]
+    key = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    bob.tell_device("clearCredentials")
+    bob.tell_device("addCredential", credential=credential | {"privateKey": base64.b64encode(key).decode()})
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=False)
+    bob.sign_out()
+    bob.expect_url("/login")
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=True)
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_status("passkey", NOT_ACCEPTED)
+    bob.sign_in(bob.email)  # the password still works
+
+
+def test_the_code_is_asked_for_where_the_service_does(begin: Begin, site: Site) -> None:
+    bob = begin("code@example.com")
+    bob.sign_in_by_password()
+    seed, codes = bob.set_up_two_factor()
+    site.command("sessions", "end", bob.email)
+    bob.open("/login")
+    bob.fill("login", email=bob.email, password=PASSWORD)
+    bob.page.locator("#login-otp").fill(code_of(seed, steps_ahead=1))
+    bob.page.keyboard.press("Enter")
+    bob.expect_url("/account")
+    bob.open_passkeys()
+    bob.create("laptop")
+    bob.sign_out()
+    bob.expect_url("/account")  # by the passkey, without a code
+    assert codes
+
+
+# Runs before the page: counts how often the browser is asked, and lets it refuse at once.
+REFUSING = """
+    window.asked = 0;
+    navigator.credentials.get = async () => { window.asked += 1; throw new DOMException("no", "%s"); };
+"""
+
+
+def test_a_browser_that_refuses_at_once_is_not_asked_again(begin: Begin) -> None:
+    bob = begin("loop@example.com", init_script=REFUSING % "NotAllowedError")
+    bob.open("/login")
+    bob.page.wait_for_function("window.asked === 1")
+    bob.page.wait_for_timeout(500)
+    assert bob.page.evaluate("window.asked") == 1
+    bob.expect_status("passkey", "")
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_status("passkey", CANCELLED)
+
+
+def test_an_unknown_error_of_the_browser_is_named(begin: Begin) -> None:
+    bob = begin("unknown@example.com", init_script=REFUSING % "ConstraintError")
+    bob.open("/login")
+    bob.page.get_by_role("button", name="Sign in with a passkey").click()
+    bob.expect_status("passkey", "The browser could not use a passkey (ConstraintError).")
+
+
+def test_a_browser_without_passkeys_is_offered_none(begin: Begin) -> None:
+    bob = begin("none@example.com", init_script="delete window.PublicKeyCredential")
+    bob.sign_in_by_password()
+    for hidden in ("#offer", "#passkeys"):
+        expect(bob.page.locator(hidden)).to_be_hidden()
+    bob.sign_out()
+    bob.expect_url("/login")
+    expect(bob.page.get_by_role("button", name="Sign in with a passkey")).to_be_hidden()
+    assert not [url for url in bob.requests if "passkey" in url]
+
+
+def test_the_offer_is_dismissed_for_good(begin: Begin) -> None:
+    bob = begin("dismiss@example.com")
+    bob.sign_in_by_password()
+    bob.page.get_by_role("button", name="Do not ask again").click()
+    expect(bob.page.locator("#offer")).to_be_hidden()
+    bob.page.reload()
+    expect(bob.page.locator("#who")).to_have_text(bob.email)
+    expect(bob.page.locator("#offer")).to_be_hidden()
+    bob.open_passkeys()
+    expect(bob.page.get_by_role("button", name="Create passkey")).to_be_visible()
+
+
+def test_the_challenge_is_renewed_before_it_expires(begin: Begin) -> None:
+    bob = begin("renew@example.com")
+    bob.page.clock.install()
+    bob.tell_device("setAutomaticPresenceSimulation", enabled=False)
+    bob.open("/login")
+    expect(bob.page.get_by_role("button", name="Sign in with a passkey")).to_be_visible()
+    for seconds, times in [(0, 1), (239, 1), (2, 2)]:
+        bob.page.clock.run_for(seconds * 1000)
+        bob.page.wait_for_timeout(200)
+        assert bob.requests.count(f"{bob.site.auth}/sessions/passkey/options") == times
+
+
+def test_a_passkey_is_the_second_factor_that_a_service_requires(browser: Browser, strict_site: Site) -> None:
+    with Owner(browser, strict_site, "strict@example.com") as bob:
+        bob.open("/login")
+        bob.fill("login", email=bob.email, password=PASSWORD)
+        text = "This service requires two-factor authentication. Set it up below."
+        expect(bob.page.locator("#who")).to_have_text(text)
+        bob.open_passkeys()
+        bob.create("laptop")
+        expect(bob.page.locator("#who")).to_have_text(bob.email)
+        bob.tell_device("setAutomaticPresenceSimulation", enabled=False)
+        bob.sign_out()
+        bob.expect_url("/login")
+        bob.fill("login", email=bob.email, password=PASSWORD)  # is no longer enough
+        bob.page.wait_for_load_state()
+        bob.expect_url("/login")
+        bob.tell_device("setAutomaticPresenceSimulation", enabled=True)
+        bob.page.get_by_role("button", name="Sign in with a passkey").click()
+        bob.expect_url("/account")
