@@ -15,19 +15,26 @@ PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) mails.txt pyp
 SOURCES = $(PRODUCT) main.py $(wildcard *.md *.toml docs/*.* docs/security/* tests/*.* .pre-commit-config.yaml .github/*/*)
 
 # POSTGRES=1 adds psycopg and its libpq, about 5 MB, for AUTHSVC_DATABASE=postgresql://… "make install" adds them where
-# the installed file has them or the settings name such a database; "make install POSTGRES=" leaves them out.
+# the installed file has them or the settings name such a database; "make install POSTGRES=" leaves them out. PASSKEYS=1
+# adds fido2 and what it needs, about 5 MB, for passkeys.
 ifneq (,$(filter install,$(MAKECMDGOALS)))
+PASSKEYS ?= $(shell grep -ls site-packages/fido2/ $(DESTDIR)/opt/authsvc/authsvc.pyz)
 POSTGRES ?= $(shell grep -ls -e site-packages/psycopg/ -e '^AUTHSVC_DATABASE=.\?postgres' \
 	$(DESTDIR)/opt/authsvc/authsvc.pyz $(DESTDIR)/etc/authsvc/authsvc.env)
 endif
 PACKED = bottle.py bcrypt waitress segno \
-	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py)
+	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py) \
+	$(if $(PASSKEYS),fido2 cryptography cffi _cffi_backend*.so)
 # The packages of that file by the names of their licences. shiv's own start code is in it, too.
-LICENSED = bottle bcrypt waitress segno shiv $(if $(POSTGRES),psycopg psycopg_binary psycopg_pool typing_extensions)
+LICENSED = bottle bcrypt waitress segno shiv $(if $(POSTGRES),psycopg psycopg_binary psycopg_pool typing_extensions) \
+	$(if $(PASSKEYS),fido2 cryptography cffi)
 # Packages that only some tests need: see [dependency-groups] in pyproject.toml.
 EXTRAS = .venv/browser .venv/fuzz .venv/proxies .venv/release
 
-PYZ = dist/authsvc$(if $(POSTGRES),-postgres).pyz
+# The compiled parts of psycopg and cffi are for one version of Python. The plain file runs on each from 3.11 on.
+PYTHON_VERSION = $(if $(POSTGRES)$(PASSKEYS),$(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) -c \
+	'import sys; print("%d.%d" % sys.version_info[:2])'))
+PYZ = dist/authsvc$(if $(POSTGRES),-postgres)$(if $(PASSKEYS),-passkeys-py$(PYTHON_VERSION)).pyz
 SBOM = $(PYZ:.pyz=.cdx.json)
 SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
@@ -37,7 +44,8 @@ help:
 	@echo "make run      install the packages needed and serve on http://127.0.0.1:5000"
 	@echo "make test     install the packages needed and run all tests (ONLY=browser|proxies|postgres|faults|fuzz: one kind)"
 	@echo "make quick    run the tests that start no process, in half a minute"
-	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg)"
+	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg;"
+	@echo "              PASSKEYS=1: with fido2, for this version of Python only)"
 	@echo "make release  build that file, the list of its packages (CycloneDX) and dist/SHA256SUMS"
 	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
 	@echo "make bench    compare its speed with other services, about half an hour (needs wrk, Node and npm)"
@@ -85,6 +93,7 @@ $(PYZ): .venv/pyz $(PRODUCT) LICENSE deploy/unpack.py deploy/licences.py
 	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) mails.txt pyproject.toml LICENSE $(PACKAGES) build
 	@cd $(SITE_PACKAGES) && cp -r $(PACKED) $(CURDIR)/build
 	@$(BIN)/python deploy/licences.py $(LICENSED) >build/LICENCES.txt
+	@$(if $(PYTHON_VERSION),echo $(PYTHON_VERSION) >build/PYTHON)
 	@find build -name __pycache__ -prune -exec rm -r {} +
 	@chmod -R u=rwX,go=rX build
 	@$(BIN)/python -c 'from pathlib import Path; from shiv import builder, cli; \
@@ -135,13 +144,13 @@ format: .venv/dev
 LOCK = uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml
 
 lock:
-	$(LOCK) --extra qr -o requirements/run.txt
+	$(LOCK) --extra qr --extra passkeys -o requirements/run.txt
 	$(LOCK) --group dev -c requirements/run.txt -o requirements/dev.txt
 	for group in $(notdir $(EXTRAS)); do \
 		echo "requirements/$$group.txt"; \
 		$(LOCK) --group $$group -c requirements/dev.txt -o requirements/$$group.txt || exit 1; \
 	done
-	$(LOCK) --extra qr --extra postgres --group pyz -c requirements/dev.txt -o requirements/pyz.txt
+	$(LOCK) --extra qr --extra postgres --extra passkeys --group pyz -c requirements/dev.txt -o requirements/pyz.txt
 
 clean:
 	rm -rf .venv .results build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

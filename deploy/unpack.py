@@ -11,9 +11,15 @@ from contextlib import suppress
 import _bootstrap
 from _bootstrap.environment import Environment
 
+BUILT_FOR = "site-packages/PYTHON"  # in a file with compiled parts: the version of Python that they are for
 KEPT = 2  # unpacked files: this one, and the one from which a service may still be running
 
 with _bootstrap.current_zipfile() as archive:
+    if BUILT_FOR in archive.namelist():
+        built_for, present = archive.read(BUILT_FOR).decode().strip(), f"{sys.version_info[0]}.{sys.version_info[1]}"
+        if built_for != present:
+            print(f"authsvc: this file is for Python {built_for}, this is {present}: build it again", file=sys.stderr)
+            sys.exit(2)
     environment = Environment.from_json(archive.read("environment.json").decode())
     root = environment.root or "~/.shiv"
     try:

@@ -36,6 +36,7 @@ import requests
 from settings import PREFIX, Settings
 from storage import DB
 from tests import postgres
+from tests.authenticator import Authenticator
 from tests.conftest import BOUND, HERE, Service, clean_environ
 from tests.crowd import written_log
 from tests.documents import commands_in
@@ -435,7 +436,9 @@ def environment_lock() -> Iterator[None]:
 
 def build(tree: Path, *options: str, target: str = "pyz") -> Path:
     """Return the service as one file, which is built at the first call."""
-    packed = tree / ("dist/authsvc-postgres.pyz" if "POSTGRES=1" in options else "dist/authsvc.pyz")
+    version = "py{}.{}".format(*sys.version_info)
+    extras = {"POSTGRES=1": "-postgres", "PASSKEYS=1": f"-passkeys-{version}"}
+    packed = tree / f"dist/authsvc{''.join(extras.get(option, '') for option in options)}.pyz"
     with environment_lock():
         done = subprocess.run(
             ["make", "-s", target, *options], cwd=tree, capture_output=True, text=True, timeout=300, env=clean_environ()
@@ -830,6 +833,33 @@ def test_one_file_with_psycopg_serves_from_postgresql(tmp_path: Path, tree: Path
         assert "PostgreSQL" in written_log(service)
     finally:
         assert service.end() == 0
+
+
+@pytest.mark.slow  # builds the service
+@pytest.mark.process
+def test_one_file_with_passkeys_is_for_one_version_of_python(tmp_path: Path, tree: Path) -> None:
+    packed = build(tree, "PASSKEYS=1")
+    service = Alone(tmp_path, packed)
+    browser, password = requests.Session(), {"password": "b4l0u"}
+    try:
+        for path in ("users", "sessions"):
+            assert browser.post(f"{service.url}/{path}", {"email": "bob@x.io", **password}, timeout=30).ok
+        device = Authenticator(service.url.replace("127.0.0.1", "localhost"))
+        options = browser.post(f"{service.url}/passkeys/options", password, timeout=30).json()
+        passkey = {"name": "laptop", "credential": device.create(options)}
+        assert browser.post(f"{service.url}/passkeys", json=passkey, timeout=30).ok
+        options = browser.post(f"{service.url}/sessions/passkey/options", timeout=30).json()
+        proof = {"credential": device.get(options)}
+        assert browser.post(f"{service.url}/sessions/passkey", json=proof, timeout=30).ok
+    finally:
+        assert service.end() == 0
+    other = tmp_path / "other.pyz"
+    shutil.copy(packed, other)
+    with zipfile.ZipFile(other, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("site-packages/PYTHON", "3.10\n")
+    done = run_packed(other, "--version", SHIV_ROOT=str(tmp_path / "root"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"authsvc: this file is for Python 3\.10, this is 3\.[0-9]+: build it again\n", done.stderr)
 
 
 @pytest.mark.slow  # builds the service twice
