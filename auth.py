@@ -54,7 +54,7 @@ from rate_limit import CODE_MISSING, NEW_BROWSER, SUMMARY, Buckets, RateLimiter
 from settings import MAILBOX, Settings
 from storage import DB, LiveSession, NoResultFound, Session, User, public_id
 from tables.emails import EmailReserved, Link
-from tables.passkeys import MAX_PASSKEYS, Passkey, Use
+from tables.passkeys import MAX_PASSKEYS, Passkey, Used
 from tables.rate_limits import CLOCK_TOLERANCE
 from tables.tokens import MAX_TOKENS, Token
 
@@ -560,7 +560,7 @@ class Auth:
         return self._relying_party.request_options(("sign in", browser), self._now())
 
     def begin_passkey(
-        self, session_id: str | None, password: str, browser: str, otp: str = "", *, caller: Caller
+        self, session_id: str | None, password: str, otp: str, caller: Caller, browser: str
     ) -> passkeys.Options:
         """Return the options for a new passkey of this session's user.
 
@@ -1080,9 +1080,7 @@ class Auth:
         if reason:
             raise PasswordRejected(reason)
 
-    def _start_session(
-        self, user: User, ended: str | None = None, used: Use | None = None, **details: Any
-    ) -> str | None:
+    def _start_session(self, user: User, ended: str | None = None, used: Used = None, **details: Any) -> str | None:
         now, session_id = self._now(), self._new_secret()
         session = Session(_digest(session_id), now, now, now + self._settings.session_lifetime, **details)
         replaced = _digest(ended) if ended else None

@@ -143,8 +143,7 @@ class Handlers:
 
     @_route("POST", "/sessions/passkey/options")
     def passkey_request(self) -> Response:
-        browser = self._browser()
-        return self._with_browser(json_response(200, **self._auth.passkey_request(browser)), browser)
+        return self._challenge(self._auth.passkey_request)
 
     @_route("POST", "/sessions/passkey", flags=("remember",), objects=("credential",))
     def log_in_with_passkey(self, remember: str, credential: dict[str, Any]) -> Response:
@@ -154,9 +153,8 @@ class Handlers:
 
     @_route("POST", "/passkeys/options", fields=("password",), optional=("otp",), hashes=True)
     def begin_passkey(self, password: str, otp: str) -> Response:
-        browser = self._browser()
-        options = self._auth.begin_passkey(self._cookie(), password, browser, otp, caller=_caller())
-        return self._with_browser(json_response(200, **options), browser)
+        given = self._cookie(), password, otp, _caller()
+        return self._challenge(lambda browser: self._auth.begin_passkey(*given, browser))
 
     @_route("POST", "/passkeys", fields=("name",), objects=("credential",))
     def add_passkey(self, name: str, credential: dict[str, Any]) -> Response:
@@ -390,11 +388,11 @@ class Handlers:
         found = _read_cookies(self._browser_name, SESSION_ID)
         return found[0] if len(found) == 1 else secrets.token_urlsafe(16)
 
-    def _with_browser(self, answer: Response, value: str) -> Response:
-        secure = "; Secure" if self._settings.production else ""
+    def _challenge(self, ask: Callable[[str], dict[str, object]]) -> Response:
+        """Return the options for a passkey, with the cookie that ties their challenge to this browser."""
+        browser, secure = self._browser(), "; Secure" if self._settings.production else ""
         attributes = f"HttpOnly; Path=/; SameSite=Lax{secure}; Max-Age={self._auth.challenge_lifetime}"
-        answer.headers.append(("Set-Cookie", f"{self._browser_name}={value}; {attributes}"))
-        return answer
+        return json_response(200, ("Set-Cookie", f"{self._browser_name}={browser}; {attributes}"), **ask(browser))
 
     def _with_device(self, answer: Response, user: User, kind: str = "full") -> Response:
         if value := self._auth.device_cookie(user, _device(), kind):

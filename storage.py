@@ -19,8 +19,8 @@ from engines.rows import hash_as_given, is_storable
 from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
 from tables import passkeys
-from tables.emails import DELETE_WAITING, IS_GOOD, Emails, Link, claim, give_up
-from tables.passkeys import DELETE_PASSKEYS, NEW_FOR, Challenge, Passkey, Passkeys, Use
+from tables.emails import DELETE_WAITING, IS_GOOD, RESERVED_FOR, Emails, Link, claim, give_up
+from tables.passkeys import DELETE_PASSKEYS, NEW_FOR, Challenge, Passkey, Passkeys, Used
 from tables.rate_limits import CLOCK_TOLERANCE, RateLimits
 from tables.tokens import DELETE_TOKENS, Tokens
 
@@ -36,6 +36,12 @@ LOOKUP_COLUMNS = {name: name for name in UPDATABLE_COLUMNS} | {"id": "id", "emai
 IS_LIVE_SESSION = """sessions.expires_at > :now AND sessions.last_seen_at > :idle_since
                AND sessions.created_at <= :latest AND sessions.last_seen_at <= :latest"""
 IS_EXPIRED_SESSION = "(expires_at <= :now OR last_seen_at <= :idle_since)"
+EXPIRED = {  # of the other tables: the key of a row, and when it can be deleted
+    "registrations": ("id", "expires_at <= :now"),
+    "email_changes": ("session_id", "expires_at <= :now"),
+    "former_emails": ("email_key", "released_at <= :released"),
+    "spent_challenges": ("digest", "expires_at <= :past"),
+}
 HAS_EXPIRED_RESET = "reset_token IS NOT NULL AND reset_expires_at <= :now"
 HAS_LIVE_RESET = """reset_token = :token_hash AND reset_expires_at > :now AND reset_created_at <= :latest
                AND disabled_at IS NULL"""
@@ -348,14 +354,7 @@ class DB:
     # Sessions
 
     def add_session(
-        self,
-        user: User,
-        session: Session,
-        used: Use | None = None,
-        *,
-        replaced: str | None,
-        idle_since: int,
-        limit: int,
+        self, user: User, session: Session, used: Used = None, *, replaced: str | None, idle_since: int, limit: int
     ) -> bool:
         """Start a session if password and second factor are still those of ``user``, and the user is not disabled.
 
@@ -618,9 +617,11 @@ class DB:
             with self._engine.transaction() as db:
                 cleared = db.executemany(f"{CLEAR_RESET} WHERE id = :id AND {HAS_EXPIRED_RESET}", rows).rowcount
             yield "reset_tokens", cleared
-        yield from self.emails.prune(now=now, limit=limit)
-        while deleted := self.passkeys.prune(before=now - CLOCK_TOLERANCE, limit=limit):
-            yield "spent_challenges", deleted
+        times |= {"past": now - CLOCK_TOLERANCE, "released": now - RESERVED_FOR, "limit": limit}
+        for table, (key, condition) in EXPIRED.items():
+            statement = f"DELETE FROM {table} WHERE {key} IN (SELECT {key} FROM {table} WHERE {condition} LIMIT :limit)"
+            while deleted := self._engine.write(statement, times):
+                yield table, deleted
         while deleted := self.rate_limits.prune(now=now, limit=limit):
             yield "buckets", deleted
 

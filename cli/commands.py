@@ -28,8 +28,7 @@ from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from log import log_event, timestamp
 from mail import Mailer, token_link
 from settings import Settings, SettingsError, redacted
-from storage import DB, User, newest_session_time
-from tables.emails import EXPIRED
+from storage import DB, EXPIRED, User, newest_session_time
 from tables.rate_limits import CLOCK_TOLERANCE
 
 PROGRESS_STEP = 5000  # rows between two updates of the progress display
@@ -561,7 +560,7 @@ def _mail_problems(settings: Settings) -> list[str]:
 
 def _prune(operator: Operator) -> None:
     """Delete expired rows now. The service also does this every hour."""
-    deleted = {"sessions": 0, "reset_tokens": 0, **dict.fromkeys(EXPIRED, 0), "spent_challenges": 0, "buckets": 0}
+    deleted = {"sessions": 0, "reset_tokens": 0, **dict.fromkeys(EXPIRED, 0), "buckets": 0}
     with operator.open_database() as (auth, _):
         for kind, number in auth.prune():
             deleted[kind] += number

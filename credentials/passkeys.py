@@ -11,6 +11,7 @@ Signatures and formats are verified by Yubico's ``fido2``, the extra ``passkeys`
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import importlib.util
@@ -91,7 +92,7 @@ class RelyingParty:
 
         with _refusals():
             parsed, challenge = self._parsed(webauthn.RegistrationResponse, credential, purpose, now)
-            data = self._server().register_complete(_state(parsed), parsed)
+            data = self._server.register_complete(_state(parsed), parsed)
             key, credential_id = data.credential_data.public_key, data.credential_data.credential_id
             if credential_id != parsed.raw_id or not 0 < len(credential_id) <= MAX_CREDENTIAL_ID_BYTES:
                 raise Refused("credential id")
@@ -127,7 +128,7 @@ class RelyingParty:
             parsed, challenge = self._parsed(webauthn.AuthenticationResponse, credential, purpose, now)
             key = cose.CoseKey.parse(cbor.decode(_bytes(public_key)))  # type: ignore[arg-type]  # a map, as it was stored
             known = webauthn.AttestedCredentialData.create(bytes(16), parsed.raw_id, key)
-            self._server().authenticate_complete(_state(parsed), [known], parsed)
+            self._server.authenticate_complete(_state(parsed), [known], parsed)
             data = parsed.response.authenticator_data
             if parsed.response.user_handle != _bytes(handle):
                 raise Refused("user handle")
@@ -136,6 +137,7 @@ class RelyingParty:
                 raise Refused("signature counter")
             return data.counter, _synced(data), challenge
 
+    @functools.cached_property  # it takes as long to construct as a signature to verify
     def _server(self) -> Any:
         from fido2 import server, webauthn
 

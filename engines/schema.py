@@ -21,13 +21,8 @@ def _steps(file: str) -> tuple[str, ...]:
 # table apart, and order them in the same way on both engines.
 _DEFINITIONS = re.findall(r"^CREATE TABLE (\w+) (.*?)^\)", SQLITE_SCHEMA.read_text(encoding="utf-8"), re.M | re.S)
 TABLES = {table: tuple(re.findall("^    ([a-z_]+) ", columns, re.MULTILINE)) for table, columns in _DEFINITIONS}
-NUMBERED_TABLES = (
-    "users",
-    "sessions",
-    "registrations",
-    "access_tokens",
-    "passkeys",
-)  # their ids are generated and never reused
+# The ids of these are generated and never reused.
+NUMBERED_TABLES = "users", "sessions", "registrations", "access_tokens", "passkeys"
 
 # MIGRATIONS[n - 1] brings a database from version n to n + 1. The schema files always make the newest version.
 SQLITE_MIGRATIONS, POSTGRES_MIGRATIONS = _steps("migrations_sqlite.sql"), _steps("migrations_postgres.sql")

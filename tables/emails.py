@@ -6,7 +6,6 @@ seconds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from engines import Engine, Transaction
@@ -26,11 +25,6 @@ NEWEST = f"SELECT id FROM registrations WHERE email_key = :email_key ORDER BY id
 RESERVED = """
     SELECT 1 FROM former_emails
      WHERE email_key = :email_key AND user_id <> :user_id AND released_at > :before"""
-EXPIRED = {  # of each table: the keys of rows that can be deleted
-    "registrations": "id IN (SELECT id FROM registrations WHERE expires_at <= :now LIMIT :limit)",
-    "email_changes": "session_id IN (SELECT session_id FROM email_changes WHERE expires_at <= :now LIMIT :limit)",
-    "former_emails": "email_key IN (SELECT email_key FROM former_emails WHERE released_at <= :before LIMIT :limit)",
-}
 
 
 class EmailReserved(AlreadyExists):
@@ -72,13 +66,6 @@ class Emails:
     def release(self, email: str) -> bool:
         """Free an email that was given up; return whether it was reserved."""
         return self._engine.write("DELETE FROM former_emails WHERE email_key = :key", {"key": email.casefold()}) == 1
-
-    def prune(self, *, now: int, limit: int) -> Iterator[tuple[str, int]]:
-        """Delete expired rows, up to ``limit`` in one transaction. Yield after each the table and the number."""
-        values = {"now": now, "before": now - RESERVED_FOR, "limit": limit}
-        for table in EXPIRED:
-            while deleted := self._engine.write(f"DELETE FROM {table} WHERE {EXPIRED[table]}", values):
-                yield table, deleted
 
 
 def claim(db: Transaction, email_key: str, user_id: int, now: int | None) -> None:

@@ -30,7 +30,7 @@ class Passkey(NamedTuple):
     sign_count: int
 
 
-Use = tuple[Passkey, Challenge]  # the new state of a passkey, and the challenge that it has signed
+Used = tuple[Passkey, Challenge] | None  # the new state of a passkey, and the challenge that it has signed
 
 COLUMNS = ", ".join(f"passkeys.{name}" for name in Passkey._fields)
 
@@ -58,13 +58,6 @@ class Passkeys:
                 RETURNING passkey_handle"""
             row = db.execute(statement, {"id": user_id, "new": new}).fetchone()
             return row and str(row[0])
-
-    def prune(self, *, before: int, limit: int) -> int:
-        """Delete up to ``limit`` challenges that expired before a time; return how many."""
-        statement = """
-            DELETE FROM spent_challenges
-             WHERE digest IN (SELECT digest FROM spent_challenges WHERE expires_at < :before LIMIT :limit)"""
-        return self._engine.write(statement, {"before": before, "limit": limit})
 
 
 def spend(db: Transaction, challenge: Challenge) -> Any:

@@ -526,7 +526,7 @@ def test_a_passkey_that_is_added_or_deleted_is_told_by_mail(auth: Auth, server: 
 def add_passkey(auth: Auth, name: str) -> str:
     """Add a passkey for Bob, and return the id of the session."""
     session_id, device = auth.create_session(BOB), Authenticator("https://auth.example.com", "auth.example.com")
-    options = auth.begin_passkey(session_id, PASSWORD, "browser", caller=UNCOUNTED)
+    options = auth.begin_passkey(session_id, PASSWORD, "", UNCOUNTED, "browser")
     return auth.add_passkey(session_id, name, device.create(options), "browser")[2]
 
 

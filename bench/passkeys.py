@@ -1,0 +1,145 @@
+"""Signing in with passkeys beside signing in with passwords, in one run.
+
+``python bench/passkeys.py`` takes three minutes. Sixteen clients sign in over and over, with passkeys and passwords
+in turns. Each has an address of its own. A sign-in with a passkey is two requests: the options, and the
+answer of the authenticator, which the clients compute on the same cores.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sqlite3
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import run
+from tests.authenticator import Authenticator, cbor, to_text
+
+CLIENTS = 16
+OWNERS = 200
+ROUNDS = 3
+SECONDS = 12.0
+ORIGIN, RP_ID = "https://auth.example.com", "auth.example.com"
+
+Figures = dict[str, list[float]]
+
+
+def enroll(database: Path) -> list[Authenticator]:
+    """Give some users a passkey each, and return these."""
+    owners = []
+    with closing(sqlite3.connect(database)) as db, db:
+        for number in range(1, OWNERS + 1):
+            one = Authenticator(ORIGIN, RP_ID, handle=to_text(number.to_bytes(32, "big")))
+            email = f"user{number}@example.com"
+            db.execute("UPDATE users SET passkey_handle = ? WHERE email = ?", (one.handle, email))
+            statement = """
+                INSERT INTO passkeys (user_id, name, created_at, synced, credential_id, public_key, sign_count)
+                SELECT id, 'laptop', 1, 0, ?, ?, 0 FROM users WHERE email = ?"""
+            db.execute(statement, (to_text(one.credential_id), to_text(cbor(one.public_key)), email))
+            owners.append(one)
+    return owners
+
+
+def sign_in(client: run.Client, owner: Authenticator, address: str) -> float:
+    """Sign in; return how long the service took for the two requests, in seconds."""
+    headers = {"X-Forwarded-For": address, "X-Forwarded-Proto": "https", "Content-Type": "application/json"}
+    began = time.perf_counter()
+    status, found, body = client.ask("POST", "/sessions/passkey/options", headers)
+    took = time.perf_counter() - began
+    assert status == 200, body
+    cookie = next(value.partition(";")[0] for name, value in found if name == "set-cookie")
+    credential = json.dumps({"credential": owner.get(json.loads(body))})
+    began = time.perf_counter()
+    status, _, body = client.ask("POST", "/sessions/passkey", {**headers, "Cookie": cookie}, credential)
+    assert status == 200, body
+    return took + time.perf_counter() - began
+
+
+def storm(port: int, owners: list[Authenticator], stop: Any, counts: Any) -> None:
+    """Sign in with passkeys over and over from a number of threads, in a process of its own."""
+    took: list[float] = []
+
+    def one(number: int) -> None:
+        client, mine = run.Client(port), owners[number::CLIENTS]
+        while not stop.is_set():
+            for owner in mine:
+                took.append(sign_in(client, owner, f"198.18.0.{number + 1}"))
+                if stop.is_set():
+                    return
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    began, before = time.perf_counter(), len(took)
+    counts.put(None)
+    stop.wait()
+    during = took[before:]
+    counts.put((len(during) / (time.perf_counter() - began), run.p99(during)))
+    for thread in threads:
+        thread.join()
+
+
+def measure(one: run.Running, owners: list[Authenticator], figures: Figures) -> None:
+    """Add the figures of one round."""
+
+    def note(what: str, value: float) -> None:
+        figures.setdefault(what, []).append(value)
+
+    client = run.Client(one.port)
+    note(
+        "sign-in with a passkey, p99 idle, ms", run.p99([sign_in(client, owners[0], "198.18.1.1") for _ in range(200)])
+    )
+    note("/verify, p99 idle, ms", run.p99(one.latency(SECONDS, "/verify")))
+    context = multiprocessing.get_context("fork")
+    stop, counts = context.Event(), context.Queue()
+    process = context.Process(target=storm, args=(one.port, owners[1:], stop, counts))
+    process.start()
+    counts.get(timeout=60)
+    note("/verify, p99 while 16 sign in with passkeys, ms", run.p99(one.latency(SECONDS, "/verify")))
+    stop.set()
+    rate, p99 = counts.get(timeout=60)
+    process.join()
+    note("sign-ins with passkeys a second", rate)
+    note("sign-in with a passkey, p99 of 16, ms", p99)
+    with one.storm(CLIENTS) as counted:
+        note("/verify, p99 while 16 sign in with passwords, ms", run.p99(one.latency(SECONDS, "/verify")))
+    good, _, seconds = counted[0]
+    note("sign-ins with passwords a second", good / seconds)
+    note("passkeys ÷ passwords", rate / (good / seconds))
+    note(
+        "/verify, p99 with passkeys ÷ idle",
+        figures["/verify, p99 while 16 sign in with passkeys, ms"][-1] / figures["/verify, p99 idle, ms"][-1],
+    )
+
+
+def main() -> None:
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        subject = run.authsvc()
+        run.fill_authsvc(Path(folder), 1000)
+        owners = enroll(Path(folder) / "authsvc.db")
+        one = run.Running(subject, Path(folder))
+        try:
+            for number in range(ROUNDS):
+                run.progress(f"round {number + 1} of {ROUNDS}")
+                measure(one, owners, figures)
+        finally:
+            one.stop()
+    print("| | median | all |\n|---|---|---|")
+    for what, values in figures.items():
+        listed = ", ".join(f"{value:.3g}" for value in values)
+        print(f"| {what} | {statistics.median(values):.3g} | {listed} |")
+
+
+if __name__ == "__main__":
+    main()
