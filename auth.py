@@ -23,6 +23,8 @@ response; each refusal names its status. Knows no SQL.
   ``sessions end`` also voids device cookies.
 - An access token opens ``/verify`` alone. It ends at its own time, when its user deletes it, when the password is
   reset, when the user is disabled, and by ``sessions end``. A change with the current password leaves it valid.
+- A passkey is two factors. Its challenge works once, for one browser and purpose, within 5 minutes. It ends when its
+  user deletes it, and by ``passkeys-off``. A reset deletes those of the last 30 days, which may be an intruder's.
 - A one-time code works once, and only after the password. Nobody can sign in to a disabled account.
 - A session remembers when a second factor was last shown in it. Switching the factor off resets that.
 - In production secrets have 256 random bits, a password must be long and uncommon, and a reset token is only mailed.
@@ -202,8 +204,12 @@ class PasskeyRejected(AuthError, status=401, event=None, message="passkey not ac
     """A passkey cannot be used to sign in. Only the log says why, and caller.log() has been called."""
 
 
-class PasskeyNotCreated(AuthError, status=400, event="input_validation_fail", message="passkey not accepted"):
-    """The user cannot have this passkey; the message says why, but for one that is not valid."""
+class PasskeyNotCreated(AuthError, status=400, event="input_validation_fail"):
+    """The user cannot have this passkey; the message says why."""
+
+
+class PasskeyNotValid(AuthError, status=400, event=None, message="passkey not accepted"):
+    """A new passkey is not valid. Only the log says why, and caller.log() has been called."""
 
 
 class SecondFactorRejected(AuthError, status=400, event="input_validation_fail"):
@@ -380,6 +386,8 @@ class Auth:
             if not found:
                 raise passkeys.Refused("unknown credential id")
             user, handle, passkey = found
+            if not passkey.public_key:
+                raise passkeys.Refused("revoked by a reset of the password")
             stored, now = (passkey.public_key, passkey.sign_count, handle), self._now()
             count, synced, challenge = self._relying_party.verify(credential, *stored, ("sign in", browser), now)
             used = passkey._replace(sign_count=count, synced=synced, last_used_at=now), challenge
@@ -387,8 +395,7 @@ class Auth:
             if not session_id:
                 raise passkeys.Refused("challenge used, or account changed meanwhile")
         except passkeys.Refused as refused:
-            caller.log("authn_login_fail", reason=f"passkey: {refused}", **({"user_id": user.id} if user else {}))
-            self._count(caller, self._limiter.unknown_passkey)
+            self._refuse_passkey("authn_login_fail", refused, user, caller)
             raise PasskeyRejected from None
         if user.last_login_at is not None:
             self._tell_of_sign_in(user, self._known_device(user, caller.device), NEW_BROWSER, caller)
@@ -579,14 +586,15 @@ class Auth:
         return self._relying_party.creation_options(purpose, self._now(), handle, user.email, held)
 
     def add_passkey(
-        self, session_id: str | None, name: str, credential: passkeys.Credential, browser: str
+        self, session_id: str | None, name: str, credential: passkeys.Credential, browser: str, *, caller: Caller
     ) -> tuple[User, int, str]:
         """Add a passkey, a RegistrationResponseJSON, under a name; return the user, its id, and the session's new id.
 
         All other sessions end. The session has shown a second factor by that.
 
         Raises:
-            PasskeyNotCreated: the name or the passkey is not acceptable, or the user has MAX_PASSKEYS already.
+            PasskeyNotCreated: the name is not acceptable, or the user has MAX_PASSKEYS already.
+            PasskeyNotValid: the passkey is not, or it is known already, or the challenge is not good.
         """
         user, now, new_id = self.identify(session_id, enrolling=True), self._now(), self._new_secret()
         if not _is_name(name):
@@ -601,7 +609,8 @@ class Auth:
                 self._require_room(user)
                 raise passkeys.Refused("known credential id, challenge used, or session ended meanwhile")
         except passkeys.Refused as refused:
-            raise PasskeyNotCreated(text=f"passkey not accepted: {refused}", user_id=user.id) from None
+            self._refuse_passkey("input_validation_fail", refused, user, caller)
+            raise PasskeyNotValid from None
         self._notify(user, f"A passkey named {harmless(name)} was added")
         return user, passkey_id, new_id
 
@@ -626,6 +635,10 @@ class Auth:
     def _creation(self, user: User, session_id: str | None, browser: str) -> passkeys.Purpose:
         # With the session: the password was checked in this one.
         return "new passkey", str(user.id), _digest(session_id), browser
+
+    def _refuse_passkey(self, event: str, refused: passkeys.Refused, user: User | None, caller: Caller) -> None:
+        caller.log(event, reason=f"passkey: {refused}", **({"user_id": user.id} if user else {}))
+        self._count(caller, self._limiter.unknown_passkey)
 
     def _require_room(self, user: User) -> list[Passkey]:
         held = self.passkeys_of(user.id)
@@ -866,14 +879,19 @@ class Auth:
         """
         token_hash = _digest(reset_token)
         user = self._db.find_reset(token_hash, **self._window())  # first: a guess costs no bcrypt
+        had_passkeys = bool(user and self.passkeys_of(user.id))
         if not user or (email is not None and user.email.casefold() != email.casefold()):
             raise self._rejected("invalid reset token", caller)
         self._check_password(password, user.email)
         new_hash = _hash_password(password, self._settings.bcrypt_cost)
-        if not self._db.spend_reset(token_hash, new_hash, **self._window()):
+        required = self._settings.require_second_factor
+        if not self._db.spend_reset(token_hash, new_hash, keeps_factor=required, **self._window()):
             raise TokenRejected("invalid reset token")  # another request spent it while we hashed
-        held = ", ".join([f'"{harmless(passkey.name)}"' for passkey in self.passkeys_of(user.id)])
-        self._notify(user, held or "Your password was changed", kind="passkeys_kept" if held else "notice")
+        held = ", ".join([f'"{harmless(passkey.name)}"' for passkey in self.passkeys_of(user.id) if passkey.public_key])
+        if had_passkeys:
+            self._notify(user, held or "none", kind="passkeys_kept")
+        else:
+            self._notify(user, "Your password was changed")
         return self._reloaded(user)
 
     # For the operator's commands

@@ -158,7 +158,9 @@ class Handlers:
 
     @_route("POST", "/passkeys", fields=("name",), objects=("credential",))
     def add_passkey(self, name: str, credential: dict[str, Any]) -> Response:
-        user, passkey_id, session_id = self._auth.add_passkey(self._cookie(), name, credential, self._browser())
+        user, passkey_id, session_id = self._auth.add_passkey(
+            self._cookie(), name, credential, self._browser(), caller=_caller()
+        )
         _log("authn_factor_added", user_id=user.id, passkey=passkey_id)
         return self._with_renewed(json_response(200, id=str(passkey_id), name=name), session_id)
 

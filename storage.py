@@ -20,7 +20,16 @@ from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
 from tables import passkeys
 from tables.emails import DELETE_WAITING, IS_GOOD, RESERVED_FOR, Emails, Link, claim, give_up
-from tables.passkeys import DELETE_PASSKEYS, NEW_FOR, Challenge, Passkey, Passkeys, Used
+from tables.passkeys import (
+    DELETE_PASSKEYS,
+    HAS_OTHER_FACTOR,
+    NEW_FOR,
+    REVOKE_NEW_PASSKEYS,
+    Challenge,
+    Passkey,
+    Passkeys,
+    Used,
+)
 from tables.rate_limits import CLOCK_TOLERANCE, RateLimits
 from tables.tokens import DELETE_TOKENS, Tokens
 
@@ -469,10 +478,16 @@ class DB:
         row = self._engine.read(statement, {"token_hash": token_hash, "now": now, "latest": latest})
         return row and _user(row)
 
-    def spend_reset(self, token_hash: str, hashed_password: bytes, *, now: int, latest: int) -> bool:
+    def spend_reset(
+        self, token_hash: str, hashed_password: bytes, *, keeps_factor: bool = False, now: int, latest: int
+    ) -> bool:
         """Set the password of the token's user, and revoke all credentials, device cookies and access tokens.
 
-        Passkeys that are younger than NEW_FOR are deleted. Return whether the token was live.
+        Passkeys that are younger than NEW_FOR are deleted, as they may be those of an intruder. With ``keeps_factor``,
+        where the user has no other factor, they are only made useless. So a session with the new password shows that a
+        factor is missing, and cannot set up another one.
+
+        Return whether the token was live.
         """
         values = {"token_hash": token_hash, "hashed_password": hashed_password, "now": now, "latest": latest}
         with self._engine.transaction() as db:  # the first statement finds the user, and locks the row
@@ -483,7 +498,9 @@ class DB:
             if row:
                 _revoke_credentials(db, row[0], devices=True)
                 db.execute(DELETE_TOKENS, {"user_id": row[0]})
-                db.execute(f"{DELETE_PASSKEYS} AND created_at > :since", {"user_id": row[0], "since": now - NEW_FOR})
+                values = {"user_id": row[0], "since": now - NEW_FOR, "always": int(not keeps_factor)}
+                db.execute(f"{DELETE_PASSKEYS} AND created_at > :since AND (:always = 1 OR {HAS_OTHER_FACTOR})", values)
+                db.execute(REVOKE_NEW_PASSKEYS, values)
             return row is not None
 
     # Second factor

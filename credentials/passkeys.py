@@ -15,6 +15,7 @@ import functools
 import hashlib
 import hmac
 import importlib.util
+import json
 import secrets
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterator
@@ -30,7 +31,11 @@ ALGORITHMS = -7, -257  # ES256 and RS256 (RFC 8152, 8.1; RFC 8812, 2): all authe
 RSA_BITS = range(2048, 4097)
 RSA_EXPONENT = 65_537
 MAX_CREDENTIAL_ID_BYTES = 1023  # WebAuthn, 7.1, step 26
-REQUIRED = {"userVerification": "required"}  # the device asks for a fingerprint, a face or a PIN
+MAX_KEY_BYTES = 1024  # of a public key; RSA with 4096 bits takes 530
+MAX_DATA_BYTES = 1024  # that an authenticator signs when somebody signs in: 37, and those of extensions
+VERIFICATION = "required"  # the device asks for a fingerprint, a face or a PIN
+REQUIRED = {"userVerification": VERIFICATION}
+PARTS = "clientDataJSON", "attestationObject", "authenticatorData", "signature", "userHandle"
 MAX_REASON = 80  # characters that are logged
 
 Purpose = tuple[str, ...]  # what a challenge is for, with the user and the browser
@@ -91,16 +96,23 @@ class RelyingParty:
         from fido2 import cbor, webauthn
 
         with _refusals():
-            parsed, challenge = self._parsed(webauthn.RegistrationResponse, credential, purpose, now)
-            data = self._server.register_complete(_state(parsed), parsed)
-            key, credential_id = data.credential_data.public_key, data.credential_data.credential_id
-            if credential_id != parsed.raw_id or not 0 < len(credential_id) <= MAX_CREDENTIAL_ID_BYTES:
+            parts, state, challenge = self._opened(credential, purpose, now)
+            data = cbor.decode(parts["attestationObject"])["authData"]  # type: ignore[index,call-overload]
+            if not isinstance(data, bytes):
+                raise Refused("no authenticator data")
+            attestation = webauthn.AttestationObject.create("none", webauthn.AuthenticatorData(data), {})
+            client_data, raw_id = webauthn.CollectedClientData(parts["clientDataJSON"]), _bytes(credential["rawId"])
+            given = webauthn.AuthenticatorAttestationResponse(client_data=client_data, attestation_object=attestation)
+            new = self._server.register_complete(state, webauthn.RegistrationResponse(raw_id=raw_id, response=given))
+            key, credential_id = new.credential_data.public_key, new.credential_data.credential_id
+            if credential_id != raw_id or not 0 < len(credential_id) <= MAX_CREDENTIAL_ID_BYTES:
                 raise Refused("credential id")
-            if key.ALGORITHM not in ALGORITHMS or not _is_strong(key):
+            public_key = cbor.encode(key)
+            if key.ALGORITHM not in ALGORITHMS or len(public_key) > MAX_KEY_BYTES or not _is_strong(key):
                 raise Refused("kind of key")
             with suppress(InvalidSignature):
                 key.verify(b"", b"")  # raises ValueError if the key is no key, such as a point beside the curve
-            return _text(credential_id), _text(cbor.encode(key)), data.counter, _synced(data), challenge
+            return _text(credential_id), _text(public_key), new.counter, _synced(new), challenge
 
     def credential_id(self, credential: Credential) -> str:
         """Return the credential id in an AuthenticationResponseJSON, in the form in which it is stored.
@@ -125,12 +137,20 @@ class RelyingParty:
         from fido2 import cbor, cose, webauthn
 
         with _refusals():
-            parsed, challenge = self._parsed(webauthn.AuthenticationResponse, credential, purpose, now)
+            parts, state, challenge = self._opened(credential, purpose, now)
+            if len(parts["authenticatorData"]) > MAX_DATA_BYTES:
+                raise Refused("too much authenticator data")
+            data, raw_id = webauthn.AuthenticatorData(parts["authenticatorData"]), _bytes(credential["rawId"])
+            given = webauthn.AuthenticatorAssertionResponse(
+                client_data=webauthn.CollectedClientData(parts["clientDataJSON"]),
+                authenticator_data=data,
+                signature=parts["signature"],
+            )
             key = cose.CoseKey.parse(cbor.decode(_bytes(public_key)))  # type: ignore[arg-type]  # a map, as it was stored
-            known = webauthn.AttestedCredentialData.create(bytes(16), parsed.raw_id, key)
-            self._server.authenticate_complete(_state(parsed), [known], parsed)
-            data = parsed.response.authenticator_data
-            if parsed.response.user_handle != _bytes(handle):
+            known = webauthn.AttestedCredentialData.create(bytes(16), raw_id, key)
+            response = webauthn.AuthenticationResponse(raw_id=raw_id, response=given)
+            self._server.authenticate_complete(state, [known], response)
+            if parts.get("userHandle") != _bytes(handle):
                 raise Refused("user handle")
             # Synced passkeys do not count. In others a step back tells of a copy (WebAuthn, 6.1.1).
             if data.counter <= sign_count and (data.counter or sign_count):
@@ -149,15 +169,22 @@ class RelyingParty:
         signed = secrets.token_bytes(CHALLENGE_BYTES) + (now + CHALLENGE_LIFETIME).to_bytes(EXPIRY_BYTES, "big")
         return _text(signed + self._mac(purpose, signed))
 
-    def _parsed(self, form: Any, credential: Credential, purpose: Purpose, now: int) -> tuple[Any, Challenge]:
-        """Return a response in the form of ``fido2`` and its challenge, after the checks that are left to us."""
+    def _opened(
+        self, credential: Credential, purpose: Purpose, now: int
+    ) -> tuple[dict[str, bytes], dict[str, str], Challenge]:
+        """Return the parts of a response, what Fido2Server wants to know of the options, and the challenge.
+
+        Here is checked what ``fido2`` leaves to us. It gets bytes only: of a number, it would make as many zero bytes,
+        so that a small request could fill the memory.
+        """
         if (credential["id"], credential["type"]) != (_text(_bytes(credential["rawId"])), "public-key"):
             raise Refused("id or type")
-        parsed = form.from_dict(credential)
-        challenge = self._check_challenge(parsed.response.client_data.challenge, purpose, now)
-        if parsed.response.client_data.cross_origin is not False:
+        parts = {name: _bytes(text) for name, text in credential["response"].items() if name in PARTS and text}
+        client_data = json.loads(parts["clientDataJSON"])
+        challenge = self._check_challenge(_bytes(client_data["challenge"]), purpose, now)
+        if client_data.get("crossOrigin", False) is not False:
             raise Refused("cross-origin")
-        return parsed, challenge
+        return parts, {"challenge": client_data["challenge"], "user_verification": VERIFICATION}, challenge
 
     def _check_challenge(self, challenge: bytes, purpose: Purpose, now: int) -> Challenge:
         signed, mac = challenge[:-32], challenge[-32:]
@@ -175,11 +202,6 @@ class RelyingParty:
         return mac.digest()
 
 
-def _state(parsed: Any) -> dict[str, str]:
-    # What Fido2Server would have us keep from the options to the response. The challenge has been checked.
-    return {"challenge": _text(parsed.response.client_data.challenge), "user_verification": "required"}
-
-
 def _synced(data: Any) -> int:
     # Whether a passkey can be synced is not compared with the past: in practice that changes.
     if data.is_backed_up() and not data.is_backup_eligible():
@@ -191,7 +213,7 @@ def _is_strong(key: Any) -> bool:
     if ALGORITHMS[1] != key.ALGORITHM:
         return True
     modulus, exponent = (int.from_bytes(key[part], "big") for part in (-1, -2))
-    return modulus.bit_length() in RSA_BITS and exponent == RSA_EXPONENT
+    return modulus % 2 == 1 and modulus.bit_length() in RSA_BITS and exponent == RSA_EXPONENT
 
 
 @contextmanager

@@ -82,6 +82,14 @@ curl -s -f -o "$folder/body" -u "$email:$token" "$url/verify" || {
 ask 200 DELETE "/tokens/$id"
 ask 404 DELETE "/tokens/$id"
 
+# Passkeys. Only a browser can make one, so what curl sends in its place is refused
+ask 200 POST /passkeys/options password="tarte flambée"
+ask 400 POST /passkeys name=laptop credential=none
+ask 200 GET /passkeys
+ask 404 DELETE /passkeys/1 password="tarte flambée"
+ask 200 POST /sessions/passkey/options
+ask 400 POST /sessions/passkey credential=none
+
 # Two-factor authentication
 ask 200 POST /totp password="tarte flambée"
 seed=$(value secret)

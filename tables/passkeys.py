@@ -15,6 +15,10 @@ NEW_FOR = 2_592_000  # seconds, 30 days, in which a reset of the password takes 
 Challenge = tuple[str, int]  # the SHA-256 in hex of a challenge, and when it expires
 
 DELETE_PASSKEYS = "DELETE FROM passkeys WHERE user_id = :user_id"
+REVOKE_NEW_PASSKEYS = "UPDATE passkeys SET public_key = '' WHERE user_id = :user_id AND created_at > :since"
+HAS_OTHER_FACTOR = """
+    EXISTS (SELECT 1 FROM users WHERE id = :user_id AND totp_since IS NOT NULL
+            UNION ALL SELECT 1 FROM passkeys WHERE user_id = :user_id AND created_at <= :since)"""
 
 
 class Passkey(NamedTuple):
@@ -26,7 +30,7 @@ class Passkey(NamedTuple):
     last_used_at: int | None
     synced: int  # 1: its provider keeps a copy
     credential_id: str
-    public_key: str
+    public_key: str  # "" once a reset of the password has revoked it
     sign_count: int
 
 

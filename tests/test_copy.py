@@ -105,7 +105,7 @@ def fill(database: str) -> None:
     assert auth.identify_program(f"Bearer {token}", browser=False)  # records the use
     device, browser = Authenticator(), "one"
     options = auth.begin_passkey(session_id, "b4l0u", "", UNCOUNTED, browser)
-    auth.add_passkey(session_id, "é, 🗝", device.create(options), browser)
+    auth.add_passkey(session_id, "é, 🗝", device.create(options), browser, caller=UNCOUNTED)
     auth.log_in_with_passkey(device.get(auth.passkey_request(browser)), browser, caller=UNCOUNTED)
     auth.log_in("éve@x.io", "3v3", caller=Caller("2001:db8::1", agent=""), remember=True)
     auth.link_token(auth.find_user("éve@x.io"))

@@ -394,7 +394,15 @@ def check_answer(status: int, headers: dict[str, str], body: bytes, production: 
         assert status == 200
         return
     content = json.loads(body)
-    kinds = {"sessions": list, "tokens": list, "recovery_codes": list, "second_factor": bool, "expires": str | None}
+    kinds: dict[str, Any] = {
+        "sessions": list,
+        "tokens": list,
+        "recovery_codes": list,
+        "second_factor": bool,
+        "expires": str | None,
+    }
+    kinds |= dict.fromkeys(("passkeys", "pubKeyCredParams", "excludeCredentials", "allowCredentials"), list)
+    kinds |= dict.fromkeys(("rp", "user", "authenticatorSelection"), dict) | {"timeout": int}
     assert all(isinstance(value, kinds.get(name, str)) for name, value in content.items())
     assert status < 400 or (content.keys() == {"message"} and content["message"])
 

@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -442,7 +443,7 @@ SIGN_IN: dict[str, tuple[Make, str]] = {
     "a made-up challenge": (lambda one, o: one.get(o, challenge=to_text(b"x" * 72)), "challenge"),
     "a longer challenge": (lambda one, o: one.get(o, challenge=o["challenge"] + "AAAA"), "challenge"),
     "a short challenge": (lambda one, o: one.get(o, challenge=o["challenge"][:40]), "challenge"),
-    "no challenge": (lambda one, o: one.get(o, challenge=None), "client_data"),
+    "no challenge": (lambda one, o: one.get(o, challenge=None), "challenge"),
     "another key": (lambda one, o: replace(one, private_key=Authenticator().private_key).get(o), "signature"),
     "no signature": (lambda one, o: changed(one.get(o), signature=b""), "signature"),
     "changed client data": (
@@ -454,7 +455,7 @@ SIGN_IN: dict[str, tuple[Make, str]] = {
     "an unknown credential id": (lambda one, o: replace(one, credential_id=b"unknown").get(o), "unknown"),
     "id and rawId differ": (lambda one, o: one.get(o) | {"id": "AAAA"}, "id or type"),
     "another type": (lambda one, o: one.get(o) | {"type": "password"}, "id or type"),
-    "bytes after the data": (lambda one, o: extended(one, o, b"x"), "authenticator_data"),
+    "bytes after the data": (lambda one, o: extended(one, o, b"x"), "length"),
     "a flag for missing extensions": (lambda one, o: replace(one, flags=PRESENT | VERIFIED | EXTENDED).get(o), "range"),
     "no rawId": (lambda one, o: without(one.get(o), "rawId"), "rawId"),
     "a number for rawId": (lambda one, o: one.get(o) | {"rawId": 1}, ""),
@@ -610,7 +611,7 @@ def test_refused_passkeys_are_limited_by_address_and_good_ones_are_not(tmp_path:
         auth.register_user("bob@x.io", "tarte flambée du dimanche")
         session, device = auth.create_session("bob@x.io"), Authenticator(PUBLIC_URL, "auth.example.com")
         options = auth.begin_passkey(session, "tarte flambée du dimanche", "", UNCOUNTED, "one")
-        auth.add_passkey(session, "x", device.create(options), "one")
+        auth.add_passkey(session, "x", device.create(options), "one", caller=UNCOUNTED)
         credential = device.get(auth.passkey_request("one"))
         assert send(CLIENT, credential, "__Host-challenge=one").status == 200
 
@@ -763,6 +764,36 @@ def test_a_session_that_began_with_a_passkey_asks_for_no_code_for_ten_minutes(cl
 
 
 @pytest.mark.both_engines
+@pytest.mark.parametrize("other", ["nothing", "totp", "an older passkey"])
+def test_a_reset_link_alone_never_sets_up_the_factor_that_is_required(
+    owner: Person, strict: Client, clock: Clock, other: str
+) -> None:
+    call = owner.call
+    if other == "an older passkey":
+        clock.advance(NEW_FOR)
+        owner.session = cookie_of(log_in(call))
+        older, owner.device = owner.device, Authenticator()
+        assert owner.add("phone").status == 200
+    if other == "totp":
+        user = TotpUser(call, clock)
+        user.begin()
+        user.confirm()
+    young = owner.device
+    token = {"reset_token": reset_token(call), "email": "bob@x.io", "new_password": "n3w"}
+    assert strict("PUT", "/reset_password", token).status == 200
+    thief = Person(strict, password="n3w")
+    thief.ask("POST", "/sessions", {"email": "bob@x.io", "password": "n3w"})
+    assert thief.begin().status == 403
+    assert thief.ask("GET", "/verify").status == 401
+    owner.call, owner.device = strict, young
+    assert owner.sign_in().status == 401  # it may be that of an intruder
+    if other == "an older passkey":
+        owner.device = older
+        assert owner.sign_in().status == 200
+        assert [passkey["name"] for passkey in owner.listed()] == ["laptop"]
+
+
+@pytest.mark.both_engines
 @pytest.mark.parametrize("age", [0, NEW_FOR - 1, NEW_FOR])
 def test_a_reset_deletes_the_passkeys_of_an_intruder(owner: Person, clock: Clock, age: int) -> None:
     clock.advance(age)
@@ -799,7 +830,34 @@ def test_an_export_says_how_many_passkeys_it_leaves_out(owner: Person, run: Run,
     assert result.err == ["authsvc: left out 1 passkey: only backup and copy-to keep them"]
 
 
-# The vectors of the standard, and a second opinion
+# Numbers in the place of bytes: fido2 makes as many zero bytes of them.
+
+HUGE = 10**8
+
+
+@each(
+    "part",
+    ["authenticatorData", "clientDataJSON", "signature", "userHandle", "attestationObject", "challenge", "authData"],
+)
+def test_a_number_in_the_place_of_bytes_takes_no_memory(owner: Person, part: str) -> None:
+    signed, created = owner.device.get(owner.options()), Authenticator().create(owner.begin().json)
+    client_data = json.dumps({"type": "webauthn.get", "challenge": HUGE, "origin": "http://localhost:5000"}).encode()
+    for credential, send in ((signed, owner.send), (created, owner.send_new)):
+        if part == "challenge":
+            sent = changed(credential, clientDataJSON=client_data)
+        elif part == "authData":
+            sent = changed(credential, attestationObject=cbor({"fmt": "none", "attStmt": {}, "authData": HUGE}))
+        else:
+            sent = credential | {"response": credential["response"] | {part: HUGE}}
+        tracemalloc.start()
+        status = send(sent).status
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert status in (200, 400, 401)
+        assert peak < HUGE / 10
+
+
+# The vectors of the standard
 
 
 def party(origin: str, monkeypatch: pytest.MonkeyPatch) -> passkeys.RelyingParty:
@@ -821,7 +879,7 @@ def test_the_vectors_of_the_standard(vector: dict[str, Any], monkeypatch: pytest
     parts = {name: known[name] for name in ("clientDataJSON", "authenticatorData", "signature")}
     assertion = device.response(**parts, userHandle=b"bob")
     cross_origin = json.loads(new["clientDataJSON"])["crossOrigin"]
-    monkeypatch.setattr(passkeys, "_state", unverified)
+    monkeypatch.setattr(passkeys, "VERIFICATION", "discouraged")
     if cross_origin:
         with pytest.raises(passkeys.Refused, match="cross-origin"):
             one.verify_new(registration, (), 0)
@@ -835,10 +893,3 @@ def test_the_vectors_of_the_standard(vector: dict[str, Any], monkeypatch: pytest
         one.verify_new(registration, (), 0)
     with nullcontext() if known["authenticatorData"][32] & VERIFIED else pytest.raises(passkeys.Refused, match="verif"):
         one.verify(assertion, key, count, to_text(b"bob"), (), 0)
-
-
-_state = passkeys._state
-
-
-def unverified(parsed: Any) -> dict[str, str]:
-    return _state(parsed) | {"user_verification": "discouraged"}

@@ -313,7 +313,10 @@ async function askBrowser(method, options, mediation) {
 }
 
 async function signInWithPasskey(mediation) {
+  const turn = asked.turn = (asked.turn ?? 0) + 1;
   const options = requireSuccess(await send("POST", "/sessions/passkey/options"));
+  // Meanwhile somebody may have clicked the button, and must not lose that question to the one of the field.
+  if (turn !== asked.turn) throw new DOMException("", "AbortError");
   const credential = await askBrowser("get", options, mediation);
   const remember = one("#login [name=remember]").checked ? {remember: "1"} : {};
   requireSuccess(await send("POST", "/sessions/passkey", {credential, ...remember}));
