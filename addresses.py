@@ -1,7 +1,5 @@
 """IP addresses: parsing, the trusted proxies, who the client is, and what counts as one client."""
 
-from __future__ import annotations
-
 import functools
 import ipaddress
 import re

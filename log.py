@@ -6,8 +6,6 @@ A thread writes the lines, so that a reader that stalls delays no answer. A line
 the next line tells how many were. A log that cannot be written never fails a request.
 """
 
-from __future__ import annotations
-
 import atexit
 import functools
 import json

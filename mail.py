@@ -12,8 +12,6 @@ Mail that cannot be sent is retried by another thread, a reset for as long as it
 memory. Mail that still waits when the process ends is lost, and the user has to ask for it again.
 """
 
-from __future__ import annotations
-
 import heapq
 import queue
 import re

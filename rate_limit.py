@@ -10,8 +10,6 @@ token are counted apart from those of strangers, who therefore cannot use them u
 the limits of the strangers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import secrets

@@ -3,8 +3,6 @@
 No other module of the service reads the environment.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import SplitResult, quote, urlsplit
 
 from addresses import Address, is_loopback, is_private_peer, is_wide, parse_address, parse_networks
@@ -108,7 +106,7 @@ class Settings:
     unsafe_listen: bool = False  # lets a development service listen beyond loopback, although it is not safe there
 
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """Read the AUTHSVC_… variables.
 
         Raises:

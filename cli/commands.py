@@ -5,8 +5,6 @@ logged on standard error and in syslog as ``authsvc``. No command reads, sets or
 on a link, and the user chooses the password.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

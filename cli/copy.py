@@ -3,8 +3,6 @@
 It uses no SQL and no rule of the service. Each row is copied as it is, expired or not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from itertools import zip_longest

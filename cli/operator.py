@@ -3,8 +3,6 @@
 The commands themselves are in cli/commands.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@ Parses lines into checked users and writes users as lines. It opens no file and 
 read in the forms that other systems write, but a value that could mean two things is refused.
 """
 
-from __future__ import annotations
-
 import base64
 import codecs
 import csv

@@ -11,8 +11,6 @@ named parameters (``:name``) and are written once for both engines, wherever SQL
 - text: PostgreSQL stores no NUL, see ``rows.is_storable``
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast

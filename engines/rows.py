@@ -1,7 +1,5 @@
 """All rows of a database, to copy them from one engine to another."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +30,7 @@ class Rows:
     ``engine`` is the engine's name; ``stream`` runs a statement and yields its rows one by one.
     """
 
-    def __init__(self, engine: str, transaction: Transaction, stream: Callable[[str], Iterable[Row]]) -> None:
+    def __init__(self, engine: str, transaction: "Transaction", stream: Callable[[str], Iterable[Row]]) -> None:
         self._engine = engine
         self._transaction = transaction
         self._stream = stream

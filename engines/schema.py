@@ -3,8 +3,6 @@
 Migrations only add, so that a running copy of the last release goes on working on a schema that is one step newer.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A lock file keeps processes from writing at the same time. SQLite 3.7.0 to 3.51.
 connections write and checkpoint at the same moment (fixed in 3.51.3).
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

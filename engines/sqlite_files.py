@@ -1,7 +1,5 @@
 """The operator's functions for a SQLite file: check, backup, restore, copying. See engines.Operations."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

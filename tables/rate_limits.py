@@ -1,7 +1,5 @@
 """The tables of the rate limits: buckets (``throttle``) and their secret."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 It keeps the interface of waitress's parser, which is private: hence ``waitress<4`` in pyproject.toml.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import time
