@@ -14,6 +14,7 @@ address of an attacker again and again.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
@@ -29,6 +30,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key")
 Path = tuple[str, ...]
 Entry = tuple[Item, Path, bool]  # an item, its path, and whether it is preferred
+Turns = OrderedDict[Path, float]  # numbers
 
 
 class FairQueue(Generic[Item]):
@@ -45,10 +47,11 @@ class FairQueue(Generic[Item]):
         # How many parts of a path lead to the nodes that have a limit of their own. The narrowest comes first.
         self._limits = (4, client_limit), (2, network_limit)
         self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
-        self._strangers = _Pair[Item](self._newcomers, self._others)
-        self._all = _Pair[Item](self._preferred, self._strangers)
+        self._classes = self._preferred, self._newcomers, self._others  # in the order of their turns
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
-        self._served = {True: _Served(), False: _Served()}  # by whether they were preferred
+        # The latest turn of each network, client and account, by whether the item was preferred.
+        self._turns: dict[bool, Turns] = {True: OrderedDict(), False: OrderedDict()}
+        self._numbers = itertools.count(1)  # of turns
         self._idle = 0  # threads in get() that have no item yet
         self._lock = threading.Lock()
         # The number of waiting items. A thread waits for one without the lock, so that it is woken only once.
@@ -57,7 +60,7 @@ class FairQueue(Generic[Item]):
     def serves_at_once(self) -> bool:
         """Return whether a thread is free for an item that is added now: then its class and account do not matter."""
         with self._lock:
-            return self._idle > self._all.waiting
+            return self._idle > self._waiting
 
     def put(self, item: Item, path: Path, *, preferred: bool, limited: bool) -> list[Item]:
         """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
@@ -85,7 +88,7 @@ class FairQueue(Generic[Item]):
             crowd = (self._preferred,) if preferred else (self._others, self._newcomers)
             for depth, limit in (*(self._limits if limited else ()), (0, self.class_limit)):
                 if sum(top.count(path[:depth]) for top in crowd) > limit:
-                    return [self._drop(path[:depth], crowd, self._served[preferred])]
+                    return [self._drop(path[:depth], crowd, self._turns[preferred])]
         self._added.release()
         return []
 
@@ -100,10 +103,12 @@ class FairQueue(Generic[Item]):
         while True:
             self._added.acquire()
             with self._lock:
-                if self._all.waiting:
+                if self._waiting:
                     self._idle -= 1
-                    item, path, preferred = self._all.take()
-                    self._served[preferred].add(path)
+                    item, path, preferred = self._take(*self._classes)
+                    turn = next(self._numbers)
+                    for depth in range(1, len(path) + 1):
+                        _remember(self._turns[preferred], path[:depth], turn)
                     if not preferred:
                         _remember(self._recent, path[-2], time.monotonic())
                     return item
@@ -119,35 +124,27 @@ class FairQueue(Generic[Item]):
             self._added.acquire(blocking=False)  # fails if a thread was woken, which then finds no item
         return [item for item, *_ in removed]
 
-    def _drop(self, path: Path, crowd: Sequence[_Node[Item]], served: _Served) -> Item:
+    @property
+    def _waiting(self) -> int:
+        return sum(top.waiting for top in self._classes)
+
+    def _take(self, first: _Node[Item], *later: _Node[Item]) -> Entry[Item]:
+        """Remove and return the item that has its turn. The later classes together get one of four turns."""
+        others_wait = any(top.waiting for top in later)
+        if first.waiting and not (others_wait and first.in_a_row >= MAX_IN_A_ROW):
+            first.in_a_row += others_wait
+            return first.take()
+        first.in_a_row = 0
+        return self._take(*later)
+
+    def _drop(self, path: Path, crowd: Sequence[_Node[Item]], turns: Turns) -> Item:
         if not path:  # the largest network of all classes, so that newcomers of one network displace no others
-            sizes = sum((top.sizes() for top in crowd), Counter[str]())
-            path = (served.choose(sizes, ()),)
+            path = (_choose(sum((top.sizes() for top in crowd), Counter[str]()), (), turns),)
         top = next(top for top in crowd if top.count(path))  # in this network a newcomer only if there is nobody else
-        item, its_path, _ = top.drop(path, served)
+        item, its_path, _ = top.drop(path, turns)
         if top is self._newcomers:
             self._recent.pop(its_path[-2], None)  # it may try again as a newcomer
         return item
-
-
-class _Pair(Generic[Item]):
-    """Two classes of items. The first goes before the second, except that the second gets one of four turns."""
-
-    def __init__(self, first: _Node[Item], second: _Node[Item] | _Pair[Item]) -> None:
-        self._first, self._second = first, second
-        self._in_a_row = 0  # items of the first that the second had to wait for since it had its turn
-
-    @property
-    def waiting(self) -> int:
-        return self._first.waiting + self._second.waiting
-
-    def take(self) -> Entry[Item]:
-        """Remove and return the item that has its turn."""
-        if self._first.waiting and not (self._second.waiting and self._in_a_row >= MAX_IN_A_ROW):
-            self._in_a_row += bool(self._second.waiting)
-            return self._first.take()
-        self._in_a_row = 0
-        return self._second.take()
 
 
 class _Node(Generic[Item]):
@@ -155,6 +152,7 @@ class _Node(Generic[Item]):
 
     def __init__(self) -> None:
         self.waiting = 0
+        self.in_a_row = 0  # of a class: its turns since a later class, which waited for them, had one
         self._children: OrderedDict[str, _Node[Item]] = OrderedDict()  # the next one to have its turn comes first
         self._items: list[Entry[Item]] = []
 
@@ -197,7 +195,7 @@ class _Node(Generic[Item]):
         self.waiting -= len(removed)
         return removed
 
-    def drop(self, path: Path, served: _Served, above: Path = ()) -> Entry[Item]:
+    def drop(self, path: Path, turns: Turns, above: Path = ()) -> Entry[Item]:
         """Remove and return the newest item of the largest part of the node that the path leads to.
 
         ``above`` is the path of this node.
@@ -205,8 +203,8 @@ class _Node(Generic[Item]):
         self.waiting -= 1
         if not self._children:
             return self._items.pop()
-        name = path[0] if path else served.choose(self.sizes(), above)
-        item = self._children[name].drop(path[1:], served, (*above, name))
+        name = path[0] if path else _choose(self.sizes(), above, turns)
+        item = self._children[name].drop(path[1:], turns, (*above, name))
         self._remove_empty(name)
         return item
 
@@ -215,28 +213,15 @@ class _Node(Generic[Item]):
             del self._children[name]
 
 
-class _Served:
-    """Which networks, clients and accounts had a turn, and in which order."""
+def _choose(sizes: Mapping[str, int], above: Path, turns: Turns) -> str:
+    """Return the largest part of the node ``above``; of several, the one that had its turn last.
 
-    def __init__(self) -> None:
-        self._turns: OrderedDict[Path, float] = OrderedDict()
-        self._turn = 0
-
-    def add(self, path: Path) -> None:
-        """Record a turn."""
-        self._turn += 1
-        for depth in range(1, len(path) + 1):
-            _remember(self._turns, path[:depth], self._turn)
-
-    def choose(self, sizes: Mapping[str, int], above: Path) -> str:
-        """Return the largest part of the node ``above``; of several, the one that had its turn last.
-
-        So somebody who had none keeps a place beside those who come again and again. The rest is chance: the newest or
-        the oldest could be chosen so that others lose each time.
-        """
-        ranks = {name: (size, self._turns.get((*above, name), 0)) for name, size in sizes.items()}
-        highest = max(ranks.values())
-        return secrets.choice([name for name, rank in ranks.items() if rank == highest])
+    So somebody who had none keeps a place beside those who come again and again. The rest is chance: the newest or
+    the oldest could be chosen so that others lose each time.
+    """
+    ranks = {name: (size, turns.get((*above, name), 0)) for name, size in sizes.items()}
+    highest = max(ranks.values())
+    return secrets.choice([name for name, rank in ranks.items() if rank == highest])
 
 
 def _remember(latest: OrderedDict[Key, float], key: Key, moment: float) -> None:
