@@ -36,11 +36,6 @@ class Operator:
         """Raise CommandFailed if there is no database. Opening it would create one, perhaps in the wrong place."""
         database = self.settings.database
         if not operations(database).exists(database):
-            try:
-                os.stat(database)
-            except OSError as error:
-                if isinstance(error, PermissionError):  # this user cannot enter its folder
-                    raise
             remedy = "start the service once to create it, or set AUTHSVC_DATABASE to the service's value"
             raise CommandFailed(f"there is no database {redacted(database)}: {remedy}")
 

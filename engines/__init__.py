@@ -91,7 +91,7 @@ class Operations(Protocol):
     """What the operator's commands ask of a database that is not open: the functions of a module."""
 
     def exists(self, database: str) -> bool:
-        """Return whether there is a database, perhaps a damaged one."""
+        """Return whether there is a database, perhaps a damaged one. Raise an error where that cannot be seen."""
 
     def check(self, database: str) -> dict[str, list[str]]:
         """Return the problems found, by what was checked. The list under "database" is empty if it can be read."""

@@ -49,9 +49,8 @@ class Rows:
         """
         columns = TABLES[table]
         parameters = ", ".join(f":{column}" for column in columns)
-        statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({parameters})"
         checked = (self._checked(table, dict(zip(columns, row, strict=True))) for row in rows)
-        self._transaction.executemany(statement, checked)
+        self._transaction.executemany(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({parameters})", checked)
 
     def last_id(self, table: str) -> int:
         """Return the highest id that a row of the table ever had; 0 where there was none."""
@@ -68,8 +67,7 @@ class Rows:
     def _checked(self, table: str, row: dict[str, Any]) -> dict[str, Any]:
         for column, value in row.items():
             if self._engine == "PostgreSQL" and isinstance(value, str) and not is_storable(column, value):
-                identity = next(iter(row.values()))
-                raise ValueError(f"PostgreSQL cannot store the {column} in row {identity} of {table}")
+                raise ValueError(f"PostgreSQL cannot store the {column} in row {next(iter(row.values()))} of {table}")
         return row
 
 

@@ -312,8 +312,7 @@ def _create_private(path: str) -> None:
         try:
             os.stat(path)
         except FileNotFoundError:  # not created: the file that it named is lost, or on a disk that is not mounted
-            target = os.path.realpath(path)
-            raise DatabaseRefused(f"it is a symbolic link to {target}, which does not exist") from None
+            raise DatabaseRefused(f"it is a symbolic link to {os.path.realpath(path)}, which does not exist") from None
         if not os.access(path, os.R_OK | os.W_OK, effective_ids=True):  # not open(): see _opening
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
         if 0 < os.path.getsize(path) < MIN_FILE_BYTES:  # SQLite would take it for empty and overwrite it

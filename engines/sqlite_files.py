@@ -17,8 +17,14 @@ IN_USE = "the database is in use: stop the service first"
 
 
 def exists(database: str) -> bool:
-    """Return whether there is a file."""
-    return os.path.exists(database)
+    """Return whether there is a file.
+
+    Raises:
+        OSError: its folder cannot be read.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return bool(os.stat(database))
+    return False
 
 
 def check(database: str) -> dict[str, list[str]]:
