@@ -90,8 +90,8 @@ def is_direct(environ: WSGIEnvironment) -> bool:
 
 def _came_over_tls(environ: WSGIEnvironment) -> bool:
     # The nearest proxy writes the last value of a list. A client may have sent the others.
-    scheme: str = environ.get("HTTP_X_FORWARDED_PROTO", "https").rpartition(",")[2].strip(" \t")
-    return scheme.lower() in ("https", "wss")  # wss: a WebSocket over TLS
+    # wss: a WebSocket over TLS.
+    return environ.get("HTTP_X_FORWARDED_PROTO", "https").rpartition(",")[2].strip(" \t").lower() in ("https", "wss")
 
 
 def _names_this_machine(environ: WSGIEnvironment) -> bool:

@@ -91,8 +91,7 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
         error, request_id = self.request.error, new_request_id()
         settings, peer = self.channel.owner.dispatcher.settings, self.channel.addr[0]
         client = client_address(peer, self.request.headers.get("X_FORWARDED_FOR"), settings.trusted_proxy)
-        message = MESSAGES.get(error.code, "internal error")
-        headers, body = complete_error(message, request_id, settings.production)
+        headers, body = complete_error(MESSAGES.get(error.code, "internal error"), request_id, settings.production)
         if error.code == Busy.code:
             headers.append(("Retry-After", str(RETRY_AFTER)))
             log_event("sys_busy", request_id=request_id, address=client)
@@ -254,8 +253,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             super().handle_read()
         else:
             self.discard -= len(self.recv(65_536))  # closes the channel at the end of the stream
-            if self.discard <= 0:
-                self.will_close = True
+            self.will_close = self.will_close or self.discard <= 0
 
     def is_slow(self, now: float, body_timeout: float) -> bool:
         """Return whether the client has had enough time for what it is doing. ``now`` is in monotonic seconds."""
@@ -287,8 +285,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     @property
     def _silent_since(self) -> float:
-        silence: float = time.time() - self.last_activity
-        return time.monotonic() - silence
+        return time.monotonic() - (time.time() - float(self.last_activity))
 
 
 class Dispatcher:
@@ -356,9 +353,8 @@ class Dispatcher:
 
     def refuse_late(self) -> None:
         """Answer 503 to requests that have waited too long for a hash."""
-        latest = time.monotonic() - MAX_WAIT
         for waiting in self._hashing_queue, self._writing_queue:
-            for _, channel in waiting.remove(lambda item: item[0] < latest):
+            for _, channel in waiting.remove(lambda item: time.monotonic() - item[0] > MAX_WAIT):
                 _refuse(channel)
 
     def refuse_displaced(self) -> None:
@@ -372,9 +368,8 @@ class Dispatcher:
         waiting = self._hashing_queue if hashes else self._writing_queue
         preferred, account = (False, "") if waiting.serves_at_once() else self._rank_safely(environ)
         peer, proxy = channel.addr[0], self.settings.trusted_proxy
-        client = client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)
+        path = (*network_path(client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)), account)
         limited = self.settings.tells_clients_apart(peer)
-        path = (*network_path(client), account)
         lost = waiting.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
         displaced = [other for _, other in lost if other is not channel]
         self._displaced += displaced  # refused later: this thread holds a lock of this connection
@@ -395,8 +390,7 @@ class Dispatcher:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         while True:
             since, channel = waiting.get()
-            too_late = time.monotonic() - since > MAX_WAIT
-            _run(functools.partial(_refuse, channel) if too_late else channel.service)
+            _run(functools.partial(_refuse, channel) if time.monotonic() - since > MAX_WAIT else channel.service)
 
     def _write(self) -> None:
         while True:
@@ -487,9 +481,8 @@ class Server:
 
     def _close_slow(self, now: float) -> None:
         """Close the connections of clients that take too long, without an answer."""
-        channels = self._channels
-        body_timeout = BUSY_BODY_TIMEOUT if len(channels) > MAX_CONNECTIONS // 2 else BODY_TIMEOUT
-        for channel in channels:
+        body_timeout = BUSY_BODY_TIMEOUT if len(self._channels) > MAX_CONNECTIONS // 2 else BODY_TIMEOUT
+        for channel in self._channels:
             if channel.is_slow(now, body_timeout):
                 _log_closing(channel, "too slow")
                 channel.handle_close()
@@ -531,9 +524,8 @@ class _LogHandler(logging.Handler):
             log_event("sys_server", level=record.levelname.lower(), message=str(record.msg))
 
 
-def _log_closing(channel: Channel, reason: str) -> None:
-    address = channel.client or client_address(channel.addr[0], None, "")
-    log_event("sys_connection_closed", address=address, reason=reason)
+def _log_closing(channel: Channel, why: str) -> None:
+    log_event("sys_connection_closed", address=channel.client or client_address(channel.addr[0], None, ""), reason=why)
 
 
 def _refuse(channel: Any) -> None:
