@@ -269,9 +269,8 @@ def _invite(operator: Operator) -> None:
 
 def _print_reset_link(operator: Operator) -> None:
     """Print a link to set a new password, for when mail does not arrive."""
-    base = _link_base(operator.settings)
     with operator.open_user() as (auth, _, user):
-        _print_link(operator, auth, user, base, invited=False)
+        _print_link(operator, auth, user, _link_base(operator.settings), invited=False)
 
 
 def _link_base(settings: Settings) -> str:
@@ -319,19 +318,18 @@ def _delete_passkeys(operator: Operator) -> None:
 def _list_sessions(operator: Operator) -> None:
     """List the sessions of a user."""
     with operator.open_user() as (auth, _, user):
-        for session in auth.sessions_of(user.id):
-            _print_row(operator, auth.describe_session(session))
+        _print_rows(operator, map(auth.describe_session, auth.sessions_of(user.id)))
 
 
-def _print_row(operator: Operator, record: Mapping[str, str | None]) -> None:
-    operator.print_record("  ".join(map(_format, record.values())), **record)
+def _print_rows(operator: Operator, records: Iterable[Mapping[str, str | None]]) -> None:
+    for record in records:
+        operator.print_record("  ".join(map(_format, record.values())), **record)
 
 
 def _list_tokens(operator: Operator) -> None:
     """List the access tokens of a user: id, name, and when each was created, was last used and expires."""
     with operator.open_user() as (auth, _, user):
-        for token in auth.tokens_of(user.id):
-            _print_row(operator, describe_token(token))
+        _print_rows(operator, map(describe_token, auth.tokens_of(user.id)))
 
 
 def _delete_token(operator: Operator) -> None:

@@ -121,11 +121,10 @@ def write_users(users: Iterable[User], file: IO[str], form: str) -> Iterator[boo
         record = _to_record(user)
         fits = form != "htpasswd" or _fits_htpasswd(record)
         if form == "csv":
-            values = (f"'{value}" if FORMULA.match(value) else value for value in record.values())
             # Some spreadsheets split at semicolons or tabs, and the part after one could be a formula.
             split = re.search(r"[;\t\r]", user.email)
             table = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if split else csv.QUOTE_MINIMAL)
-            table.writerow(values)
+            table.writerow(f"'{value}" if FORMULA.match(value) else value for value in record.values())
         elif form == "jsonl":
             file.write(json.dumps(record) + "\n")
         elif fits:
@@ -249,10 +248,8 @@ def _check_hash(hashed: str) -> None:
 
 def _fits_htpasswd(record: dict[str, str]) -> bool:
     # The format has no field for a disabled account or a second factor: the user could sign in without either check.
-    if record["disabled"] or record["totp_secret"]:
-        return False
-    email = record["email"]
-    return record["hashed_password"].startswith("$2") and ":" not in email and not email.startswith("#")
+    unprotected = record["disabled"] or record["totp_secret"]
+    return not unprotected and record["hashed_password"].startswith("$2") and not re.search("^#|:", record["email"])
 
 
 def _parse_created(text: str, now: int) -> int:
