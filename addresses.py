@@ -57,8 +57,8 @@ def is_wide(network: Network) -> bool:
 def is_loopback(address: str | None) -> bool:
     """Return whether a peer is on this machine. ``None`` means that there is no network peer."""
     parsed = parse_address(address or "")
-    named = address in (None, "localhost")  # waitress uses this name for the peer of a Unix socket
-    return named or (parsed is not None and parsed.is_loopback)
+    # waitress uses the name for the peer of a Unix socket.
+    return address in (None, "localhost") or (parsed is not None and parsed.is_loopback)
 
 
 @functools.lru_cache(maxsize=1024)

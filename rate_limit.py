@@ -144,8 +144,7 @@ class RateLimiter:
 
     def has_attempts(self, buckets: Buckets) -> bool:
         """Return whether each of these buckets has an attempt left. Nothing is counted."""
-        now = int(self._clock())
-        return not any(self._limits.is_empty(bucket, now) for bucket in buckets)
+        return not any(self._limits.is_empty(bucket, int(self._clock())) for bucket in buckets)
 
     def refund(self, buckets: Buckets) -> None:
         """Give back an attempt that succeeded."""

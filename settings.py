@@ -122,8 +122,8 @@ class Settings:
         linked = _LINK.fullmatch(f"AUTHSVC_NAME={environ.get('AUTHSVC_NAME')}")
         for name in sorted({name for name in environ if name.startswith(PREFIX)} - FOREIGN):
             if name not in readers:
-                of_link = linked and name.startswith("AUTHSVC_ENV_")  # the environment of the other container
-                if of_link or _LINK.fullmatch(f"{name}={environ[name]}"):
+                # AUTHSVC_ENV_…: the environment of the other container of a link.
+                if (linked and name.startswith("AUTHSVC_ENV_")) or _LINK.fullmatch(f"{name}={environ[name]}"):
                     continue
                 listen = "set AUTHSVC_LISTEN=ADDRESS:PORT, for example 127.0.0.1:5000"
                 remedy = listen if name in ("AUTHSVC_PORT", "AUTHSVC_HOST") else "docs/settings.md lists all settings"
@@ -138,8 +138,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         # As browsers write them in an Origin header: in lower case, and without the default port.
-        url = re.sub(r"\A(https://[^/:]+):0*443\Z", r"\1", self.public_url.lower())
-        object.__setattr__(self, "public_url", url)
+        object.__setattr__(self, "public_url", re.sub(r"\A(https://[^/:]+):0*443\Z", r"\1", self.public_url.lower()))
         object.__setattr__(self, "cookie_domain", self.cookie_domain.lower())
         for one in fields(self):
             # Most values are in UTF-8, which Python has misread in another locale.
