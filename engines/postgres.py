@@ -89,11 +89,8 @@ class PostgresEngine:
             return connection.execute(_converted(statement), values).fetchall()
 
     def read_each(self, statement: str) -> Iterator[Any]:
-        with self.own_connection() as statements:
-            statements.connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            statements.connection.read_only = True
-            with statements.connection.transaction():
-                yield from statements.stream(statement)
+        with self.own_connection() as statements, statements.connection.transaction():
+            yield from statements.stream(statement)  # a cursor keeps the snapshot with which it was opened
 
     def write(self, statement: str, values: dict[str, Any]) -> int:
         with self._pooled() as connection:
@@ -195,9 +192,8 @@ def open_source(database: str) -> Iterator[Rows]:
     with closing(connection), _translated_errors():
         _migrate(connection)
         _refuse_if_served(connection, database)
-        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
         with connection.transaction():
-            connection.execute(_lock_tables("SHARE"))  # others can still read
+            connection.execute(_lock_tables("SHARE"))  # others can still read, and nobody can write
             yield _rows(connection)
 
 
