@@ -17,8 +17,6 @@ A connection has one request and one answer in memory at a time.
 Built on waitress's dispatcher and channel, which it keeps private: hence ``waitress<4`` in pyproject.toml.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -160,7 +158,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     parser_class = StrictParser
     task_class = PlainTask
     error_task_class = JSONErrorTask
-    owner: ClassVar[Server]
+    owner: ClassVar["Server"]
     # These three are as in waitress's class, for mypy. It also has ``requests``, the one that is being served, and
     # ``last_activity``, when something was received or sent, in unix seconds.
     request: StrictParser | None = None  # one that is not fully received
