@@ -57,8 +57,7 @@ class Mailer:
 
     def __init__(self, settings: Settings, log: Callable[..., None]) -> None:
         self.enabled = settings.smtp_server is not None  # whether a mail server is configured
-        self._settings = settings
-        self._log = log
+        self._settings, self._log = settings, log
         path = settings.smtp_password_file
         self._password = read_password("AUTHSVC_SMTP_PASSWORD_FILE", path) if path else ""
         self._user = unquote(settings.smtp_server.username or "") if settings.smtp_server else ""

@@ -63,8 +63,7 @@ class RateLimiter:
     """
 
     def __init__(self, limits: RateLimits, settings: Settings, clock: Callable[[], float]) -> None:
-        self._limits = limits
-        self._clock = clock
+        self._limits, self._clock = limits, clock
         self._enabled = settings.throttle
         self._factor = 1 if settings.production else DEVELOPMENT_FACTOR
         # With the secret of this database. It signs device cookies, too. A copy is made for each text: that takes half

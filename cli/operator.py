@@ -29,8 +29,7 @@ class Operator:
     """What a command works with: its arguments, the settings, the database, the output and the log."""
 
     def __init__(self, arguments: argparse.Namespace, settings: Settings) -> None:
-        self.arguments = arguments
-        self.settings = settings
+        self.arguments, self.settings = arguments, settings
 
     def require_database(self) -> None:
         """Raise CommandFailed if there is no database. Opening it would create one, perhaps in the wrong place."""

@@ -31,9 +31,7 @@ class Rows:
     """
 
     def __init__(self, engine: str, transaction: "Transaction", stream: Callable[[str], Iterable[Row]]) -> None:
-        self._engine = engine
-        self._transaction = transaction
-        self._stream = stream
+        self._engine, self._transaction, self._stream = engine, transaction, stream
 
     def read(self, table: str) -> Generator[Row, None, None]:
         """Yield the rows of a table, ordered by their first two columns."""

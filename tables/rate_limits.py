@@ -106,8 +106,7 @@ class RateLimits:
 
     def _consume_in_turn(self, buckets: Sequence[Bucket], now: int) -> Found | None:
         with self._engine.transaction() as db:
-            rows = [db.execute(FIND, {"key": bucket.key}).fetchone() for bucket in buckets]
-            found = dict(row for row in rows if row)
+            found = dict(filter(None, (db.execute(FIND, {"key": bucket.key}).fetchone() for bucket in buckets)))
             consumed = [(bucket, *_consumed(bucket, found.get(bucket.key, now), now)) for bucket in buckets]
             if any(wait for bucket, wait, _ in consumed if bucket.refuses):
                 return found

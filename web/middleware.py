@@ -27,8 +27,7 @@ class SecurityMiddleware:
     """Refuses requests that must not reach a route, and adds the common headers to every answer."""
 
     def __init__(self, application: WSGIApplication, settings: Settings) -> None:
-        self._application = application
-        self._settings = settings
+        self._application, self._settings = application, settings
         self._headers = responses.common_headers(settings.production)
         self._page_headers = [header for header in self._headers if header[0] != responses.PAGE_POLICY[0]]
 

@@ -299,9 +299,7 @@ class Dispatcher:
     """
 
     def __init__(self, hashing_routes: Collection[tuple[str, str]], cores: int, settings: Settings, rank: Rank) -> None:
-        self._hashing_routes = hashing_routes
-        self.settings = settings
-        self._rank = rank
+        self.settings, self._hashing_routes, self._rank = settings, hashing_routes, rank
         limit = QUEUE if settings.production else DEVELOPMENT_QUEUE
         self._hashing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
         self._writing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
