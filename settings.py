@@ -49,7 +49,6 @@ MAILBOX = re.compile(_LOCAL + "@" + _LABEL + r"(?:\." + _LABEL + ")*")
 # or "#" in a password, it takes the rest of the password for the host or the database name, which are shown.
 _URL = re.compile(r"postgres(?:ql)?://(?:[^\s/@?#]*@)?[^\s/@?#]*(?:/[^\s/@?#]*)?(?:\?[^\s@?#]*)?")
 _HOST = re.compile(r"[\w.-]*|[0-9A-Fa-f:.]+|/[\w./ -]+")  # a name, an IP address, or the folder of a Unix socket
-_PORT = re.compile(r"[0-9]{0,5}")
 # What is not the path of a file, and may contain a password: URLs of another form, and libpq's connection strings.
 _NO_PATH = re.compile(r"://|^[A-Z][A-Z0-9+.-]*:|(?:^|//)[^/]*:[^/]*@|^[A-Z_]+ *=|\bpassword *=", re.IGNORECASE)
 ENCRYPTED_MODES = "require", "verify-ca", "verify-full"  # values of sslmode that never fall back to plain text
@@ -331,7 +330,7 @@ def _connection_options(url: str) -> dict[str, str] | None:
         options = {name: str(value) for name, value in conninfo_to_dict(url).items()}
     except (Error, ValueError):  # ValueError: not valid UTF-8. Both messages may repeat the password and are dropped.
         return None
-    plausible = all(_HOST.fullmatch(host) and _PORT.fullmatch(port) for host, port in _servers(options))
+    plausible = all(_HOST.fullmatch(host) and re.fullmatch("[0-9]{0,5}", port) for host, port in _servers(options))
     plausible = plausible and not re.search("[=@]", options.get("dbname", ""))  # a connection string with a password
     return options if plausible and _URL.fullmatch(url) else None
 
@@ -344,9 +343,8 @@ def _servers(options: dict[str, str]) -> list[tuple[str, str]]:
 
 def _is_local(options: dict[str, str]) -> bool:
     # A service file can name any host, and libpq uses the host instead of an empty entry in hostaddr.
-    if {"service", "hostaddr"} & options.keys():
-        return False
-    return all(not host or host.startswith("/") or is_loopback(host) for host, _ in _servers(options))
+    elsewhere = {"service", "hostaddr"} & options.keys()
+    return not elsewhere and all(not host or host.startswith("/") or is_loopback(host) for host, _ in _servers(options))
 
 
 def _without_password(text: str) -> str:
