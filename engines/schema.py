@@ -34,8 +34,7 @@ SQLITE_VERSION, POSTGRES_VERSION = len(SQLITE_MIGRATIONS) + 1, len(POSTGRES_MIGR
 LOCK_USER = """
     SELECT id FROM users
      WHERE id = :user_id OR id = (SELECT user_id FROM sessions WHERE session_hash = :session_hash)
-     ORDER BY id FOR NO KEY UPDATE
-"""
+     ORDER BY id FOR NO KEY UPDATE"""
 # A change of email locks the user who has the new one as well: two users who swap theirs would wait for each other.
 LOCK_HOLDERS = "SELECT id FROM users WHERE id = :user_id OR email_key = :email_key ORDER BY id FOR NO KEY UPDATE"
 LOCK_ALL_USERS = "LOCK TABLE users IN EXCLUSIVE MODE"  # other transactions can still read

@@ -51,8 +51,7 @@ CONSUME = f"""
            AND key IN (SELECT key FROM throttle WHERE full_at <= :now AND key <> ALL (:keys::text[])
                         LIMIT 10 FOR UPDATE SKIP LOCKED)
     )
-    SELECT key FROM taken
-"""
+    SELECT key FROM taken"""
 FIND = "SELECT key, full_at FROM throttle WHERE key = :key"
 FIND_ALL = "SELECT key, full_at FROM throttle WHERE key = ANY (:keys)"
 
