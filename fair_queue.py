@@ -22,7 +22,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
-MAX_IN_A_ROW = 3  # turns of one class while the next class waits, which so gets at least every fourth
+MAX_IN_A_ROW = 3  # turns of one class while a later class waits, which so gets at least every fourth
 RECENT = 60.0  # seconds in which a client is no newcomer again; by then the rate limits allow an address two more
 MAX_RECENT = 2000  # clients that are remembered, with their networks 2 MB; the oldest go first
 
@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key")
 Path = tuple[str, ...]
 Entry = tuple[Item, Path, bool]  # an item, its path, and whether it is preferred
-Turns = OrderedDict[Path, float]  # numbers
+Turns = OrderedDict[Path, float]  # the number of the latest turn of each network, client and account
 
 
 class FairQueue(Generic[Item]):
@@ -49,8 +49,7 @@ class FairQueue(Generic[Item]):
         self._preferred, self._newcomers, self._others = _Node[Item](), _Node[Item](), _Node[Item]()
         self._classes = self._preferred, self._newcomers, self._others  # in the order of their turns
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
-        # The latest turn of each network, client and account, by whether the item was preferred.
-        self._turns: dict[bool, Turns] = {True: OrderedDict(), False: OrderedDict()}
+        self._turns: dict[bool, Turns] = {True: OrderedDict(), False: OrderedDict()}  # by whether it was preferred
         self._numbers = itertools.count(1)  # of turns
         self._idle = 0  # threads in get() that have no item yet
         self._lock = threading.Lock()
