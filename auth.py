@@ -31,8 +31,6 @@ response; each refusal names its status. Knows no SQL.
 - A time that is more than 300 s ahead of the clock is invalid: a clock that was set back extends nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -4,8 +4,6 @@ Hashes and unix seconds come in, frozen rows go out. auth.py decides what they m
 The statements are the same on both engines. Knows no clock, no password and no HTTP.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence

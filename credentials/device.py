@@ -8,8 +8,6 @@ The cookie holds one token for each account, up to ``MAX_ACCOUNTS``, the newest 
 all tokens of that user. Nothing is stored for a single token.
 """
 
-from __future__ import annotations
-
 import functools
 import hmac
 import re

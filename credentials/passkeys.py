@@ -9,8 +9,6 @@ to its purpose, to the user and to the browser. That it was used is stored, unti
 Signatures and formats are verified by Yubico's ``fido2``, the extra ``passkeys``. It is imported with the first use.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import hmac
@@ -159,8 +157,10 @@ class RelyingParty:
 
     @functools.cached_property  # it takes as long to construct as a signature to verify
     def _server(self) -> Any:
-        from fido2 import server, webauthn
+        from fido2 import server, utils, webauthn
 
+        # Its classes look up their types for each response, which takes a third of a sign-in.
+        utils.get_type_hints = functools.cache(utils.get_type_hints)  # type: ignore
         # Its own check of the origin takes subdomains, too.
         entity = webauthn.PublicKeyCredentialRpEntity(id=self.id, name=self.id)
         return server.Fido2Server(entity, verify_origin=lambda origin: origin == self.origin)

@@ -8,8 +8,6 @@ that passlib published. It applies bcrypt to an HMAC-SHA-256 keyed with the salt
 Passwords are used exactly as received, neither trimmed nor normalised (OWASP ASVS 6.2.8).
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import gzip

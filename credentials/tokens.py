@@ -1,7 +1,5 @@
 """Access tokens, which programs send in the ``Authorization`` header (RFC 6750, 2.1; RFC 7617)."""
 
-from __future__ import annotations
-
 import base64
 import secrets
 

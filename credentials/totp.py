@@ -6,8 +6,6 @@ The seed of a user is stored unencrypted because the service needs it to compute
 machine would be stolen together with the database. Recovery codes are only compared, so their SHA-256 is stored.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac

@@ -4,8 +4,6 @@ storage.py writes the emails of users, and calls ``claim`` and ``give_up`` in th
 seconds.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from engines import Engine, Transaction

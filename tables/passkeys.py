@@ -3,8 +3,6 @@
 storage.py calls the functions in transactions of its own, in which sessions start and end.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from engines import Engine, Transaction

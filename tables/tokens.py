@@ -1,7 +1,5 @@
 """Access tokens, with which programs pass ``/verify`` (``access_tokens``). Times are unix seconds."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from engines import Engine

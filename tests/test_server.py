@@ -471,6 +471,33 @@ def test_simultaneous_answers_reach_the_right_clients(server: LocalServer) -> No
         ]
 
 
+def test_the_io_thread_sleeps_while_another_thread_sends_an_answer(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterations, run, send = [], web.server.Server._run_loop_once, web.server.Channel.send
+
+    def run_counted(one: web.server.Server, timeout: float) -> None:
+        iterations.append(timeout)
+        run(one, timeout)
+
+    sending = threading.Event()
+
+    def send_slowly(*arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is not server.thread:
+            sending.set()
+            time.sleep(0.2)
+        return send(*arguments, **options)
+
+    connection, other = server.dial(), server.dial()
+    monkeypatch.setattr(web.server.Server, "_run_loop_once", run_counted)
+    monkeypatch.setattr(web.server.Channel, "send", send_slowly)
+    connection.send(http("DELETE", "/sessions"))
+    assert sending.wait(TIMEOUT)
+    assert other.send(GET).status() == 200  # wakes the I/O thread
+    assert connection.status() == 200
+    assert len(iterations) < 20
+
+
 def test_a_connection_that_fails_during_an_answer_is_closed(
     server: LocalServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

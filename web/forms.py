@@ -4,8 +4,6 @@ Only the body counts, never the query string, and each field may be given once. 
 type, decodes as Latin-1 and repairs what is malformed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Responses and refusals of the routes, and the headers that every answer carries."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

@@ -227,8 +227,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # and the reset can overtake our answer. So shut down our side only, and keep reading for a while (RFC 9112 9.6).
 
     def writable(self) -> bool:
-        has_next = self.unparsed and not self.requests
-        return bool(has_next or self.total_outbufs_len or self.will_close or self.close_when_flushed)
+        # A thread that serves a request sends the answer itself, and holds a lock until it has. The I/O thread would
+        # ask for it over and over, and so keep that thread from running.
+        wants = self.unparsed or self.total_outbufs_len or self.will_close or self.close_when_flushed
+        return bool(wants and not self.requests)
 
     def handle_write(self) -> None:
         if self.discard and self.close_when_flushed and not self.total_outbufs_len and not self.will_close:
