@@ -74,6 +74,7 @@ def storm(port: int, owners: list[Authenticator], pause: float, stop: Any, count
 
     def one(number: int) -> None:
         client, mine = run.Client(port), owners[number::CLIENTS]
+        time.sleep(pause * number / CLIENTS)  # not all at the same moment
         while not stop.is_set():
             for owner in mine:
                 due = time.perf_counter() + pause
