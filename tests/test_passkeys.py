@@ -22,6 +22,7 @@ import pytest
 from auth import MAX_NAME, UNCOUNTED, Auth
 from authsvc import HASHING_ROUTES, create_app
 from credentials import passkeys
+from engines.schema import TABLES
 from settings import Settings
 from storage import DB, Session
 from tables.passkeys import MAX_PASSKEYS, NEW_FOR, Passkey
@@ -358,6 +359,7 @@ def raw(one: Authenticator, options: Any, data: bytes) -> dict[str, Any]:
     return changed(one.create(options), attestationObject=statement)
 
 
+@pytest.mark.both_engines
 @each("case", NEW)
 def test_a_new_passkey_is_refused_where_something_is_wrong(bob: Person, case: str) -> None:
     one = Authenticator()
@@ -394,6 +396,7 @@ def test_a_credential_id_is_registered_once(call: Client) -> None:
     assert bob.sign_in().json["email"] == "bob@x.io"
 
 
+@pytest.mark.both_engines
 def test_a_challenge_for_a_new_passkey_is_for_this_session_user_and_browser(call: Client, clock: Clock) -> None:
     bob, eve = new_person(call), new_person(call, "eve@x.io", "3v3")
     options = bob.begin().json
@@ -467,6 +470,7 @@ def extended(one: Authenticator, options: Any, rest: bytes) -> dict[str, Any]:
     return one.assertion(one.data(one.flags) + rest, one.client_data("webauthn.get", options["challenge"], {}))
 
 
+@pytest.mark.both_engines
 @each("case", SIGN_IN)
 def test_a_passkey_is_refused_where_something_is_wrong(
     owner: Person, capsys: pytest.CaptureFixture[str], case: str
@@ -479,6 +483,7 @@ def test_a_passkey_is_refused_where_something_is_wrong(
     assert owner.send(owner.device.get(options)).status == 200  # the challenge was not used up
 
 
+@pytest.mark.both_engines
 def test_a_challenge_to_sign_in_is_for_this_browser_and_this_purpose(
     owner: Person, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -624,6 +629,16 @@ def test_asking_for_options_stores_nothing(call: Client, statements: list[str]) 
     assert statements == []
 
 
+@pytest.mark.both_engines
+def test_asking_for_options_makes_no_row(owner: Person, other: Any) -> None:
+    tables = [f"SELECT count(*) FROM {table}" for table in TABLES]
+    before = [rows(other, statement) for statement in tables]
+    for _ in range(100):
+        owner.options()
+        Person(owner.call).options()
+    assert [rows(other, statement) for statement in tables] == before
+
+
 def test_spent_challenges_are_deleted_after_they_have_expired(
     owner: Person, auth: Auth, clock: Clock, other: Any
 ) -> None:
@@ -731,6 +746,7 @@ def test_without_totp_the_other_factor_is_still_one(clock: Clock, call: Client, 
     assert bob.ask("GET", "/verify").status == 200
 
 
+@pytest.mark.both_engines
 def test_with_a_code_switched_on_a_stolen_session_and_the_password_are_not_enough(clock: Clock, call: Client) -> None:
     register(call)
     user = TotpUser(call, clock)
