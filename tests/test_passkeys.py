@@ -286,6 +286,16 @@ def test_the_limit_holds_in_the_transaction_itself(auth: Auth, db: DB) -> None:
     assert len(auth.passkeys_of(user.id)) == MAX_PASSKEYS
 
 
+@pytest.mark.both_engines
+def test_a_challenge_adds_one_passkey_whatever_the_session(auth: Auth, db: DB) -> None:
+    user = auth.register_user("bob@x.io", "b4l0u")
+    for number in range(2):
+        session = digest(auth.create_session("bob@x.io") or "")
+        passkey = Passkey(0, "x", 1, None, 0, f"id{number}", "key", 0)
+        added = db.add_passkey(user, passkey, ("challenge", 1), kept=session, renewed=f"new{number}")
+        assert (added is None) == (number == 1)
+
+
 # What a new passkey must not be. Each case changes a good one.
 
 Make = Callable[[Authenticator, Any], Any]
@@ -858,7 +868,7 @@ HUGE = 10**8
 def test_a_number_in_the_place_of_bytes_takes_no_memory(owner: Person, part: str) -> None:
     signed, created = owner.device.get(owner.options()), Authenticator().create(owner.begin().json)
     client_data = json.dumps({"type": "webauthn.get", "challenge": HUGE, "origin": "http://localhost:5000"}).encode()
-    for credential, send in ((signed, owner.send), (created, owner.send_new)):
+    for credential, send in ((created, owner.send_new), (signed, owner.send)):  # the second may renew the session
         if part == "challenge":
             sent = changed(credential, clientDataJSON=client_data)
         elif part == "authData":
