@@ -877,10 +877,10 @@ class Auth:
         """
         token_hash = _digest(reset_token)
         user = self._db.find_reset(token_hash, **self._window())  # first: a guess costs no bcrypt
-        had_passkeys = bool(user and self.passkeys_of(user.id))
         if not user or (email is not None and user.email.casefold() != email.casefold()):
             raise self._rejected("invalid reset token", caller)
         self._check_password(password, user.email)
+        had_passkeys = self.passkeys_of(user.id)
         new_hash = _hash_password(password, self._settings.bcrypt_cost)
         required = self._settings.require_second_factor
         if not self._db.spend_reset(token_hash, new_hash, keeps_factor=required, **self._window()):

@@ -221,7 +221,7 @@ class Settings:
     @property
     def origin(self) -> str:
         """The origin of the pages (RFC 6454). In development they are opened on this machine, as localhost."""
-        return self.public_url.removesuffix(":443") or f"http://localhost:{self.address[1]}".removesuffix(":80")
+        return self.public_url or f"http://localhost:{self.address[1]}".removesuffix(":80")
 
     @property
     def confirms_email(self) -> bool:

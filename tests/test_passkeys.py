@@ -24,7 +24,7 @@ from authsvc import HASHING_ROUTES, create_app
 from credentials import passkeys
 from engines.schema import TABLES
 from settings import Settings
-from storage import DB, Session
+from storage import DB, Session, User
 from tables.passkeys import MAX_PASSKEYS, NEW_FOR, Passkey
 from tables.rate_limits import CLOCK_TOLERANCE
 from tests import authenticator, stored_users, test_commands
@@ -561,23 +561,28 @@ def test_a_counter_must_increase_unless_the_passkey_never_counts(
     assert answer.status == 200 if accepted else refused(answer, capsys) == "signature counter"
 
 
-@pytest.mark.both_engines
-def test_of_two_answers_at_once_a_lower_counter_does_not_count(owner: Person, db: DB) -> None:
+NO_LIMITS: dict[str, Any] = {"replaced": None, "idle_since": 0, "limit": 10}  # for DB.add_session
+
+
+def stored_passkey(owner: Person, db: DB) -> tuple[User, Passkey]:
+    """Return the owner and their passkey as they are stored."""
     found = db.find_passkey(to_text(owner.device.credential_id))
     assert found
     user, _, passkey = found
-    session: dict[str, Any] = {"replaced": None, "idle_since": 0, "limit": 10}
+    return user, passkey
+
+
+@pytest.mark.both_engines
+def test_of_two_answers_at_once_a_lower_counter_does_not_count(owner: Person, db: DB) -> None:
+    user, passkey = stored_passkey(owner, db)
     for number, (count, started) in enumerate([(7, True), (7, False), (6, False), (0, False), (8, True)]):
         used = passkey._replace(sign_count=count, last_used_at=1), (f"challenge{number}", 1)
-        assert db.add_session(user, Session(f"hash{number}", 1, 1, 2**40), used, **session) == started
+        assert db.add_session(user, Session(f"hash{number}", 1, 1, 2**40), used, **NO_LIMITS) == started
 
 
 @pytest.mark.both_engines
 def test_a_deleted_passkey_a_disabled_or_changed_user_start_no_session(owner: Person, db: DB) -> None:
-    found = db.find_passkey(to_text(owner.device.credential_id))
-    assert found
-    user, _, passkey = found
-    session: dict[str, Any] = {"replaced": None, "idle_since": 0, "limit": 10}
+    user, passkey = stored_passkey(owner, db)
     changes: list[Callable[[], object]] = [
         lambda: db.disable_user(user.id, 1),
         lambda: db.enable_user(user.id),
@@ -588,7 +593,7 @@ def test_a_deleted_passkey_a_disabled_or_changed_user_start_no_session(owner: Pe
     for number, change in enumerate(changes):
         change()
         used = passkey._replace(last_used_at=1), (f"challenge{number}", 1)
-        started = db.add_session(user, Session(f"hash{number}", 1, 1, 2**40), used, **session)
+        started = db.add_session(user, Session(f"hash{number}", 1, 1, 2**40), used, **NO_LIMITS)
         assert started == (number in (1, 3))
 
 

@@ -319,8 +319,8 @@ class Dispatcher:
         """Schedule the request of a connection. Called on the I/O thread, which holds requests_lock."""
         request = channel.requests[0]
         if not request.error and request.command not in ("GET", "HEAD"):
-            paths = request.path, f"{request.path.rpartition('/')[0]}/*"
-            hashes = any((request.command, path) in self._hashing_routes for path in paths)
+            method, path, routes = request.command, request.path, self._hashing_routes
+            hashes = (method, path) in routes or (method, f"{path.rpartition('/')[0]}/*") in routes
             if not (hashes and self._stopping) and self._wait(channel, hashes):
                 return
             request.error = Busy("")
