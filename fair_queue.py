@@ -15,6 +15,7 @@ address of an attacker again and again.
 from __future__ import annotations
 
 import itertools
+import queue
 import secrets
 import threading
 import time
@@ -51,21 +52,21 @@ class FairQueue(Generic[Item]):
         self._recent: OrderedDict[str, float] = OrderedDict()  # when a stranger last came as a newcomer or had a turn
         self._turns: dict[bool, Turns] = {True: OrderedDict(), False: OrderedDict()}  # by whether it was preferred
         self._numbers = itertools.count(1)  # of turns
-        self._idle = 0  # threads in get() that have no item yet
         self._lock = threading.Lock()
-        # The number of waiting items. A thread waits for one without the lock, so that it is woken only once.
-        self._added = threading.Semaphore(0)
+        # A thread that finds no item is idle. It is then handed the next one, which so has nothing to wait for.
+        self._idle = 0
+        self._handed = queue.SimpleQueue[Item]()
 
     def serves_at_once(self) -> bool:
         """Return whether a thread is free for an item that is added now: then its class and account do not matter."""
-        with self._lock:
-            return self._idle > self._waiting
+        return self._idle > 0
 
     def put(self, item: Item, path: Path, *, preferred: bool, limited: bool) -> list[Item]:
         """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
 
-        The item is added first. If that is one too many for its client, its middle network or all strangers, then the
-        newest item of the largest part of these is lost, if possible not a newcomer's: so a flood displaces itself.
+        An idle thread gets it at once. Else it is added first. If that is one too many for its client, its middle
+        network or all strangers, then the newest item of the largest part of these is lost, if possible not a
+        newcomer's: so a flood displaces itself.
 
         Args:
             item: what ``get`` will return.
@@ -76,6 +77,12 @@ class FairQueue(Generic[Item]):
         """
         client, entry = path[-2], (item, path, preferred)
         with self._lock:
+            if self._idle:
+                self._idle -= 1
+                self._handed.put(item)
+                if not preferred:
+                    _remember(self._recent, client, time.monotonic())
+                return []
             if preferred:
                 self._preferred.add(entry)
             elif time.monotonic() - self._recent.get(client, -RECENT) >= RECENT:
@@ -88,7 +95,6 @@ class FairQueue(Generic[Item]):
             for depth, limit in (*(self._limits if limited else ()), (0, self.class_limit)):
                 if sum(top.count(path[:depth]) for top in crowd) > limit:
                     return [self._drop(path[:depth], crowd, self._turns[preferred])]
-        self._added.release()
         return []
 
     def get(self) -> Item:
@@ -98,19 +104,16 @@ class FairQueue(Generic[Item]):
         preferred items does not keep everybody else out. In the same way newcomers come before other strangers.
         """
         with self._lock:
+            if any(top.waiting for top in self._classes):
+                item, path, preferred = self._take(*self._classes)
+                turn = next(self._numbers)
+                for depth in range(1, len(path) + 1):
+                    _remember(self._turns[preferred], path[:depth], turn)
+                if not preferred:
+                    _remember(self._recent, path[-2], time.monotonic())
+                return item
             self._idle += 1
-        while True:
-            self._added.acquire()
-            with self._lock:
-                if self._waiting:
-                    self._idle -= 1
-                    item, path, preferred = self._take(*self._classes)
-                    turn = next(self._numbers)
-                    for depth in range(1, len(path) + 1):
-                        _remember(self._turns[preferred], path[:depth], turn)
-                    if not preferred:
-                        _remember(self._recent, path[-2], time.monotonic())
-                    return item
+        return self._handed.get()
 
     def remove(self, condition: Callable[[Item], bool]) -> list[Item]:
         """Remove and return the items for which the condition holds."""
@@ -119,13 +122,7 @@ class FairQueue(Generic[Item]):
             for _, path, _ in newcomers:
                 self._recent.pop(path[-2], None)  # it may try again as a newcomer
             removed = [*self._preferred.remove(condition), *newcomers, *self._others.remove(condition)]
-        for _ in removed:
-            self._added.acquire(blocking=False)  # fails if a thread was woken, which then finds no item
         return [item for item, *_ in removed]
-
-    @property
-    def _waiting(self) -> int:
-        return sum(top.waiting for top in self._classes)
 
     def _take(self, first: _Node[Item], *later: _Node[Item]) -> Entry[Item]:
         """Remove and return the item that has its turn. The later classes together get one of four turns."""
