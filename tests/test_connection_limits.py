@@ -478,12 +478,12 @@ def test_room_is_made_by_what_is_oldest(server: LocalServer, begin: Begin, monke
 
 
 def test_a_request_behind_a_refused_one_is_not_served(server: LocalServer, connections: list[socket.socket]) -> None:
+    connections += [server.hash_first(), socket.create_connection(server.address, timeout=5)]
     server.dispatcher._hashing_queue.class_limit = 0
     post = b"POST /slow HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
-    connections.append(socket.create_connection(server.address, timeout=5))
-    connections[0].sendall(post + post.replace(b"POST", b"GET"))
+    connections[1].sendall(post + post.replace(b"POST", b"GET"))
     answers = b""
-    while chunk := connections[0].recv(65_536):
+    while chunk := connections[1].recv(65_536):
         answers += chunk
     assert answers.count(b"HTTP/1.1 ") == 1
     assert answers.startswith(b"HTTP/1.1 503 ")

@@ -297,10 +297,9 @@ def test_a_request_that_cannot_be_ranked_is_served_like_those_of_strangers(
 
 
 def test_a_full_queue_refuses_a_pipelined_request_in_its_turn(server: LocalServer) -> None:
-    connection = server.dial().send(SLOW, SLOW)
-    server.running.get(timeout=TIMEOUT)
+    server.hash_one()
     server.dispatcher._hashing_queue.class_limit = 0
-    server.release.set()
+    connection = server.dial().send(http("PUT", "/"), SLOW)
     assert [connection.status(), connection.status()] == [200, 503]
 
 
