@@ -800,7 +800,7 @@ def test_an_import_of_25_000_users_takes_little_memory_or_changes_nothing(
         before += added
         with closing(sqlite3.connect(path)) as db:
             assert db.execute("SELECT count(*) FROM users").fetchone() == (before,)
-    assert most["many.csv"] - most["few.csv"] < 16 * 1024
+    assert most["many.csv"] - most["few.csv"] < 20 * 1024  # KiB; each user takes about 650 bytes until all are added
 
 
 @pytest.mark.parametrize("shown", [True, False])
