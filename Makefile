@@ -117,7 +117,7 @@ install: $(PYZ)
 	umask 022 && SHIV_ROOT=$(DESTDIR)/opt/authsvc/unpacked \
 		/usr/bin/python3 -sP $(DESTDIR)/opt/authsvc/authsvc.pyz --help >/dev/null
 	install -D -m 755 deploy/authsvc $(DESTDIR)/usr/local/sbin/authsvc
-	install -D -m 644 -t $(DESTDIR)/etc/systemd/system $(wildcard deploy/*.service deploy/*.timer)
+	install -D -m 644 -t $(DESTDIR)/etc/systemd/system $(wildcard deploy/*.service deploy/*.socket deploy/*.timer)
 	$(if $(DESTDIR),,systemd-sysusers --inline 'u authsvc - "authsvc" /var/lib/authsvc')
 	[ -e $(DESTDIR)/etc/authsvc/authsvc.env ] || \
 		install -D -m 640 $(if $(DESTDIR),,-g authsvc) deploy/authsvc.env $(DESTDIR)/etc/authsvc/authsvc.env

@@ -568,18 +568,20 @@ def serve(settings: Settings) -> int:
     """
     from credentials.passwords import CORES
     from web.server import Dispatcher, Server
+    from web.systemd import passed_socket
 
     # The port first: a start that fails must not leave a file behind.
-    listener = _bind(settings)
+    listener = passed_socket() or _bind(settings)
     host, port = listener.getsockname()[:2]
-    settings = replace(settings, listen=f"{settings.listen.rpartition(':')[0]}:{port}")  # it may have been 0
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    settings = replace(settings, listen=address)  # not that of the settings if a socket was passed or the port was 0
     auth = _open_auth(settings, lambda write: dispatcher.run_in_background(write))
     handlers = Handlers(auth, settings)
     dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, handlers.rank)
     server = Server(_application(handlers, settings), listener, dispatcher)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
-    print(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}", flush=True)
+    print(f"http://{address}", flush=True)
     log_event("sys_startup", version=_version(), database=auth.engine_version, production=settings.production)
     for warning in settings.warnings():
         log_event("sys_warning", reason=warning)

@@ -151,6 +151,7 @@ class Service:
     """A real ``python authsvc.py`` on a free port of this machine."""
 
     program: tuple[str, ...] = (sys.executable, str(HERE / "authsvc.py"))
+    passed: tuple[int, ...] = ()  # descriptors that it inherits
 
     def __init__(self, folder: Path, **environ: str) -> None:
         self.folder = folder
@@ -173,6 +174,7 @@ class Service:
                 cwd=self.folder,
                 env={**clean_environ(), **self.environ},
                 text=True,
+                pass_fds=self.passed,
             )
         assert self.process.stdout
         self.url = self.process.stdout.readline().strip()

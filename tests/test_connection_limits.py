@@ -95,6 +95,7 @@ def start_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Loca
     """Start servers with these changes to their settings; they are stopped after the test."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # only the main thread may set a handler
     monkeypatch.setattr(web.server, "CHECK_INTERVAL", 0.05)
+    monkeypatch.setattr(web.server, "LAST_REQUESTS", 0.0)  # most tests leave connections open
     started: list[LocalServer] = []
 
     def start_one(**changes: Any) -> LocalServer:

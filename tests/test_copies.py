@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -63,13 +64,14 @@ def block(beginning: str) -> str:
 class Copies:
     """Copies of the service, and nginx in front of them at ``url``."""
 
-    def __init__(self, folder: Path, count: int, **environ: str) -> None:
+    def __init__(self, folder: Path, count: int, *command: str, **environ: str) -> None:
         self.folder = folder
+        kind: Any = type("OtherService", (Service,), {"program": command}) if command else CountingService
         folders = [folder / str(number) for number in range(count)]
         for each in folders:
             each.mkdir()
-        with ThreadPoolExecutor(count) as pool:  # all start at once, on an empty database
-            self.services = list(pool.map(lambda each: CountingService(each, **environ), folders))
+        with ThreadPoolExecutor(count or 1) as pool:  # all start at once, on an empty database
+            self.services: list[Service] = list(pool.map(lambda each: kind(each, **environ), folders))
 
     @property
     def compared(self) -> int:
@@ -122,10 +124,11 @@ class Copies:
 
 
 @contextmanager
-def running_copies(server: Server, folder: Path, count: int, **environ: str) -> Iterator[Copies]:
-    """Start copies on a new database, and nginx in front of them."""
+def running_copies(server: Server, folder: Path, count: int, *command: str, **environ: str) -> Iterator[Copies]:
+    """Start copies, of another program if one is given, on a new database, and nginx in front of them."""
     program("nginx", "nginx-light")  # skips the test if it is missing
-    copies = Copies(folder, count, AUTHSVC_DATABASE=server.new_database(), AUTHSVC_TRUSTED_PROXY="127.0.0.1", **environ)
+    fixed = {"AUTHSVC_DATABASE": server.new_database(), "AUTHSVC_TRUSTED_PROXY": "127.0.0.1"}
+    copies = Copies(folder, count, *command, **fixed, **environ)
     try:
         with copies.behind_nginx():
             yield copies

@@ -47,6 +47,7 @@ DEPLOY = HERE / "deploy"
 SERVICE, DAILY, TIMER = UNITS = tuple(
     DEPLOY / name for name in ("authsvc.service", "authsvc-daily.service", "authsvc-daily.timer")
 )
+SOCKET = DEPLOY / "authsvc.socket"
 WRAPPER = DEPLOY / "authsvc"
 ENV = (DEPLOY / "authsvc.env").read_text()
 ENABLED = re.sub("^#(?=[A-Z])", "", ENV, flags=re.MULTILINE)
@@ -63,6 +64,7 @@ DIFFERENT = {
     "RestartSec",
     "TimeoutStartSec",
     "TimeoutStopSec",
+    "WatchdogSec",
     "LoadCredential",
     "Nice",
     "IOSchedulingClass",
@@ -160,7 +162,7 @@ def add_user(database: Path, email: str) -> None:
 def test_systemd_accepts_the_units_and_detects_a_wrong_one(
     analyze: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = analyze("verify", *UNITS)
+    done = analyze("verify", *UNITS, SOCKET)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     wrong = tmp_path / SERVICE.name
     wrong.write_text(SERVICE.read_text().replace("ProtectClock=", "ProtectClocks="))

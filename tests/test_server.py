@@ -183,6 +183,7 @@ class LocalServer:
 @pytest.fixture
 def server(dial: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
     monkeypatch.setattr(web.server, "WRITERS", 1)
+    monkeypatch.setattr(web.server, "LAST_REQUESTS", 0.0)  # most tests leave connections open
     monkeypatch.setattr(logging.getLogger("waitress"), "handlers", [])
     one = LocalServer(dial)
     yield one
@@ -823,7 +824,10 @@ def test_100_continue_is_sent_in_its_turn(service: Service, dial: Callable[..., 
 # Shutdown
 
 
-def test_shutdown_refuses_queued_requests_and_finishes_running_ones(server: LocalServer) -> None:
+def test_shutdown_refuses_queued_requests_and_finishes_running_ones(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.server, "LAST_HASHES", 0.1)
     served, waiting, idle = server.hash_one(), server.queue_one(), server.dial()
     assert idle.send(GET).status() == 200
     server.stop()
@@ -831,8 +835,7 @@ def test_shutdown_refuses_queued_requests_and_finishes_running_ones(server: Loca
     assert (refused.status, refused.headers["Retry-After"]) == (503, "5")
     with pytest.raises(ConnectionRefusedError):
         server.dial()
-    assert idle.send(GET, SLOW).status() == 200
-    assert idle.status() == 503
+    assert idle.send(SLOW).status() == 503
     server.release.set()
     assert served.status() == 200
     server.thread.join(TIMEOUT)
@@ -844,8 +847,10 @@ def test_shutdown_takes_8_seconds_at_most(server: LocalServer, monotonic: Clock)
     waiting, idle = server.queue_one(), server.dial()
     assert idle.send(GET).status() == 200
     server.stop()
+    assert awaited(lambda: not accepts(server.address), TIMEOUT)
+    monotonic.advance(web.server.LAST_HASHES)
     assert waiting.status() == 503
-    monotonic.advance(7.9)
+    monotonic.advance(6.9)
     assert idle.send(GET).status() == 200
     monotonic.advance(8)
     server.thread.join(TIMEOUT)
@@ -867,6 +872,28 @@ def test_shutdown_waits_for_the_background_writes(server: LocalServer) -> None:
     server.thread.join(TIMEOUT)
     assert not server.thread.is_alive()
     assert written.is_set()
+
+
+def test_an_open_connection_may_send_one_more_request(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web.server, "LAST_REQUESTS", float(TIMEOUT))
+    client, silent = server.dial(), server.dial()
+    assert "Connection" not in dict(client.send(GET).answer().headers)
+    server.stop()
+    assert awaited(lambda: not accepts(server.address), TIMEOUT)
+    answer = client.send(GET, GET).answer()
+    assert (answer.status, dict(answer.headers)["Connection"]) == (200, "close")
+    assert client.stream.read() == b""  # closed, and the second one is not answered
+    silent.close()
+    server.thread.join(TIMEOUT)
+    assert not server.thread.is_alive()  # nobody is left who could send one
+
+
+def test_requests_that_wait_for_a_hash_get_one_at_the_end(server: LocalServer) -> None:
+    waiting = [server.hash_one(), server.queue_one(), server.queue_one()]
+    server.stop()
+    assert awaited(lambda: not accepts(server.address), TIMEOUT)
+    server.release.set()
+    assert [connection.status() for connection in waiting] == [200, 200, 200]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -901,7 +928,7 @@ def test_sigterm_stops_a_busy_service_without_losing_an_answer(
     began = time.monotonic()
     statuses = Counter(connection.status() for connection in connections)
     assert statuses.keys() == {200, 503}
-    assert statuses[503] >= 50  # the queue is refused, not served
+    assert statuses[503] >= 50  # after a second the queue is refused, not served
     assert service.process.wait(TIMEOUT) == 0
     assert time.monotonic() - began < web.server.SHUTDOWN_TIMEOUT + 2
     assert not accepts(service.address)

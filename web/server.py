@@ -43,6 +43,7 @@ from settings import Settings
 from web.forms import MAX_BODY_BYTES
 from web.parser import StrictParser
 from web.responses import MESSAGES, RETRY_AFTER, complete_error, new_request_id
+from web.systemd import notify
 
 QUEUE = 64  # requests of each of the two classes; 2 * 64 hashes of 0.24 s on two cores take the 15 s below
 DEVELOPMENT_QUEUE = 128  # the same in development, where nearly all requests are of one class
@@ -52,6 +53,8 @@ MAX_WAIT = 15.0  # seconds in the queue, then 503
 HASHING_NICENESS = 10
 WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other parses a form or sends an answer
 MAX_BACKGROUND_WRITES = 1000  # waiting; further ones are dropped, and the next request asks for them again
+LAST_REQUESTS = 0.2  # seconds from SIGTERM in which an open connection may send one more request
+LAST_HASHES = 1.0  # seconds from SIGTERM in which requests that wait for a hash get one
 SHUTDOWN_TIMEOUT = 8.0  # seconds from SIGTERM to the end of the last answer
 
 MAX_DISCARD_BYTES = 4 * 2**20  # of a body that are read and thrown away after a refusal
@@ -136,6 +139,9 @@ class PlainTask(WSGITask):  # type: ignore[misc]
             super().execute()
             return
         body = b"".join(self.channel.server.application(self.get_environment(), self._begin))
+        if self.channel.owner.stopping:  # so that the client sends its next request on another connection
+            self.response_headers.append(("Connection", "close"))
+            self.close_on_finish = True
         lines = "\r\n".join(map(": ".join, self.response_headers))
         head = f"HTTP/1.1 {self.status}\r\n{lines}\r\nDate: {_date(int(self.start_time))}\r\n\r\n"
         self.wrote_header = True
@@ -343,6 +349,10 @@ class Dispatcher:
         self.start_background()
         return done.wait(timeout)
 
+    def hashes_at_once(self) -> bool:
+        """Return whether no request waits for a hash."""
+        return self._hashing_queue.serves_at_once()
+
     def drain(self) -> None:
         """Answer 503 to all requests that wait for a hash, and to all later ones. Call it on the I/O thread."""
         self._stopping = True
@@ -407,7 +417,7 @@ class Server:
     def __init__(self, application: WSGIApplication, listener: socket.socket, dispatcher: Dispatcher) -> None:
         logging.getLogger("waitress").addHandler(_LogHandler())
         self.dispatcher = dispatcher
-        self._stopping = False
+        self.stopping = False
         self._has_new = False  # whether connections wait to be accepted
         self.answers: list[tuple[Channel, bytes]] = []  # of one iteration of the loop, sent at its end
         self._server = create_server(
@@ -453,25 +463,37 @@ class Server:
     def stop(self, number: int, _frame: object) -> None:
         """Ask the loop to end. A signal handler: a second signal of the same kind kills the process."""
         signal.signal(number, signal.SIG_DFL)
-        self._stopping = True
+        self.stopping = True
         self._wake()
 
     def run(self) -> bool:
-        """Serve until stopped, then finish open requests within 8 s; return whether all were finished."""
+        """Serve until stopped, then finish open requests within 8 s; return whether all were finished.
+
+        An open connection may have sent a request that was not read yet. Its answer says that no other can follow.
+        """
+        notify("READY=1")
         checked = time.monotonic()
-        while not self._stopping:
+        while not self.stopping:
             self._run_loop_once(CHECK_INTERVAL)
             self._make_room()
             if time.monotonic() - checked > CHECK_INTERVAL:
                 checked = time.monotonic()
                 self._close_slow(checked)
                 self.dispatcher.refuse_late()
+                notify("WATCHDOG=1")
+        notify("STOPPING=1")
+        stopped = time.monotonic()
         wasyncore.dispatcher.close(self._server)  # no new connections
+        self._run_while(lambda: self._channels, stopped + LAST_REQUESTS)
+        self._run_while(lambda: not self.dispatcher.hashes_at_once(), stopped + LAST_HASHES)
         self.dispatcher.drain()
-        end = time.monotonic() + SHUTDOWN_TIMEOUT
-        while self._in_hand() and time.monotonic() < end:
-            self._run_loop_once(0.05)
-        return not self._in_hand() and self.dispatcher.finish(max(0.0, end - time.monotonic()))
+        end = stopped + SHUTDOWN_TIMEOUT
+        self._run_while(self._in_hand, end)
+        if self._in_hand():
+            return False
+        for channel in self._channels:  # now, so that no request is sent while the database is closed
+            channel.handle_close()
+        return self.dispatcher.finish(max(0.0, end - time.monotonic()))
 
     @property
     def _channels(self) -> list[Channel]:
@@ -496,6 +518,10 @@ class Server:
             _log_closing(channel, "needed for others")
             channel.handle_close()
 
+    def _run_while(self, condition: Callable[[], object], end: float) -> None:
+        while condition() and time.monotonic() < end:
+            self._run_loop_once(0.05)
+
     def _run_loop_once(self, timeout: float) -> None:
         wasyncore.loop(timeout, use_poll=True, map=self._server._map, count=1)
         # All together: sent one by one, each would wake a sleeping client, which takes as long as looking up a session.
@@ -506,7 +532,7 @@ class Server:
         self.dispatcher.refuse_displaced()
         if self._has_new:
             self._has_new, before = False, -1
-            while before < len(self._server._map) < MAX_CONNECTIONS and not self._stopping:
+            while before < len(self._server._map) < MAX_CONNECTIONS and not self.stopping:
                 before = len(self._server._map)
                 self._accept()
 
