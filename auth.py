@@ -47,6 +47,7 @@ from urllib.parse import urlsplit
 from addresses import network_path
 from credentials import device as devices
 from credentials import passkeys, passwords, tokens, totp
+from credentials.passkeys import Credential, Options, Purpose
 from engines.errors import AlreadyExists, StorageUnavailable
 from log import timestamp
 from mail import Mailer, harmless
@@ -363,13 +364,7 @@ class Auth:
         raise LoginFailed(user_id=found.id if found else None)
 
     def log_in_with_passkey(
-        self,
-        credential: passkeys.Credential,
-        browser: str,
-        *,
-        caller: Caller,
-        ended: str | None = None,
-        remember: int = 0,
+        self, credential: Credential, browser: str, *, caller: Caller, ended: str | None = None, remember: int = 0
     ) -> tuple[User, str]:
         """Sign in with an AuthenticationResponseJSON; return the user and the id of a new session. See log_in().
 
@@ -560,13 +555,11 @@ class Auth:
 
     # Passkeys. ``browser`` is the value of the cookie that ties a challenge to a browser.
 
-    def passkey_request(self, browser: str) -> passkeys.Options:
+    def passkey_request(self, browser: str) -> Options:
         """Return the options for signing in with a passkey."""
         return self._relying_party.request_options(("sign in", browser), self._now())
 
-    def begin_passkey(
-        self, session_id: str | None, password: str, otp: str, caller: Caller, browser: str
-    ) -> passkeys.Options:
+    def begin_passkey(self, session_id: str | None, password: str, otp: str, caller: Caller, browser: str) -> Options:
         """Return the options for a new passkey of this session's user.
 
         Raises:
@@ -584,7 +577,7 @@ class Auth:
         return self._relying_party.creation_options(purpose, self._now(), handle, user.email, held)
 
     def add_passkey(
-        self, session_id: str | None, name: str, credential: passkeys.Credential, browser: str, *, caller: Caller
+        self, session_id: str | None, name: str, credential: Credential, browser: str, *, caller: Caller
     ) -> tuple[User, int, str]:
         """Add a passkey, a RegistrationResponseJSON, under a name; return the user, its id, and the session's new id.
 
@@ -630,7 +623,7 @@ class Auth:
         self._notify(user, "A passkey was deleted")
         return user, new_id
 
-    def _creation(self, user: User, session_id: str | None, browser: str) -> passkeys.Purpose:
+    def _creation(self, user: User, session_id: str | None, browser: str) -> Purpose:
         # With the session: the password was checked in this one.
         return "new passkey", str(user.id), _digest(session_id), browser
 

@@ -18,16 +18,7 @@ from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
 from tables import passkeys
 from tables.emails import DELETE_WAITING, IS_GOOD, RESERVED_FOR, Emails, Link, claim, give_up
-from tables.passkeys import (
-    DELETE_PASSKEYS,
-    HAS_OTHER_FACTOR,
-    NEW_FOR,
-    REVOKE_NEW_PASSKEYS,
-    Challenge,
-    Passkey,
-    Passkeys,
-    Used,
-)
+from tables.passkeys import Challenge, Passkey, Passkeys, Used
 from tables.rate_limits import CLOCK_TOLERANCE, RateLimits
 from tables.tokens import DELETE_TOKENS, Tokens
 
@@ -481,7 +472,7 @@ class DB:
     ) -> bool:
         """Set the password of the token's user, and revoke all credentials, device cookies and access tokens.
 
-        Passkeys that are younger than NEW_FOR are deleted, as they may be those of an intruder. With ``keeps_factor``,
+        Passkeys that are younger than passkeys.NEW_FOR are deleted: they may be an intruder's. With ``keeps_factor``,
         where the user has no other factor, they are only made useless. So a session with the new password shows that a
         factor is missing, and cannot set up another one.
 
@@ -496,9 +487,7 @@ class DB:
             if row:
                 _revoke_credentials(db, row[0], devices=True)
                 db.execute(DELETE_TOKENS, {"user_id": row[0]})
-                values = {"user_id": row[0], "since": now - NEW_FOR, "always": int(not keeps_factor)}
-                db.execute(f"{DELETE_PASSKEYS} AND created_at > :since AND (:always = 1 OR {HAS_OTHER_FACTOR})", values)
-                db.execute(REVOKE_NEW_PASSKEYS, values)
+                passkeys.revoke_new(db, row[0], now, keeps_factor=keeps_factor)
             return row is not None
 
     # Second factor
@@ -594,7 +583,7 @@ class DB:
         values = {"user_id": user_id, "id": passkey_id}
         with suppress(RolledBack), self._user_transaction(user_id) as db:
             one = "" if passkey_id is None else " AND id = :id"
-            deleted = db.execute(f"{DELETE_PASSKEYS}{one}", values)
+            deleted = db.execute(f"{passkeys.DELETE_PASSKEYS}{one}", values)
             _require_row(deleted)
             _revoke_credentials(db, user_id, kept, renewed)
             return deleted.rowcount

@@ -13,7 +13,6 @@ NEW_FOR = 2_592_000  # seconds, 30 days, in which a reset of the password takes 
 Challenge = tuple[str, int]  # the SHA-256 in hex of a challenge, and when it expires
 
 DELETE_PASSKEYS = "DELETE FROM passkeys WHERE user_id = :user_id"
-REVOKE_NEW_PASSKEYS = "UPDATE passkeys SET public_key = '' WHERE user_id = :user_id AND created_at > :since"
 HAS_OTHER_FACTOR = """
     EXISTS (SELECT 1 FROM users WHERE id = :user_id AND totp_since IS NOT NULL
             UNION ALL SELECT 1 FROM passkeys WHERE user_id = :user_id AND created_at <= :since)"""
@@ -86,3 +85,10 @@ def use(db: Transaction, passkey: Passkey) -> Any:
         UPDATE passkeys SET sign_count = :sign_count, synced = :synced, last_used_at = :last_used_at
          WHERE id = :id AND (sign_count < :sign_count OR (sign_count = 0 AND :sign_count = 0))"""
     return db.execute(statement, passkey._asdict())
+
+
+def revoke_new(db: Transaction, user_id: int, now: int, *, keeps_factor: bool) -> None:
+    """Delete the passkeys of a user that are younger than NEW_FOR. See DB.spend_reset() for ``keeps_factor``."""
+    values = {"user_id": user_id, "since": now - NEW_FOR, "always": int(not keeps_factor)}
+    db.execute(f"{DELETE_PASSKEYS} AND created_at > :since AND (:always = 1 OR {HAS_OTHER_FACTOR})", values)
+    db.execute("UPDATE passkeys SET public_key = '' WHERE user_id = :user_id AND created_at > :since", values)
