@@ -6,9 +6,9 @@ INSTALL = $(BIN)/pip install --disable-pip-version-check --require-hashes -r
 # With 1, which a user may have set, pip refuses to change a virtual environment.
 export PIP_USER = 0
 
-# The product: the modules at the top, and the folders with their data files (pages, password list, schema).
-PACKAGES = cli credentials engines tables web
-PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) mails.txt pyproject.toml \
+# The product: the modules at the top, and the folders with their data files (pages, mails, password list, schema).
+PACKAGES = cli credentials engines mails tables web
+PRODUCT = $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml \
 	$(shell find $(PACKAGES) -type f -not -path '*/__pycache__/*')
 
 # Everything the tests read. "make check" runs them again when one of these files is newer than the last run.
@@ -90,7 +90,7 @@ pyz: $(PYZ)
 # The content, the modes and the times in the file depend on the sources and the pinned packages only.
 $(PYZ): .venv/pyz $(PRODUCT) LICENSE deploy/unpack.py deploy/licences.py
 	@rm -rf build && mkdir -p build dist
-	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) mails.txt pyproject.toml LICENSE $(PACKAGES) build
+	@cp -r $(filter-out main.py,$(wildcard *.py)) $(wildcard *.sql) pyproject.toml LICENSE $(PACKAGES) build
 	@cd $(SITE_PACKAGES) && cp -r $(PACKED) $(CURDIR)/build
 	@$(BIN)/python deploy/licences.py $(LICENSED) >build/LICENCES.txt
 	@$(if $(PYTHON_VERSION),echo $(PYTHON_VERSION) >build/PYTHON)

@@ -77,7 +77,6 @@ MAX_TOKEN_DAYS = 3650
 LOGIN_TRIES = 3  # times that a login starts again because the password or second factor changed meanwhile
 
 Log = Callable[..., None]  # takes the name of an event and its details
-Compose = Callable[[Mailer, str, Log], EmailMessage | None]  # takes the email that was asked for
 
 NO_PASSWORD = "!"  # stored instead of a hash until an invitation is accepted; matches no password  # noqa: S105
 
@@ -90,9 +89,11 @@ class Caller(NamedTuple):
     agent: str = ""  # the User-Agent header
     direct: bool = False  # whether it is a program on this machine that asks for itself
     log: Log = lambda *_, **__: None  # logs an event of the request, also after its answer
+    language: str = "en"  # of the mails that the request causes
 
 
 UNCOUNTED = Caller(None)
+Compose = Callable[[Mailer, str, Caller], EmailMessage | None]  # takes the email that was asked for, and by whom
 
 
 class AuthError(ValueError):
@@ -526,7 +527,7 @@ class Auth:
             if len(self.tokens_of(user.id)) >= MAX_TOKENS:
                 raise TokenNotCreated(f"at most {MAX_TOKENS} access tokens: delete one first")
             raise SessionRequired  # the session ended while we hashed
-        self._notify(user, harmless(name), kind="token")
+        self._notify(user, caller, "token", name=harmless(name))
         return user, token._replace(id=token_id), text
 
     def delete_token(self, user: User, token_id: str) -> None:
@@ -602,7 +603,7 @@ class Auth:
         except passkeys.Refused as refused:
             self._refuse_passkey("input_validation_fail", refused, user, caller)
             raise PasskeyNotValid from None
-        self._notify(user, f"A passkey named {harmless(name)} was added")
+        self._notify(user, caller, what="passkey_added", name=harmless(name))
         return user, passkey_id, new_id
 
     def delete_passkey(
@@ -620,7 +621,7 @@ class Auth:
         new_id, number = self._new_secret(), int(passkey_id) if ROW_ID.fullmatch(passkey_id) else 0
         if not self._db.delete_passkeys(user.id, number, kept=_digest(session_id), renewed=_digest(new_id)):
             raise NotFound("no such passkey")
-        self._notify(user, "A passkey was deleted")
+        self._notify(user, caller, what="passkey_deleted")
         return user, new_id
 
     def _creation(self, user: User, session_id: str | None, browser: str) -> Purpose:
@@ -716,7 +717,7 @@ class Auth:
         old, session_hash = user.hashed_password, _digest(session_id)
         if not self._db.change_password(user.id, old, new_hash, session_hash, _digest(new_id)):
             raise SessionRequired  # the session ended while we hashed
-        self._notify(user, "Your password was changed")
+        self._notify(user, caller, what="password_changed")
         return self._reloaded(user), new_id
 
     def delete_account(self, session_id: str | None, password: str, otp: str = "", *, caller: Caller) -> User:
@@ -730,7 +731,7 @@ class Auth:
         self._reauthenticate(user, session, password, otp, caller)
         if not self._db.delete_verified_user(user, _digest(session_id), self.reserved_at()):
             raise SessionRequired
-        self._notify(user, "Your account was deleted")
+        self._notify(user, caller, what="account_deleted")
         return user
 
     def begin_email_change(
@@ -755,7 +756,7 @@ class Auth:
         if not self._mailer:
             return self._new_change(_digest(session_id), email)
         self._enqueue("change", email, functools.partial(self._change_mail, user, _digest(session_id)), caller)
-        self._notify(user, kind="change_requested", new=email)
+        self._notify(user, caller, "change_requested", new=email)
         return None
 
     def change_email(self, session_id: str | None, email: str, token: str, *, caller: Caller) -> tuple[User, str]:
@@ -771,7 +772,7 @@ class Auth:
         pending |= {"session_hash": _digest(session_id), "new_session_hash": _digest(new_id)}
         with contextlib.suppress(AlreadyExists):
             if self._db.change_email(user.id, email, self._now(), self.reserved_at(), pending):
-                self._notify(user, kind="changed", new=email)
+                self._notify(user, caller, "changed", new=email)
                 return self._reloaded(user), new_id
         raise self._rejected("invalid confirmation token", caller)
 
@@ -814,7 +815,7 @@ class Auth:
         if not self._db.confirm_totp(user, step, hashes, now=self._now(), kept=old, renewed=new):
             raise SessionRequired
         self._run_in_background(self._limiter.refund, buckets)
-        self._notify(user, "A second factor was switched on")
+        self._notify(user, caller, what="factor_on")
         return self._reloaded(user), new_id, codes
 
     def remove_totp(self, session_id: str | None, password: str, otp: str, *, caller: Caller) -> tuple[User, str]:
@@ -832,7 +833,7 @@ class Auth:
         new_id = self._new_secret()
         if not self._db.remove_totp(user.id, _digest(session_id), _digest(new_id)):
             raise SessionRequired
-        self._notify(user, "The second factor was switched off")
+        self._notify(user, caller, what="factor_off")
         return user, new_id
 
     # Password reset
@@ -880,9 +881,9 @@ class Auth:
             raise TokenRejected("invalid reset token")  # another request spent it while we hashed
         held = ", ".join([f'"{harmless(passkey.name)}"' for passkey in self.passkeys_of(user.id) if passkey.public_key])
         if had_passkeys:
-            self._notify(user, held or "none", kind="passkeys_kept")
+            self._notify(user, caller, "passkeys_kept", passkeys=held)
         else:
-            self._notify(user, "Your password was changed")
+            self._notify(user, caller, what="password_changed")
         return self._reloaded(user)
 
     # For the operator's commands
@@ -929,8 +930,7 @@ class Auth:
         for user_id, email, count in self._db.untold_logins() if mailer else ():
             refused, _ = self._limiter.consume(self._limiter.sign_in_mail(SUMMARY, user_id))
             if mailer and not refused and self._db.count_untold_logins(user_id, -count):
-                what = f"{count} more sign-in{'s' if count > 1 else ''} from new browsers"
-                mailer.enqueue(functools.partial(mailer.sign_in, email, what))
+                mailer.enqueue(functools.partial(mailer.compose, SUMMARY, email, count=count))
 
     def reserved_at(self) -> int | None:
         """Return from when on an email that is given up now is reserved; None in development, where it is not."""
@@ -997,19 +997,19 @@ class Auth:
     def _now(self) -> int:
         return int(self._clock())
 
-    def _notify(self, user: User, what: str = "", kind: str = "notice", new: str = "") -> None:
+    def _notify(self, user: User, caller: Caller, kind: str = "notice", **details: Any) -> None:
         if self._mailer:
-            self._mailer.enqueue(functools.partial(self._mailer.compose, kind, user.email, what=what, new=new))
+            self._mailer.enqueue(functools.partial(self._mailer.compose, kind, user.email, caller.language, **details))
 
-    def _tell_of_sign_in(self, user: User, known: object, kind: str, caller: Caller) -> None:
+    def _tell_of_sign_in(self, user: User, known: object, what: str, caller: Caller) -> None:
         if self._mailer and self._settings.production and not known:
-            seen = timestamp(self._now()), caller.address, _stored_agent(caller)
-            self._run_in_background(self._enqueue_sign_in_mail, self._mailer, user, kind, seen)
+            self._run_in_background(self._enqueue_sign_in_mail, user, what, self._now(), caller)
 
-    def _enqueue_sign_in_mail(self, mailer: Mailer, user: User, kind: str, seen: tuple[object, ...]) -> None:
-        if not self._limiter.consume(self._limiter.sign_in_mail(kind, user.id))[0]:
-            mailer.enqueue(functools.partial(mailer.sign_in, user.email, kind, seen))
-        elif kind == NEW_BROWSER:
+    def _enqueue_sign_in_mail(self, user: User, what: str, now: int, caller: Caller) -> None:
+        if not self._limiter.consume(self._limiter.sign_in_mail(what, user.id))[0]:
+            seen = {"address": harmless(caller.address or ""), "browser": harmless(_stored_agent(caller))}
+            self._notify(user, caller, "sign_in", what=what, at=now, **seen)
+        elif what == NEW_BROWSER:
             self._db.count_untold_logins(user.id, 1)
 
     def _add_user(self, email: str, hashed: str | bytes) -> User:
@@ -1180,28 +1180,31 @@ class Auth:
             if self._limiter.consume(self._limiter.mails(kind, email))[0]:
                 caller.log("excess_rate_limit_exceeded")
                 return None
-            return compose(mailer, email, caller.log)
+            return compose(mailer, email, caller)
 
         path = (*network_path(caller.address or "unknown"), _account_name(email))
         mailer.enqueue_reset(task, path, known=known, limited=self._settings.tells_clients_apart(caller.address))
 
-    def _confirmation_mail(self, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
+    def _confirmation_mail(self, mailer: Mailer, email: str, caller: Caller) -> EmailMessage | None:
         # A row for an email that has an account, too, so that both take the same time. Then nobody gets the token.
         token = self._new_secret()
         self._db.emails.add_registration(self._link(email, token, CONFIRMATION_LIFETIME))
-        log("user_registration_requested", unknown=self.tag(email))
+        caller.log("user_registration_requested", unknown=self.tag(email))
         if user := self._find_user(email):
-            return mailer.compose("taken" if _may_reset(user) else "inactive", user.email)
+            return mailer.compose("taken" if _may_reset(user) else "inactive", user.email, caller.language)
         reserved = self._db.emails.is_reserved(email, 0, self._now())
-        return None if reserved else mailer.compose("confirm", email, token=token)
+        return None if reserved else mailer.compose("confirm", email, caller.language, token=token)
 
-    def _change_mail(self, user: User, session_hash: str, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
+    def _change_mail(
+        self, user: User, session_hash: str, mailer: Mailer, email: str, caller: Caller
+    ) -> EmailMessage | None:
         token, owner = self._new_change(session_hash, email), self._find_user(email) or user
-        log("user_update_requested", user_id=user.id, changed="email")
-        free = owner.id == user.id and not self._db.emails.is_reserved(email, user.id, self._now())
-        return mailer.compose("change", email, token=token, former=user.email) if token and free else None
+        caller.log("user_update_requested", user_id=user.id, changed="email")
+        if not token or owner.id != user.id or self._db.emails.is_reserved(email, user.id, self._now()):
+            return None
+        return mailer.compose("change", email, caller.language, token=token, former=user.email)
 
-    def _reset_mail(self, mailer: Mailer, email: str, log: Log) -> EmailMessage | None:
+    def _reset_mail(self, mailer: Mailer, email: str, caller: Caller) -> EmailMessage | None:
         user = self._find_user(email)
         if not user or not _may_reset(user):
             return None
@@ -1209,8 +1212,8 @@ class Auth:
         token = self._new_reset_token(user, self._settings.reset_lifetime, keep_for=RESET_INTERVAL)
         if not token:
             return None
-        log("authn_reset_token_created", user_id=user.id)
-        return mailer.compose("reset", user.email, token=token)
+        caller.log("authn_reset_token_created", user_id=user.id)
+        return mailer.compose("reset", user.email, caller.language, token=token)
 
 
 @contextlib.contextmanager

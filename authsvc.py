@@ -34,6 +34,7 @@ from settings import Settings, SettingsError
 from storage import User
 from web import responses
 from web.forms import read_form
+from web.languages import choose_language
 from web.middleware import SecurityMiddleware, is_direct
 from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
@@ -685,7 +686,8 @@ def _device() -> str | None:
 def _caller(*, local: bool = False) -> rules.Caller:
     """Return who sends this request. With ``local``, find out whether it is a program on this machine."""
     environ, direct = request.environ, local and is_direct(request.environ)
-    return rules.Caller(environ["authsvc.client"], _device(), environ.get("HTTP_USER_AGENT", ""), direct, _later_log())
+    agent, language = environ.get("HTTP_USER_AGENT", ""), choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+    return rules.Caller(environ["authsvc.client"], _device(), agent, direct, _later_log(), language)
 
 
 def _later_log() -> Callable[..., None]:

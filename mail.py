@@ -25,6 +25,7 @@ from datetime import datetime, timezone
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlencode
 
 from fair_queue import FairQueue
@@ -39,9 +40,14 @@ FIRST_DELIVERY = 1.0  # seconds that a reset task without a mail takes before an
 RETRIES = 5, 30, 120, 300  # seconds to wait before each retry
 NO_XOAUTH2 = "the server offers XOAUTH2, which is not supported: use an app password, or a relay"
 
-_TEXTS = Path(__file__).with_name("mails.txt").read_text(encoding="utf-8")
-_PARTS = re.findall(r"^=== (\w+): (.*)\n((?:(?!=== ).*\n)*)", _TEXTS, re.MULTILINE)
-MAILS = {kind: (subject, text.strip() + "\n") for kind, subject, text in _PARTS}
+_PART = re.compile(r"^=== (\w+): (.*)\n((?:(?!=== ).*\n)*)", re.MULTILINE)
+# By language and kind, the subject and the text. A kind without a text is a phrase that mails contain.
+MAILS = {
+    path.stem: {
+        kind: (subject, text.strip()) for kind, subject, text in _PART.findall(path.read_text(encoding="utf-8"))
+    }
+    for path in Path(__file__).with_name("mails").glob("*.txt")
+}
 
 Task = Callable[[], EmailMessage | None]
 Send = Callable[[EmailMessage], None]
@@ -90,15 +96,6 @@ class Mailer:
         for _ in self._resets.put(waiting, path, preferred=known, limited=limited):
             self._log("mail_dropped", reason="queue full")
 
-    def sign_in(self, email: str, what: str, seen: tuple[object, ...] = ()) -> EmailMessage:
-        """Return the mail that notifies a user of sign-ins. ``what`` becomes its subject.
-
-        ``seen`` is the time, the address and the browser of one sign-in.
-        """
-        lines = [harmless(str(text)) or "unknown" for text in seen]
-        text = "".join(f"\n{name}: {line}" for name, line in zip(("\nTime", "Address", "Browser"), lines, strict=False))
-        return self.compose("sign_in", email, what=what, seen=text)
-
     def check(self) -> None:
         """Sign in to the mail server and ask whether it accepts the sender, without sending anything.
 
@@ -111,15 +108,22 @@ class Mailer:
             if code != 250:
                 raise smtplib.SMTPSenderRefused(code, reason, self._settings.mail_from)
 
-    def compose(self, kind: str, email: str, *, token: str = "", **details: str) -> EmailMessage:
-        """Return a mail of a kind in mails.txt, which names the ``details``. ``token`` is that of its link."""
+    def compose(
+        self, kind: str, email: str, language: str = "en", *, token: str = "", what: str = "", at: int = 0, **given: Any
+    ) -> EmailMessage:
+        """Return a mail of a kind in mails/, which names the details. ``token`` is that of its link.
+
+        ``what`` is the name of a phrase, and ``at`` a time in unix seconds. An empty detail becomes the phrase no_NAME.
+        """
         if not MAILBOX.fullmatch(email):
             raise ValueError("not a mailbox")  # development lets such addresses register
-        (subject, text), base = MAILS[kind], self._settings.base_url
-        minutes = max(1, self._settings.reset_lifetime // 60)
+        texts, base, minutes = MAILS[language], self._settings.base_url, max(1, self._settings.reset_lifetime // 60)
+        details = {name: detail or texts[f"no_{name}"][0] for name, detail in given.items()}
         details |= {"email": email, "base": base, "host": base.partition("://")[2]}
-        details |= {"link": token_link(base, kind, email, token)}
-        details |= {"lifetime": "1 minute" if minutes == 1 else f"{minutes} minutes"}
+        details |= {"link": token_link(base, kind, email, token), "time": datetime.fromtimestamp(at, timezone.utc)}
+        details |= {"lifetime": texts["minute" if minutes == 1 else "minutes"][0].format(minutes=minutes)}
+        details |= {"what": what and texts[what][0].format_map(details)}
+        subject, text = texts[kind]
         mail = EmailMessage()
         mail["From"] = self._settings.mail_from
         mail["To"] = email
@@ -127,7 +131,8 @@ class Mailer:
         mail["Date"] = format_datetime(datetime.now(timezone.utc))
         mail["Message-ID"] = make_msgid(domain=self._settings.mail_from.rpartition("@")[2])
         mail["Auto-Submitted"] = "auto-generated"  # RFC 3834: asks for no automatic replies
-        mail.set_content(text.format_map(details))
+        mail.set_content(text.format_map(details) + "\n")
+        mail["Content-Language"] = language  # after the content, which removes such headers
         return mail
 
     def _send(self, mail: EmailMessage) -> None:

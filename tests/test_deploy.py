@@ -797,8 +797,8 @@ def use(service: Service) -> None:
 
 def product_files() -> set[str]:
     """Return the path of every file of the service, relative to the repository."""
-    files = [path for package in PACKAGES for path in (HERE / package).rglob("*") if path.is_file()]
-    files += [*MODULES.values(), *HERE.glob("*.sql"), HERE / "mails.txt", HERE / "pyproject.toml"]
+    files = [path for folder in (*PACKAGES, "mails") for path in (HERE / folder).rglob("*") if path.is_file()]
+    files += [*MODULES.values(), *HERE.glob("*.sql"), HERE / "pyproject.toml"]
     return {str(path.relative_to(HERE)) for path in files if "__pycache__" not in path.parts}
 
 

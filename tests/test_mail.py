@@ -11,10 +11,12 @@ import smtplib
 import socket
 import ssl
 import statistics
+import string
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from email import message_from_bytes
 from email.message import EmailMessage
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ from tests.conftest import HERE, Answer, Client, Clock, Service
 from tests.crowd import awaited
 from tests.mail_server import SMTP_PASSWORD, USER, MailServer, smtp_url
 from tests.production import PUBLIC_URL, production_settings
+from web.languages import LANGUAGES
 
 pytestmark = pytest.mark.slow  # they talk to a real mail server
 
@@ -298,6 +301,7 @@ def test_no_request_header_appears_in_a_mail(call: Client, server: MailServer) -
         "HTTP_FORWARDED": f"host={evil}",
         "HTTP_REFERER": f"https://{evil}",
         "HTTP_USER_AGENT": evil,
+        "HTTP_ACCEPT_LANGUAGE": evil,
         "SERVER_NAME": evil,
     }
     assert ask(call, **forged).status == 200
@@ -355,7 +359,7 @@ def test_a_sign_in_from_a_new_browser_is_told_by_mail(
     subject, text = next_notice(server)
     assert subject == "Sign-in from a new browser"
     assert text.startswith(f"Sign-in from a new browser: {BOB} at auth.example.com.\n")
-    assert "\nTime: 2027-01-15T08:00:00Z\nAddress: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil?example a?b\n" in text
+    assert "\nTime: 2027-01-15 08:00 UTC\nAddress: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil?example a?b\n" in text
     assert f"\n{PUBLIC_URL}/account\n" in text
     assert PASSWORD not in text
     with pytest.raises(AuthError):
@@ -379,9 +383,10 @@ FIREFOX = "Mozilla/5.0 (X11; Linux x86_64; rv:109.0) Gecko/20100101 Firefox/115.
         ("evil\u3002example", "evil?example"),
     ],
 )
-def test_the_name_of_a_browser_is_no_link_in_a_mail(mailer: Mailer, agent: str, told: str) -> None:
-    text = mailer.sign_in(BOB, "Sign-in from a new browser", ("now", CLIENT, agent)).get_content()
-    assert f"\nBrowser: {told}\n" in text
+def test_the_name_of_a_browser_is_no_link_in_a_mail(auth: Auth, server: MailServer, agent: str, told: str) -> None:
+    sign_in(auth)
+    sign_in(auth, caller=Caller(CLIENT, agent=agent))
+    assert f"\nBrowser: {told}\n" in next_notice(server)[1]
 
 
 @pytest.mark.parametrize("state", ["no mail server", "development"])
@@ -404,14 +409,16 @@ def test_beyond_five_new_browsers_a_day_a_summary_counts_the_rest(
     auth: Auth, db: DB, settings: Settings, clock: Clock, mailer: Mailer, server: MailServer
 ) -> None:
     def told() -> list[str]:
-        return [next_notice(server)[0] for _ in range(count_mails(mailer, server))]
+        return [
+            server.next()["Subject"].replace("auth.example.com", "HOST") for _ in range(count_mails(mailer, server))
+        ]
 
     for _ in range(8):
         sign_in(auth)
-    assert told() == ["Sign-in from a new browser"] * 5
+    assert told() == ["Sign-in from a new browser at HOST"] * 5
     restarted = Auth(db, settings, clock, mailer=mailer)
     restarted.mail_summaries()
-    assert told() == ["2 more sign-ins from new browsers"]
+    assert told() == ["More sign-ins from new browsers at HOST: 2"]
     sign_in(auth)
     for _ in range(23):
         clock.advance(3600)
@@ -419,8 +426,8 @@ def test_beyond_five_new_browsers_a_day_a_summary_counts_the_rest(
     assert told() == []  # one a day
     clock.advance(3600)
     restarted.mail_summaries()
-    _, text = next_notice(server)
-    assert text.startswith(f"1 more sign-in from new browsers: {BOB} at auth.example.com.\n\nIf it was you, ")
+    text = server.next().get_content()
+    assert text.startswith(f"Further sign-ins to {BOB} at auth.example.com from new browsers: 1.\n\nIf it was you, ")
     restarted.mail_summaries()
     assert told() == []
 
@@ -436,7 +443,7 @@ def test_the_hourly_round_mails_the_summary(
     subjects = [server.next()["Subject"] for _ in range(6)]
     stopping.set()
     pruning.join(5)
-    assert subjects[-1] == "1 more sign-in from new browsers at auth.example.com"
+    assert subjects[-1] == "More sign-ins from new browsers at auth.example.com: 1"
 
 
 def test_two_rounds_at_once_count_each_sign_in_once(auth: Auth, db: DB) -> None:
@@ -458,8 +465,8 @@ def test_a_right_password_without_its_code_is_told_once_a_day(
             sign_in(auth, otp, caller=Caller(CLIENT, agent="curl/8"))
     assert count_mails(mailer, server) == 1
     subject, text = next_notice(server)
-    assert subject == "Sign-in without the one-time code"
-    assert "\nTime: 2027-01-15T08:00:00Z\nAddress: 192.0.2.1\nBrowser: curl/8\n" in text
+    assert subject == "Sign-in attempt without the one-time code"
+    assert "\nTime: 2027-01-15 08:00 UTC\nAddress: 192.0.2.1\nBrowser: curl/8\n" in text
     clock.advance(86_400)
     device = auth.device_cookie(sign_in(auth, codes[0])[0], None)
     assert next_notice(server)[0] == "Sign-in from a new browser"
@@ -471,7 +478,160 @@ def test_a_right_password_without_its_code_is_told_once_a_day(
 
 def test_the_operations_page_lists_every_mail() -> None:
     section = (HERE / "docs/operations.md").read_text().partition("\n### Mails\n")[2].partition("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(mail.MAILS)
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == [
+        kind for kind, (_, text) in mail.MAILS["en"].items() if text
+    ]
+
+
+# Languages
+
+PHRASES = [kind for kind, (_, text) in mail.MAILS["en"].items() if not text]
+TOLD = [name for name in PHRASES if not name.startswith(("no_", "minute"))]  # what a notice or a sign-in tells
+DETAILS = {
+    "name": "git",
+    "passkeys": '"laptop", "phone"',
+    "address": "2001:db8::1",
+    "browser": "Browser/1",
+    "former": "former@x.io",
+    "new": "n" * 60 + "@" + ("x" * 60 + ".") * 3 + "io",
+    "count": 12,
+}
+SEEN = {"en": "2027-01-15 08:00 UTC", "de": "15.01.2027, 08:00 Uhr (UTC)", "fr": "15/01/2027 à 08:00 (UTC)"}
+SEEN["es"] = "15/01/2027, 08:00 (UTC)"
+
+
+def parts_of(text: str) -> tuple[list[str], set[str]]:
+    """Return the literal parts and the names in braces of a text."""
+    parsed = list(string.Formatter().parse(text))
+    return [literal for literal, *_ in parsed], {name for _, name, *_ in parsed if name}
+
+
+def kind_of(message: EmailMessage) -> str:
+    """Return the kind of a mail: that with the text of its language."""
+    texts = {kind: text for kind, (_, text) in mail.MAILS[message["Content-Language"]].items() if text}
+    patterns = {kind: ".+?".join(map(re.escape, parts_of(text + "{end}")[0])) for kind, text in texts.items()}
+    found = message.get_content().rstrip("\n")
+    (only,) = [str(kind) for kind, pattern in patterns.items() if re.fullmatch(pattern, found, re.DOTALL)]
+    return only
+
+
+def test_every_language_has_the_same_mails_with_the_same_parts() -> None:
+    assert mail.MAILS.keys() == set(LANGUAGES)
+    english = {kind: texts for kind, texts in mail.MAILS["en"].items() if kind != "summary"}  # no request causes it
+    for language in LANGUAGES[1:]:
+        assert list(mail.MAILS[language]) == list(english)
+        for kind, texts in mail.MAILS[language].items():
+            for text, original in zip(texts, english[kind], strict=True):
+                assert parts_of(text)[1] == parts_of(original)[1], (language, kind)
+                assert text != original or not text or kind.startswith("minute"), (language, kind)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_mail_of_every_language_arrives_as_it_was_written(mailer: Mailer, language: str) -> None:
+    texts = mail.MAILS[language]
+    kinds = {kind: TOLD if kind in ("notice", "sign_in") else [""] for kind, (_, text) in texts.items() if text}
+    for kind, what in ((kind, what) for kind, whats in kinds.items() for what in whats):
+        sent = mailer.compose(kind, BOB, language, token="to-ken_0", what=what, at=1_800_000_000, **DETAILS)
+        wire = sent.as_bytes()
+        assert wire.partition(b"\n\n")[0].isascii()
+        assert max(map(len, wire.split(b"\n"))) <= 998  # without the end of the line
+        got = message_from_bytes(wire, policy=sent.policy)
+        assert isinstance(got, EmailMessage)
+        assert (got.get_content_charset(), got["Content-Language"], kind_of(got)) == ("utf-8", language, kind)
+        assert got["Content-Transfer-Encoding"] != "8bit"  # some servers take none
+        subject, text = got["Subject"], got.get_content()
+        assert not re.search("[{}\n\r]", subject)
+        assert not re.search("[{}]", text)
+        assert all(literal in subject for literal in parts_of(texts[kind][0])[0])
+        told = texts[what][0].replace("{name}", "git") if what else ""
+        assert told in subject
+        assert told in text
+        names = parts_of("".join(texts[kind]))[1]
+        assert all(str(DETAILS[name]) in subject + text for name in names & DETAILS.keys())
+        assert ("\n" + mail.token_link(PUBLIC_URL, kind, BOB, "to-ken_0") + "\n" in text) == ("link" in names)
+        assert (SEEN[language] in text) == ("time" in names)
+
+
+@pytest.mark.parametrize(
+    ("language", "minute", "minutes"),
+    [("de", "in 1 Minute ", "in 10 Minuten "), ("fr", "1 minute.", "10 minutes."), ("es", "1 minuto.", "10 minutos.")],
+)
+def test_a_lifetime_is_in_the_language_of_the_mail(log: Log, language: str, minute: str, minutes: str) -> None:
+    for seconds, text in ((60, minute), (600, minutes)):
+        settings = production_settings(smtp_url="smtps://localhost", mail_from="a@x.io", reset_lifetime=seconds)
+        assert text in Mailer(settings, log).compose("reset", BOB, language, token="to-ken_0").get_content()
+
+
+def test_what_is_missing_is_said(mailer: Mailer) -> None:
+    text = mailer.compose("sign_in", BOB, "fr", what="new_browser", address="", browser="").get_content()
+    assert "\nAdresse IP\xa0: inconnue\nNavigateur\xa0: inconnu\n" in text
+    assert "\n\naucune\n\n" in mailer.compose("passkeys_kept", BOB, "fr", passkeys="").get_content()
+
+
+@pytest.mark.parametrize(
+    ("header", "language", "subject"),
+    [
+        ("de-AT,de;q=0.9,en;q=0.8", "de", "Ihr Passwort bei auth.example.com zurücksetzen"),
+        ("fr;q=0.9, es", "es", "Restablezca su contraseña en auth.example.com"),
+        ("nl", "en", SUBJECT),
+        (None, "en", SUBJECT),
+    ],
+)
+def test_a_mail_is_in_the_language_of_the_request(
+    call: Client, server: MailServer, header: str | None, language: str, subject: str
+) -> None:
+    assert ask(call, **({"HTTP_ACCEPT_LANGUAGE": header} if header else {})).status == 200
+    message = server.next()
+    assert (message["Content-Language"], message["Subject"]) == (language, subject)
+
+
+def test_every_mail_that_a_request_causes_is_in_its_language(
+    auth: Auth, clock: Clock, server: MailServer, mailer: Mailer
+) -> None:
+    caller, kinds = Caller(CLIENT, language="fr"), list[str]()
+
+    def arrived(*expected: str) -> None:
+        messages = [server.next() for _ in range(count_mails(mailer, server))]
+        assert {message["Content-Language"] for message in messages} == {"fr"}
+        assert sorted(map(kind_of, messages)) == sorted(expected)
+        kinds.extend(expected)
+
+    eve = auth.add_account("eve@x.io")
+    for address in ("new@x.io", BOB, eve.email):
+        auth.mail_confirmation(address, caller=caller)
+    auth.mail_reset_token(BOB, caller=caller)
+    arrived("confirm", "taken", "inactive", "reset")
+    sign_in(auth)
+    sign_in(auth, caller=caller)
+    arrived("sign_in")
+    session_id = add_passkey(auth, "laptop", caller)
+    arrived("notice")
+    auth.create_token(session_id, PASSWORD, "git", caller=caller)
+    _, session_id = auth.change_password(session_id, PASSWORD, NEW_PASSWORD, caller=caller)
+    arrived("token", "notice")
+    clock.advance(NEW_FOR)
+    token, _ = auth.link_token(auth.find_user(BOB))
+    auth.reset_password(token, PASSWORD, email=None, caller=caller)
+    arrived("passkeys_kept")
+    passkey_id, held = str(auth.passkeys_of(1)[0].id), auth.create_session(BOB)
+    _, session_id = auth.delete_passkey(held, passkey_id, PASSWORD, caller=caller)
+    arrived("notice")
+    seed, _, _, session_id = auth.begin_totp(session_id, PASSWORD, caller=caller)
+    code = totp.code(seed, int(clock()) // totp.STEP)
+    _, session_id, recovery = auth.confirm_totp(session_id, code, caller=caller)
+    with pytest.raises(AuthError):
+        sign_in(auth, caller=caller)
+    _, session_id = auth.remove_totp(session_id, PASSWORD, recovery[0], caller=caller)
+    arrived("notice", "sign_in", "notice")
+    auth.begin_email_change(session_id, PASSWORD, "other@x.io", caller=caller)
+    message = server.next()
+    if kind_of(message) != "change":
+        message = server.next()
+    token = parse_qs(re.findall(r"change#(\S+)", message.get_content())[0])["token"][0]
+    auth.change_email(session_id, "other@x.io", token, caller=caller)
+    kinds += ["change", "change_requested"]
+    arrived("changed")
+    assert set(kinds) == {kind for kind, (_, text) in mail.MAILS["fr"].items() if text}
 
 
 def next_notice(server: MailServer) -> tuple[str, str]:
@@ -523,11 +683,11 @@ def test_a_passkey_that_is_added_or_deleted_is_told_by_mail(auth: Auth, server: 
         assert text.startswith(f"{what}: {BOB} at auth.example.com, just now.")
 
 
-def add_passkey(auth: Auth, name: str) -> str:
+def add_passkey(auth: Auth, name: str, caller: Caller = UNCOUNTED) -> str:
     """Add a passkey for Bob, and return the id of the session."""
     session_id, device = auth.create_session(BOB), Authenticator("https://auth.example.com", "auth.example.com")
     options = auth.begin_passkey(session_id, PASSWORD, "", UNCOUNTED, "browser")
-    return auth.add_passkey(session_id, name, device.create(options), "browser", caller=UNCOUNTED)[2]
+    return auth.add_passkey(session_id, name, device.create(options), "browser", caller=caller)[2]
 
 
 def test_the_mail_about_a_reset_lists_the_passkeys_that_stay(auth: Auth, clock: Clock, server: MailServer) -> None:
@@ -689,7 +849,7 @@ def test_mail_is_sent_over_tls_after_signing_in(
 ) -> None:
     server = start_server(scheme)
     mailer = Mailer(settings_for(server.url), log)
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert server.next()["To"] == BOB
     assert server.logins == [(USER.encode(), SMTP_PASSWORD.encode())]
     assert log.next() == ("mail_sent", {"tries": 1})
@@ -737,7 +897,7 @@ def test_a_relay_on_this_machine_needs_no_tls_and_no_login(
     settings = production_settings(smtp_url=f"smtp://{host}:{server.port}", mail_from="auth@example.com")
     mailer = Mailer(settings, log)
     mailer.check()
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert server.next()["To"] == BOB
     assert server.logins == []
 
@@ -859,7 +1019,7 @@ def test_a_mail_is_delayed_until_the_server_is_up(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0.05,) * 100)
     mailer = Mailer(settings_for(smtp_url("smtps", port_of(closed))), log)
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert log.next() == ("mail_delayed", {"reason": "ConnectionRefusedError", "smtp_code": 0, "tries": 1})
     assert start_server("smtps", listener=closed).next()["To"] == BOB
     while (event := log.next()[0]) == "mail_delayed":
@@ -877,7 +1037,7 @@ def test_a_temporary_refusal_of_a_recipient_is_retried(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
     server.recipient_replies = [reply] * 2
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_sent"]
     assert server.next()["To"] == BOB
 
@@ -887,7 +1047,7 @@ def test_a_permanent_refusal_of_a_recipient_is_not_retried(
     server: MailServer, mailer: Mailer, log: Log, reply: str
 ) -> None:
     server.recipient_replies = [reply]
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     event, details = log.next()
     assert (event, details["tries"]) == ("mail_dropped", 1)
 
@@ -897,7 +1057,7 @@ def test_a_refused_message_is_delayed_or_dropped_by_its_status(
     server: MailServer, mailer: Mailer, log: Log, reply: str, event: str
 ) -> None:
     server.data_replies = [reply]
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert log.next() == (event, {"reason": "SMTPDataError", "smtp_code": int(reply[:3]), "tries": 1})
 
 
@@ -906,7 +1066,7 @@ def test_an_accepted_mail_is_not_sent_again_whatever_follows(
     server: MailServer, mailer: Mailer, log: Log, reply: str
 ) -> None:
     server.quit_reply = reply
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert log.next()[0] == "mail_sent"
     assert server.next()["To"] == BOB
 
@@ -916,7 +1076,7 @@ def test_a_mail_is_dropped_after_the_last_retry(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0, 0))
     server.data_replies = ["451 later"] * 3
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     lines = [log.next() for _ in range(3)]
     assert [(event, details["tries"]) for event, details in lines] == [
         ("mail_delayed", 1),
@@ -927,8 +1087,8 @@ def test_a_mail_is_dropped_after_the_last_retry(
 
 def test_a_mail_that_waits_for_a_retry_does_not_delay_others(server: MailServer, mailer: Mailer) -> None:
     server.data_replies = ["451 later"]
-    mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="Your password was changed"))
-    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="password_changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="password_changed"))
     assert server.next()["To"] == "second@x.io"
 
 
@@ -937,7 +1097,7 @@ def test_a_retry_is_sent_while_new_tasks_keep_arriving(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
     server.data_replies = ["451 later"]
-    mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="password_changed"))
     finished = threading.Event()
 
     def repeat() -> None:
@@ -957,7 +1117,7 @@ def fail_once(server: MailServer, mailer: Mailer, log: Log, recipient: str, *, r
     if reset:
         enqueue_reset(mailer, lambda: mailer.compose("reset", recipient, token="to-ken_0"))
     else:
-        mailer.enqueue(lambda: mailer.compose("notice", recipient, what="Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", recipient, what="password_changed"))
     assert log.next()[0] == "mail_delayed"
 
 
@@ -968,7 +1128,7 @@ def test_a_retry_that_takes_long_does_not_delay_a_fresh_mail(
     monkeypatch.setattr(mail, "RETRIES", (0, 0, 0, 0))
     server.delays = {"first@x.io": 1.0}
     fail_once(server, mailer, log, "first@x.io", reset=reset)
-    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="password_changed"))
     enqueue_reset(mailer, lambda: mailer.compose("reset", "third@x.io", token="to-ken_0"))
     assert {server.next()["To"] for _ in range(2)} == {"second@x.io", "third@x.io"}
     assert server.next()["To"] == "first@x.io"
@@ -1035,7 +1195,7 @@ def test_the_number_of_mails_waiting_for_a_retry_is_bounded(
     monkeypatch.setattr(mail, "WAITING", 2)
     server.data_replies = ["451 later"] * 3
     for _ in range(3):
-        mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
         settle(mailer)
     assert [log.next()[0] for _ in range(3)] == ["mail_delayed", "mail_delayed", "mail_dropped"]
 
@@ -1055,7 +1215,7 @@ def fail() -> None:
 
 def test_a_failing_task_does_not_end_the_worker(server: MailServer, mailer: Mailer, log: Log) -> None:
     mailer.enqueue(fail)
-    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
     assert server.next()["To"] == BOB
     assert log.next() == ("mail_dropped", {"reason": "RuntimeError"})
 
@@ -1134,9 +1294,9 @@ def test_a_thread_that_cannot_be_started_is_started_with_the_next_mail(
     with monkeypatch.context() as patched:
         patched.setattr(threading, "_start_new_thread", refuse)
         patched.setattr(threading, "_start_joinable_thread", refuse, raising=False)
-        mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", "first@x.io", what="password_changed"))
     assert log.next() == ("mail_delayed", {"reason": "RuntimeError"})
-    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="Your password was changed"))
+    mailer.enqueue(lambda: mailer.compose("notice", "second@x.io", what="password_changed"))
     assert {server.next()["To"] for _ in range(2)} == {"first@x.io", "second@x.io"}
 
 
@@ -1203,7 +1363,7 @@ def test_a_notice_does_not_wait_for_resets(server: MailServer, mailer: Mailer) -
     with resets_held(mailer):
         for _ in range(1100):
             enqueue_reset(mailer, lambda: None)
-        mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+        mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
         assert server.next()["To"] == BOB
 
 
@@ -1227,7 +1387,7 @@ def test_a_flood_of_one_client_drops_no_mail_of_others(
         for number, owner in enumerate(owners):
             auth.mail_reset_token(owner, caller=Caller(f"203.0.{number}.1"))
             if number % 4 == 0:
-                mailer.enqueue(lambda: mailer.compose("notice", BOB, what="Your password was changed"))
+                mailer.enqueue(lambda: mailer.compose("notice", BOB, what="password_changed"))
         mails = [server.next() for _ in range(26)]
     finally:
         stopped.set()
