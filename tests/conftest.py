@@ -214,7 +214,9 @@ def clean_environ() -> dict[str, str]:
 
 # Test files that need more packages than requirements/dev.txt, by a package and the target of make that installs it.
 EXTRAS = {
+    "test_firefox.py": ("playwright", ".venv/browser"),
     "test_pages.py": ("playwright", ".venv/browser"),
+    "test_passkey_pages.py": ("playwright", ".venv/browser"),
     "test_openapi.py": ("schemathesis", ".venv/fuzz"),
     "test_contributing.py": ("yaml", ".venv/fuzz"),
     "test_half_sent.py": ("h2", ".venv/proxies"),
