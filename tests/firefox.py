@@ -128,7 +128,7 @@ class Firefox:
         self.chrome(LOOK, width, scheme, language)
 
     def fill(self, selector: str, text: str) -> None:
-        """Empty a field and type into it. It must be visible."""
+        """Empty a field and type into it."""
         element = self._find(selector)
         self.call("WebDriver:ElementClear", id=element)
         self.call("WebDriver:ElementSendKeys", id=element, text=text)
@@ -140,7 +140,9 @@ class Firefox:
         self.call("WebDriver:ElementClick", id=self._find(selector))
 
     def _find(self, selector: str) -> str:
-        found: dict[str, str] = self.call("WebDriver:FindElement", using="css selector", value=selector)
+        """Return the id of the first visible element, and wait for it if the page has not shown it yet."""
+        visible = "[...document.querySelectorAll(arguments[0])].find(element => element.checkVisibility())"
+        found: dict[str, str] = self.until(visible, selector)
         return found[ELEMENT]
 
     def errors(self) -> list[str]:

@@ -24,7 +24,8 @@ from tests.test_pages import NEW_PASSWORD, code_of, next_mail_to, running_mail_s
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
-PAGES = "login", "register", "forgot", "reset", "logout", "confirm", "change", "account"
+PAGES = "login", "register", "forgot", "reset", "logout", "confirm", "change"  # and the account, with its sections
+SECTIONS = "return [...document.querySelectorAll('nav a[href^=\"#\"]')].map(link => link.hash)"
 STATUS = "form[data-action={}] [role=status]"  # where a form says what became of it
 RECOVERY_CODE = r"\b[a-z2-7]{4}(?:-[a-z2-7]{2,4}){6}\b"
 AXE = """
@@ -59,6 +60,11 @@ class Guest:
         """Open a page of the service that stays where it is."""
         self.firefox.open(self.site.auth + page)
         self.check_look()
+
+    def open_section(self, name: str) -> None:
+        """Open a section of the account page, as a link to it from elsewhere does."""
+        self.firefox.open("about:blank")
+        self.open(f"/account#{name}")
 
     def send(self, action: str, answer: str, /, **fields: str) -> None:
         """Fill in a form and send it; expect this answer of the service, such as "POST /users 200"."""
@@ -185,6 +191,7 @@ def test_two_factor_authentication_is_set_up_and_used(guest: Guest, site: Site) 
     guest.open("/login")
     guest.send("login", "POST /sessions 200", email=email, password=PASSWORD)
     guest.expect_account(email)
+    guest.open_section("two-factor")
     guest.send("begin", "POST /totp 200", password=PASSWORD)
     guest.firefox.until("document.querySelector('form[data-action=confirm] img')?.naturalWidth")
     guest.check_look()
@@ -213,12 +220,14 @@ def test_axe_finds_no_problem_on_any_page(guest: Guest, site: Site) -> None:
     if guest.look != LOOKS[0]:  # all other rules give the same in each look
         options["runOnly"] = ["color-contrast", "target-size", "scrollable-region-focusable"]
     for page in PAGES:
-        if page == "account":
-            guest.open("/login")
-            guest.send("login", "POST /sessions 200", email=email, password=PASSWORD)
-            guest.expect_account(email)
-        else:
-            guest.open(f"/{page}")
+        guest.open(f"/{page}")
+        guest.expect_no_axe_violation(options)
+    guest.open("/login")
+    guest.send("login", "POST /sessions 200", email=email, password=PASSWORD)
+    guest.expect_account(email)
+    for section in guest.firefox.run(SECTIONS) or [""]:
+        guest.firefox.run("location.hash = arguments[0]", section)
+        guest.check_look()
         guest.expect_no_axe_violation(options)
 
 
