@@ -36,6 +36,7 @@ from web import responses
 from web.forms import read_form
 from web.languages import choose_language
 from web.middleware import SecurityMiddleware, is_direct
+from web.page_builder import LANGUAGE, build_pages, preferred_language
 from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
 DESCRIPTION = "A user authentication service. Without a command it serves until SIGTERM or Ctrl-C."
@@ -50,8 +51,6 @@ PRUNE_RETRY = 60.0  # the same after a round that failed, or could not empty the
 PRUNE_REST = 10  # the pause after a step lasts this many times as long as the step, so that no request notices
 
 PROJECT = Path(__file__).resolve().parent  # the program may be started through a symbolic link
-PAGES = PROJECT / "web" / "pages"
-PAGE_NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
 
 SESSION_ID = re.compile("[A-Za-z0-9_-]{1,128}", re.ASCII)
 DEVICE_TOKENS = re.compile("[A-Za-z0-9_.~-]{1,1024}", re.ASCII)
@@ -97,16 +96,18 @@ class Handlers:
         self._browser_name = "__Host-challenge" if settings.production else "challenge"
         secure = "; Secure" if settings.production else ""
         self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
-        template = (PAGES / "index.html").read_text(encoding="utf-8").replace("{domain}", domain)
-        template = template.replace("{confirm}", "on" if settings.confirms_email else "off")
-        template = template.replace("{passkeys}", auth.passkey_host)
-        self._pages = {f"/{name}": _page("html", template.replace("{page}", name).encode()) for name in PAGE_NAMES}
-        self._pages["/pages/style.css"] = _page("css", (PAGES / "style.css").read_bytes())
-        self._pages["/pages/script.js"] = _page("javascript", (PAGES / "script.js").read_bytes())
+        self._language_name = "__Host-language" if settings.production else "language"
+        self._pages = build_pages(settings, auth.passkey_host)
 
     @_route("GET", "/")
     def welcome(self) -> Response:
-        return json_response(200, message="Bienvenue")
+        if not self._settings.production:
+            return json_response(200, message="Bienvenue")
+        leads = re.match(" *text/html *([,;]|$)", request.environ.get("HTTP_ACCEPT", ""), re.IGNORECASE)  # a browser
+        location = [("Location", "/account")] if leads else []
+        return json_response(
+            302 if leads else 200, ("Vary", f"Accept, {responses.VARY}"), *location, message="Bienvenue"
+        )
 
     @_route("POST", "/users", hashes=True)
     def register(self) -> Response:
@@ -335,7 +336,9 @@ class Handlers:
     @_route("GET", "/pages/style.css", "/pages/script.js")
     @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout", "/confirm", "/change")
     def page(self) -> Response:
-        return self._pages[request.path]
+        chosen = _read_cookies(self._language_name, LANGUAGE)  # counts before what the browser prefers
+        accepted = ",".join([*chosen, request.environ.get("HTTP_ACCEPT_LANGUAGE", "")])
+        return self._pages[request.path][preferred_language(accepted)]
 
     @_route("GET", "/account")
     def account(self) -> Response:
@@ -629,11 +632,6 @@ def _is_asked_by_script() -> bool:
 
 def _is_browser() -> bool:
     return any(name.startswith("HTTP_SEC_FETCH_") for name in request.environ)
-
-
-def _page(kind: str, content: bytes) -> Response:
-    headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(content)))]
-    return Response(200, content, [*headers, responses.PAGE_POLICY])
 
 
 def _not_found(**_: str) -> Response:

@@ -5,6 +5,7 @@ No other module of the service reads the environment.
 
 import os
 import re
+from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -68,6 +69,9 @@ _HOSTING += "myfritz.net nip.io"
 
 REGISTRATION = "open", "invitation", "closed"
 
+LOGOS = {"png": b"\x89PNG", "jpeg": b"\xff\xd8", "webp": b"RIFF", "svg+xml": b"<"}  # how a file of each type begins
+MAX_LOGO_BYTES = 32_768  # the logo is a part of each page
+
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
 
@@ -102,6 +106,9 @@ class Settings:
     smtp_url: str = ""  # smtp+starttls://user@host:587, smtps://user@host:465 or smtp://127.0.0.1:25; "": no mail
     smtp_password_file: str = ""  # path of a file with the password of the user in smtp_url
     mail_from: str = ""  # the sender's address
+    site_name: str = ""  # the name of the site on the pages; "": the host
+    site_logo: str = ""  # path of a PNG, JPEG, WebP or SVG file that the pages show beside the name
+    contact: str = ""  # whom users ask where they cannot help themselves, for the pages; a sentence
     unsafe_listen: bool = False  # lets a development service listen beyond loopback, although it is not safe there
 
     @classmethod
@@ -158,6 +165,12 @@ class Settings:
         form = "must be smtp+starttls://user@host:port or smtps://…, or smtp:// to this machine, without a password"
         self._require(not self.smtp_url or self.smtp_server, "smtp_url", form)
         self._require(self.smtp_url or not self.confirm_email, "confirm_email", "needs AUTHSVC_SMTP_URL")
+        for name, most in ("site_name", 64), ("contact", 500):  # everybody can read them
+            text = getattr(self, name)
+            public = len(text) <= most and not re.search(r":\S*@|password *=", text, re.IGNORECASE)
+            self._require(public, name, f"must be at most {most} characters, without a URL that has a password")
+        form = f"must be a PNG, JPEG, WebP or SVG file of at most {MAX_LOGO_BYTES} bytes that can be read"
+        self._require(not self.site_logo or self.logo, "site_logo", form)
         listens_locally = self.address[0].is_loopback
         if self.production:
             self._check_production()
@@ -267,6 +280,16 @@ class Settings:
             if usable and not (url.path.strip("/") or url.query or url.fragment):  # perhaps the rest of a password
                 return url
         return None
+
+    @property
+    def logo(self) -> str:
+        """The logo as a ``data:`` URL, so that a page needs no further request. "" if there is none."""
+        with suppress(OSError), Path(self.site_logo).open("rb") as file:
+            content = file.read(MAX_LOGO_BYTES + 1)
+            kind = next((kind for kind, start in LOGOS.items() if content.startswith(start)), "")
+            if kind and len(content) <= MAX_LOGO_BYTES:
+                return f"data:image/{kind};base64,{b64encode(content).decode()}"
+        return ""
 
     @property
     def address(self) -> tuple[Address, int]:

@@ -26,7 +26,7 @@ from authsvc import create_app
 from credentials import totp
 from settings import Settings
 from tests.authenticator import Authenticator
-from tests.conftest import HERE, Client, Clock, Service
+from tests.conftest import HERE, Answer, Client, Clock, Service
 from tests.routes import as_json
 
 OPENAPI = HERE / "docs" / "openapi.yaml"
@@ -102,7 +102,7 @@ def test_the_document_is_valid(document: Any) -> None:
 class CheckedClient:
     """Sends requests with the cookie that it was last given, and checks each answer against the document."""
 
-    def __init__(self, document: Any, call: Client) -> None:
+    def __init__(self, document: Any, call: Callable[..., Answer]) -> None:
         from openapi_schema_validator import OAS31Validator, oas31_format_checker
 
         self.validator = functools.partial(OAS31Validator, format_checker=oas31_format_checker)
@@ -202,6 +202,9 @@ def test_every_successful_answer_is_as_documented(
     send("POST", "/sessions", **login)
     send("DELETE", "/profile", **login)
     confirming = replace(settings, smtp_url="smtp://127.0.0.1:25", mail_from="auth@x.io", confirm_email=True)
+    production = replace(settings, public_url="https://auth.example.com", bcrypt_cost=10)
+    send.call = functools.partial(Client(create_app(production, auth)), HTTP_ACCEPT="text/html")
+    send("GET", "/", 302)
     send.call = Client(create_app(confirming, Auth(auth._db, confirming, clock)))
     assert send("POST", "/users", email="eve@x.io", password="b4l0u")["message"] == "confirmation mailed"
     auth._db.emails.add_registration(auth._link("eve@x.io", "token", 60))

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from playwright.sync_api import Browser, CDPSession, expect
 
 from tests.proxies import PASSWORD, Site
-from tests.test_pages import Visitor, check_accessibility, chromium, code_of, invite
+from tests.test_pages import Visitor, check_accessibility, chromium, code_of, invite, trusting
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
 CREATED = "Passkey created. You can sign in with it next time. All other sessions have been signed out."
-CANCELLED = "That was cancelled, or took too long. Nothing has changed. Try again when you like."
+CANCELLED = "That was cancelled or took too long. Nothing has changed. Try again when you like."
 NOT_ACCEPTED = "This passkey was not accepted. It may have been deleted here. Try again, or use your password."
 
 
@@ -43,15 +40,8 @@ def strict_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 @pytest.fixture(scope="module")
 def browser(site: Site, strict_site: Site) -> Iterator[Browser]:
     """A browser that trusts the certificates of the sites: with an error of TLS, Chromium offers no passkeys."""
-    trusted = ",".join([_key_hash(one.folder / "certificate.pem") for one in (site, strict_site)])
-    with chromium(f"--ignore-certificate-errors-spki-list={trusted}") as shared:
+    with chromium(trusting(site, strict_site)) as shared:
         yield shared
-
-
-def _key_hash(path: Path) -> str:
-    key = x509.load_pem_x509_certificate(path.read_bytes()).public_key()
-    encoded = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    return base64.b64encode(hashlib.sha256(key.public_bytes(*encoded)).digest()).decode()
 
 
 class Owner(Visitor):
@@ -89,7 +79,7 @@ class Owner(Visitor):
         self.sign_in(self.email)
 
     def open_passkeys(self) -> None:
-        self.page.get_by_role("heading", name="Passkeys").click()
+        self.open_panel("passkeys")
 
     def create(self, name: str, status: str = CREATED) -> None:
         """Create a passkey on the account page."""
@@ -109,11 +99,8 @@ class Owner(Visitor):
         self.enable_device()
         self.page.get_by_role("button", name="Sign in with a passkey").click()
 
-    def sign_out(self) -> None:
-        self.page.get_by_role("button", name="Sign out").click()
-
     def expect_listed(self, *names: str) -> None:
-        expect(self.page.locator("#passkey-list li span")).to_have_text([f"{name} " for name in names])
+        expect(self.page.locator("#passkey-list li strong")).to_have_text(names)
 
 
 Begin = Callable[..., Owner]

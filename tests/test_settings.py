@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import sys
 import traceback
@@ -36,6 +37,9 @@ DEFAULTS = {
     "smtp_url": "",
     "smtp_password_file": "",
     "mail_from": "",
+    "site_name": "",
+    "site_logo": "",
+    "contact": "",
     "unsafe_listen": False,
 }
 
@@ -140,6 +144,8 @@ def test_the_environment_is_read_when_settings_are_created(monkeypatch: pytest.M
         ("AUTHSVC_PASSWORD_MIN", "8", 8),
         ("AUTHSVC_TRUSTED_PROXY", "::1", "::1"),
         ("AUTHSVC_SMTP_PASSWORD_FILE", "/etc/authsvc/smtp", "/etc/authsvc/smtp"),
+        ("AUTHSVC_SITE_NAME", "Rowing Club <1894>", "Rowing Club <1894>"),
+        ("AUTHSVC_CONTACT", "Ask Eve, eve@example.com.", "Ask Eve, eve@example.com."),
         ("AUTHSVC_UNSAFE_LISTEN", "1", True),
     ],
 )
@@ -739,3 +745,45 @@ def test_emails_are_confirmed_in_production_with_a_mail_server(changes: dict[str
 def test_emails_are_not_confirmed_without_a_mail_server() -> None:
     with pytest.raises(SettingsError, match="AUTHSVC_CONFIRM_EMAIL=True needs AUTHSVC_SMTP_URL"):
         Settings(confirm_email=True)
+
+
+# The logo
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@each(
+    ("content", "kind"),
+    [
+        (PNG, "png"),
+        (PNG.ljust(32_768, b"x"), "png"),
+        (b"\xff\xd8\xff\xe0", "jpeg"),
+        (b"RIFF....WEBP", "webp"),
+        (b"<svg/>", "svg+xml"),
+    ],
+)
+def test_the_logo_is_a_data_url_of_the_type_of_the_file(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "logo").write_bytes(content)
+    logo = Settings.from_environ({"AUTHSVC_SITE_LOGO": str(tmp_path / "logo")}).logo
+    assert logo == f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    assert Settings().logo == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PN", PNG.ljust(32_769, b"x"), None, "a folder"])
+def test_a_file_that_is_no_logo_is_refused(tmp_path: Path, content: bytes | str | None) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "logo").write_bytes(content)
+    elif content:
+        (tmp_path / "logo").mkdir()
+    form = "must be a PNG, JPEG, WebP or SVG file of at most 32768 bytes that can be read"
+    path = tmp_path / "logo"
+    assert refusal({"AUTHSVC_SITE_LOGO": str(path)}) == f"AUTHSVC_SITE_LOGO={path} {form}"
+
+
+@pytest.mark.parametrize(("name", "most"), [("AUTHSVC_SITE_NAME", 64), ("AUTHSVC_CONTACT", 500)])
+def test_a_text_for_the_pages_is_short_and_has_no_password(name: str, most: int) -> None:
+    for accepted in "x" * most, "Ask Eve: eve@example.com, https://chat.example.com/eve":
+        Settings.from_environ({name: accepted})
+    for refused in "x" * (most + 1), "postgresql://u:p@db/x", "host=db password=x":
+        assert f"at most {most} characters" in refusal({name: refused})

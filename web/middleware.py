@@ -29,7 +29,6 @@ class SecurityMiddleware:
     def __init__(self, application: WSGIApplication, settings: Settings) -> None:
         self._application, self._settings = application, settings
         self._headers = responses.common_headers(settings.production)
-        self._page_headers = [header for header in self._headers if header[0] != responses.PAGE_POLICY[0]]
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request. An unexpected error becomes a JSON answer with status 500 and one line in the log."""
@@ -40,7 +39,8 @@ class SecurityMiddleware:
         environ["authsvc.client"] = client_address(peer, forwarded_for, self._settings.trusted_proxy)
 
         def start(status: str, headers: list[Header], exc_info: Any = None) -> Any:
-            common = self._page_headers if responses.PAGE_POLICY in headers else self._headers
+            own = {name for name, _ in headers}  # a page has a policy of its own, for example
+            common = [header for header in self._headers if header[0] not in own]
             return start_response(status, [*headers, *common, ("X-Request-ID", request_id)], exc_info)
 
         try:

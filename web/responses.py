@@ -10,13 +10,14 @@ Header = tuple[str, str]
 
 # The end of every policy: no frames, no other base for links, no form that is sent without the script.
 _POLICY_END = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+VARY = "Cookie, Authorization"  # request headers on which every answer may depend
 SECURITY_HEADERS: tuple[Header, ...] = (
     ("Cache-Control", "no-store"),
     ("Content-Security-Policy", f"default-src 'none'; {_POLICY_END}"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Referrer-Policy", "no-referrer"),
-    ("Vary", "Cookie, Authorization"),
+    ("Vary", VARY),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
 )

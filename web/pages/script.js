@@ -4,7 +4,13 @@
 const page = document.body.dataset.page;
 const one = (selector, parent = document) => parent.querySelector(selector);
 const all = (selector, parent = document) => [...parent.querySelectorAll(selector)];
-const text = (name) => one("#texts").content.querySelector(`[data-text="${CSS.escape(name)}"]`)?.textContent;
+const submitOf = (form) => one("button:not([type])", form);
+// The texts of the language that the service has chosen: its script's own, and a sentence for each message of the service.
+const texts = JSON.parse(one("#texts").content.textContent);
+const text = (name, gaps = {}) => texts.script[name]?.replace(/\{(\w+)\}/g, (_, gap) => gaps[gap]);
+const language = document.documentElement.lang;
+// With the region that the user prefers, which matters to dates.
+const locale = navigator.languages.find((tag) => tag.split("-")[0] === language) ?? language;
 
 // Returns the JSON response with its status added; the status is 0 when the service cannot be reached.
 async function send(method, path, fields) {
@@ -15,7 +21,7 @@ async function send(method, path, fields) {
     // Without "manual", a browser would follow the logout's 302 with another DELETE.
     const response = await fetch(path, {method, body, headers: json || {}, redirect: "manual", cache: "no-store"});
     if (response.type === "opaqueredirect") return {status: 302};
-    return {...await response.json(), status: response.status};
+    return {...await response.json(), status: response.status, wait: Number(response.headers.get("Retry-After"))};
   } catch {
     return {status: 0, message: text("unreachable")};
   }
@@ -71,7 +77,7 @@ const actions = {
 
   async reset(fields, form) {
     requireSuccess(await send("PUT", "/reset_password", {...fields, reset_token: link.get("token")}));
-    leadToLogin(form);
+    leadToLogin(form, fields);
     return text("set");
   },
 
@@ -81,7 +87,7 @@ const actions = {
 
   async create(fields, form) {
     requireSuccess(await send("PUT", "/users", {...fields, token: link.get("token")}));
-    leadToLogin(form);
+    leadToLogin(form, fields);
     return text("confirmed");
   },
 
@@ -93,7 +99,7 @@ const actions = {
 
   async change(fields, form) {
     requireSuccess(await send("PUT", "/email", {...fields, token: link.get("token")}));
-    one("button", form).hidden = true;
+    closeLink(form);
     return text("renamed");
   },
 
@@ -126,15 +132,16 @@ const actions = {
   async confirm(fields) {
     const response = requireSuccess(await send("PUT", "/totp", fields));
     one("#codes").replaceChildren(...response.recovery_codes.map((code) => listItem(element("code", code))));
+    one("#recovery-of").textContent = one("#who").textContent;
+    const lines = [`${one("#site span:last-child").textContent}, ${one("#who").textContent}`, ...response.recovery_codes];
+    one("#download").href = `data:text/plain;charset=utf-8,${encodeURIComponent(lines.join("\r\n"))}`;
     one("#recovery").hidden = false;
-    showFactor("on");
     await showAccount();
+    showFactor("saving"); // hides the form that turns it off
   },
 
   async off(fields) {
     requireSuccess(await send("DELETE", "/totp", fields));
-    one("#recovery").hidden = true;
-    showFactor("off");
     await showAccount();
     showStatus(one("[data-action=begin]"), text("factor-off"));
   },
@@ -181,17 +188,32 @@ function openLink(name, token, email) {
   if (token) location.assign(`/${name}#${new URLSearchParams({token, email})}`);
 }
 
-// Puts a link to the sign-in page in the place of a form's button.
-function leadToLogin(form) {
-  one("button", form).hidden = true;
-  one("a", form.parentElement).href = "/login";
-  one("a", form.parentElement).textContent = one("#login h1").textContent;
+// The link of this page is used. A reload or a way back must not offer it again.
+function closeLink(form) {
+  history.replaceState(null, "", location.pathname);
+  submitOf(form).hidden = true;
+}
+
+// Puts a link to the sign-in page, which fills in the email, in the place of a form's button.
+function leadToLogin(form, {email}) {
+  closeLink(form);
+  const anchor = one("a", form.parentElement);
+  anchor.href = `/login#${new URLSearchParams({email})}`;
+  anchor.textContent = submitOf(one("[data-action=login]")).textContent;
+  anchor.className = "button";
 }
 
 // Returns a successful response, and throws an error with the text to show otherwise.
 function requireSuccess(response) {
   if (response.status >= 200 && response.status < 400) return response;
-  throw new Error(text(`:${response.message}`) ?? response.message, {cause: response.message});
+  throw new Error(sentence(response), {cause: response.message});
+}
+
+// Returns what the page says for a message of the service. In the list of sentences, # stands for a number.
+function sentence({message, wait = 0}) {
+  const numbers = message.match(/\d+/g);
+  const known = texts.messages[message.replace(/\d+/g, "#")];
+  return known?.replace(/#/g, () => numbers.shift()).replace("{when}", relative(wait)) ?? message;
 }
 
 async function signOut(path) {
@@ -222,7 +244,7 @@ function listItem(...parts) {
 
 // Shows or hides the field for a one-time code, in a form that asks for it only where the service does.
 function showCode(form, shown) {
-  for (const code of all(".code", form)) {
+  for (const code of all(":not([data-code]) > .code", form)) {
     code.hidden = !shown;
     one("input", code).required = shown;
     if (shown) one("input", code).focus();
@@ -233,54 +255,112 @@ function showFactor(state) {
   for (const form of all("[data-factor]")) form.hidden = form.dataset.factor !== state;
 }
 
+// Shows a password in plain text, or hides it again.
+function reveal(secret, shown) {
+  const field = one("input", secret);
+  const button = one("button", secret);
+  field.type = shown ? "text" : "password";
+  button.textContent = text(shown ? "hide" : "show");
+  button.setAttribute("aria-label", `${button.textContent}: ${one(`label[for="${field.id}"]`).textContent}`);
+}
+
+// Shows why the service refuses a new password in the place of the rule under its field; without a reason, the rule.
+function showRule(form, reason = "") {
+  const rule = one(".rule", form);
+  if (!rule) return;
+  const field = one("[autocomplete=new-password]", form);
+  rule.dataset.text ??= rule.textContent;
+  rule.textContent = reason || rule.dataset.text;
+  rule.classList.toggle("error", reason !== "");
+  field.setAttribute("aria-invalid", String(reason !== ""));
+  if (reason) field.focus();
+}
+
+// Shows the part of the account page that the address names, or else the first.
+function showPanel() {
+  const panels = all(".panel").filter(({id}) => id !== "passkeys" || hasPasskeys);
+  const chosen = panels.find(({id}) => `#${id}` === location.hash) ?? panels[0];
+  for (const panel of panels) panel.hidden = panel !== chosen;
+  for (const anchor of all("nav a")) anchor.setAttribute("aria-current", String(anchor.hash === `#${chosen.id}`));
+  return chosen;
+}
+
 // Shows why the link of this page cannot be used.
 function refuse(name) {
   showStatus(linked, text(name), true);
-  one("button", linked).disabled = true;
+  submitOf(linked).disabled = true;
 }
 
 async function showFormerEmail() {
   const {status, message, email} = await send("GET", "/profile");
   if (status === 200) one("#change-former").value = email;
   else if (status === 403) refuse("elsewhere");
-  else showStatus(linked, message, true);
+  else showStatus(linked, sentence({message}), true);
 }
 
 async function showAccount() {
-  const {status, message, email = "", second_factor: factor = false, sessions = []} = await send("GET", "/sessions");
+  const response = await send("GET", "/sessions");
+  const {status, message, email = "", second_factor: factor = false, sessions = []} = response;
   // The service redirects to the sign-in page.
   if (["not logged in", "sign in with your second factor"].includes(message)) return location.reload();
+  if (message === "set up a second factor first" && !location.hash) location.replace("#two-factor");
   one("#onward").hidden = !location.search || status !== 200;
   one("#onward a").href = destination();
-  one("#who").textContent = status === 200 ? email : text(`:${message}`) ?? message;
+  one("#who").textContent = status === 200 ? email : sentence(response);
   for (const field of all(".aside")) field.value = email;
   showFactor(factor ? "on" : "off");
-  one("#sessions").replaceChildren(...sessions.map(sessionItem));
-  one("#offer").hidden = !hasPasskeys || status !== 200 || localStorage.getItem("passkey") !== null;
+  sessions.sort((a, b) => b.current - a.current || Date.parse(b.last_seen) - Date.parse(a.last_seen));
+  one("#session-list").replaceChildren(...sessions.map(sessionItem));
+  if (status !== 200) one("#offer").hidden = true;
   await showTokens();
   await showPasskeys();
 }
 
-function sessionItem(session) {
-  const lastSeen = `${text("seen")} ${time(session.last_seen)}`;
-  const details = element("small", `${session.user_agent} · ${lastSeen}`);
-  if (session.current) return listItem(element("strong", `${session.address}, ${text("this")}`), details);
-  const end = removal(text("end"), `${session.address}, ${lastSeen}`, `/sessions/${session.id}`);
-  return listItem(element("span", `${session.address} `), end, details);
+// Most browsers also name those that they derive from, so the order matters.
+const BROWSERS = {Edge: /\bEdg(A|iOS)?\//, Opera: /\bOPR\//, Firefox: /\b(Firefox|FxiOS)\//, Chrome: /\b(Chrome|CriOS)\//,
+  Safari: /\bVersion\/.*\bSafari\//};
+const SYSTEMS = {Android: /\bAndroid\b/, iOS: /\b(iPhone|iPad)\b/, Windows: /\bWindows NT\b/, macOS: /\bMacintosh\b/,
+  ChromeOS: /\bCrOS\b/, Linux: /\bLinux\b/};
+
+// Returns "Firefox on Windows" for a User-Agent header, or the header where it is of no well-known browser.
+function browserName(header) {
+  const [browser, system] = [BROWSERS, SYSTEMS].map((known) => Object.keys(known).find((name) => known[name].test(header)));
+  return browser && system ? text("browser", {browser, system}) : header;
+}
+
+function sessionItem({id, address, user_agent: header, last_seen: seen, current}) {
+  const name = browserName(header);
+  const parts = current ? [element("mark", text("this")), ` · ${address}`] : [`${address} · ${text("seen")} `, time(seen)];
+  const shown = row(name, ...parts);
+  if (name !== header) {
+    const whole = document.createElement("details");
+    whole.append(element("summary", text("details")), element("small", header));
+    shown.append(whole);
+  }
+  return current ? listItem(shown) : listItem(shown, removal(text("end"), `${name}, ${address}`, `/sessions/${id}`));
+}
+
+// Returns the name of an item of a list, with details below.
+function row(name, ...details) {
+  const shown = document.createElement("div");
+  const small = document.createElement("small");
+  small.append(...details);
+  shown.append(element("strong", name), small);
+  return shown;
 }
 
 // Most people have none, so the list is requested when its part of the page is opened.
 async function showTokens() {
-  if (!one("#access").open) return;
+  if (one("#tokens").hidden) return;
   const {tokens = []} = await send("GET", "/tokens");
-  one("#tokens").replaceChildren(...tokens.map(tokenItem));
+  one("#token-list").replaceChildren(...tokens.map(tokenItem));
 }
 
+const lastUsed = (used) => (used ? [`${text("seen")} `, time(used)] : [text("unused")]);
+
 function tokenItem({id, name, last_used: used, expires}) {
-  const details = [used ? `${text("seen")} ${time(used)}` : text("unused")];
-  if (expires) details.push(`${text("expires")} ${time(expires)}`);
-  const remove = removal(text("remove"), name, `/tokens/${id}`);
-  return listItem(element("span", `${name} `), remove, element("small", details.join(" · ")));
+  const details = expires ? [` · ${text("expires")} `, time(expires)] : [];
+  return listItem(row(name, ...lastUsed(used), ...details), removal(text("remove"), name, `/tokens/${id}`));
 }
 
 // Passkeys (https://www.w3.org/TR/webauthn-3/). They belong to one host: a page under another name does not offer them.
@@ -339,10 +419,21 @@ async function offerInField() {
 // From now on the account page of this browser no longer offers to create a passkey.
 function stopOffering() {
   localStorage.setItem("passkey", "known");
+  one("#offer").hidden = true;
+}
+
+async function copy(button) {
+  const target = one(button.dataset.copy);
+  try {
+    await navigator.clipboard.writeText(target.innerText);
+    button.textContent = text("copied");
+  } catch {
+    getSelection().selectAllChildren(target); // the browser forbids it, but the user can copy what is selected
+  }
 }
 
 async function showPasskeys() {
-  if (!one("#passkeys").open) return;
+  if (one("#passkeys").hidden) return;
   const {passkeys = []} = await send("GET", "/passkeys");
   one("#passkey-list").replaceChildren(...passkeys.map(passkeyItem));
 }
@@ -357,12 +448,21 @@ function passkeyItem({id, name, last_used: used, synced}) {
     one("#discarded").textContent = name;
     one("[name=password]", form).focus();
   });
-  const details = [used ? `${text("seen")} ${time(used)}` : text("unused"), ...(synced ? [text("synced")] : [])];
-  return listItem(element("span", `${name} `), button, element("small", details.join(" · ")));
+  return listItem(row(name, ...lastUsed(used), synced ? ` · ${text("synced")}` : ""), button);
+}
+
+const UNITS = Object.entries({year: 31_536_000, day: 86_400, hour: 3600, minute: 60, second: 1});
+
+// Returns "in 40 seconds" or, for a negative number, "40 seconds ago".
+function relative(seconds) {
+  const [unit, size] = UNITS.find(([, size]) => Math.abs(seconds) >= size) ?? UNITS.at(-1);
+  return new Intl.RelativeTimeFormat(locale, {numeric: "auto"}).format(Math.ceil(seconds / size), unit);
 }
 
 function time(stamp) {
-  return new Date(stamp).toLocaleString();
+  const created = element("time", relative((Date.parse(stamp) - Date.now()) / 1000));
+  created.title = new Date(stamp).toLocaleString(locale, {dateStyle: "full", timeStyle: "short"});
+  return created;
 }
 
 // Returns a button that sends DELETE for one item of a list and shows the lists again.
@@ -398,58 +498,123 @@ async function enter(address) {
   location.replace((await send("GET", "/verify")).status === 200 ? address : `/account${location.search}`);
 }
 
-one("#access").addEventListener("toggle", showTokens);
-one("#passkeys").addEventListener("toggle", showPasskeys);
-one("#passkeys").hidden = one("[data-action=passkey]").hidden = !hasPasskeys;
-one("#accept").addEventListener("click", () => {
-  one("#passkeys").open = true;
-  one("#passkey-name").focus();
-});
-one("#dismiss").addEventListener("click", () => {
-  stopOffering();
-  one("#offer").hidden = true;
-});
+// The forms that ask for the password again have the same fields, with ids of their own.
+for (const place of all("[data-ask]")) {
+  place.append(one("#ask").content.cloneNode(true));
+  for (const field of all("[name]", place)) {
+    field.id = `${place.dataset.ask}-${field.name}`;
+    one(`[data-for=${field.name}]`, place).htmlFor = field.id;
+  }
+  one("[name=otp]", place).required = "code" in place.dataset;
+  one(".code", place).hidden = !("code" in place.dataset);
+}
+for (const secret of all(".secret")) {
+  const button = element("button", "");
+  button.type = "button";
+  button.className = "show";
+  button.addEventListener("click", () => reveal(secret, one("input", secret).type === "password"));
+  secret.append(button);
+  reveal(secret, false);
+}
+for (const field of all("[autocomplete=new-password]")) {
+  const rule = one(".rule", field.form);
+  rule.id = `${field.id}-rule`;
+  field.setAttribute("aria-describedby", rule.id);
+  field.minLength = document.body.dataset.minimum;
+  field.setAttribute("passwordrules", `minlength: ${field.minLength};`); // what password managers read
+}
 
 for (const form of all("form")) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const button = one("button", form);
+    const button = submitOf(form);
     if (button.disabled) return;
     button.disabled = true;
+    for (const secret of all(".secret", form)) reveal(secret, false); // a password manager must find a password
     showStatus(form, text("working"));
+    showRule(form);
     try {
       showStatus(form, (await actions[form.dataset.action](Object.fromEntries(new FormData(form)), form)) ?? "");
-      for (const field of all("[type=password], [name=otp]", form)) field.value = "";
+      for (const field of all(".secret input, [name=otp]", form)) field.value = "";
       showCode(form, false);
     } catch (error) {
       // A browser's own errors have a name that says more than their message.
-      const own = error instanceof DOMException && (text(error.name) ?? `${text("failed")} (${error.name}).`);
-      showStatus(form, own || error.message, true);
-      if (error.cause === "one-time code required") showCode(form, true);
+      const own = error instanceof DOMException && (text(error.name) ?? text("failed", {name: error.name}));
+      const asks = error.cause === "one-time code required";
+      const ofPassword = error.cause?.startsWith("password ") && one(".rule", form);
+      showStatus(form, ofPassword ? "" : own || error.message, !asks);
+      if (ofPassword) showRule(form, error.message);
+      if (asks) showCode(form, true);
     }
     button.disabled = false;
   });
 }
 
-// First of all, the token is removed from the address bar, and so from the history.
+// First of all, the token is removed from the address bar, and so from the history. A reload finds it in the state of this
+// entry, which only this page can read.
 const linked = one(`#${page}:is(#reset, #confirm, #change) form`);
-const link = new URLSearchParams(linked ? location.hash.slice(1) : "");
+if (linked && location.hash) history.replaceState(location.hash.slice(1), "", location.pathname);
+const link = new URLSearchParams((linked && history.state) ?? "");
 if (linked) {
-  history.replaceState(null, "", location.pathname);
   one("[name=email]", linked).value = link.get("email") ?? "";
   if (!link.get("token") || !link.get("email")) refuse("incomplete");
   else if (page === "change") showFormerEmail();
 }
 if (document.body.dataset.confirm === "on") one("#register-secret").remove();
 for (const anchor of all("a[data-keep]")) anchor.search = location.search;
-document.title = one(`#${page} h1`).textContent;
-if (page === "account") showAccount();
-if (page === "login") hasSession().then((found) => found && enter(nextAddress()));
+one("link[rel=icon]").href = one(".mark img")?.src ?? "data:,";
+one("#language").value = language;
+one("#language").addEventListener("change", ({target}) => {
+  const [name, secure] = location.protocol === "https:" ? ["__Host-language", "; Secure"] : ["language", ""];
+  document.cookie = `${name}=${target.value}; Path=/; Max-Age=31536000; SameSite=Lax${secure}`;
+  location.reload();
+});
+
+if (page === "account") {
+  for (const offered of all(".passkeys-only")) offered.hidden = !hasPasskeys;
+  // Shown at once, so that the page does not move when the service has answered.
+  one("#offer").hidden = !hasPasskeys || localStorage.getItem("passkey") !== null;
+  one("#onward").hidden = !location.search;
+  one("#accept").addEventListener("click", () => {
+    history.pushState(null, "", "#passkeys");
+    showPanel();
+    showPasskeys();
+    one("#passkey-name").focus();
+  });
+  one("#dismiss").addEventListener("click", stopOffering);
+  for (const button of all("[data-copy]")) button.addEventListener("click", () => copy(button));
+  one("#print").addEventListener("click", () => print());
+  one("#saved").addEventListener("click", () => {
+    showFactor("on");
+    one("#recovery").hidden = true;
+    one("#codes").replaceChildren();
+    one("#download").removeAttribute("href");
+  });
+  addEventListener("beforeunload", (event) => one("#codes code") && event.preventDefault());
+  showPanel();
+  one("#account").className = "ready";
+  showAccount();
+}
+if (page === "login") {
+  one("[data-action=passkey]").hidden = !hasPasskeys;
+  // After a reset it is in the address. A redirect from the account page keeps the name of one of its parts there.
+  const email = new URLSearchParams(location.hash.slice(1)).get("email");
+  history.replaceState(null, "", location.pathname + location.search);
+  if (email) {
+    one("#login-email").value = email;
+    one("#login-password").focus();
+  }
+  hasSession().then((found) => found && enter(nextAddress()));
+}
 if (page === "login" && hasPasskeys) {
   offerInField();
   // A question that is still open would keep the next page from asking (iOS).
   addEventListener("pagehide", () => asked.controller?.abort());
   addEventListener("pageshow", (event) => event.persisted && offerInField());
 }
-// A link opened in a tab that already shows this page changes only the fragment.
-addEventListener("hashchange", () => location.reload());
+addEventListener("hashchange", () => {
+  if (page !== "account") return location.reload(); // a link that is opened in a tab that already shows this page
+  one("h2", showPanel()).focus();
+  showTokens();
+  showPasskeys();
+});

@@ -1,0 +1,73 @@
+"""The pages for users: each of them in each language, built once at the start from the files in ``web/pages/``."""
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from settings import Settings
+from web.responses import PAGE_POLICY, VARY, Response
+
+FILES = Path(__file__).with_name("pages")
+NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
+LANGUAGES = sorted(path.stem for path in (FILES / "texts").glob("*.json"))
+LANGUAGE = re.compile("[a-z]{2,3}")
+DEFAULT_LANGUAGE = "en"  # of a client that prefers none of them
+
+_GAP = re.compile(r"\{(\w+)\}")  # in a page: the name of a text, or of a value below
+_PREFERENCE = re.compile(r"(?<![^ ,])([a-z]+)(?:-[a-z0-9-]*)?(?: *; *q=([01](?:\.[0-9]{0,3})?))? *(?:,|$)")
+
+
+@functools.lru_cache(maxsize=256)  # browsers send the same few values
+def preferred_language(accepted: str) -> str:
+    """Return the best of our languages for the value of an ``Accept-Language`` header (RFC 9110, 12.5.4)."""
+    found = _PREFERENCE.findall(accepted.lower())
+    offered = [(float(quality or 1), name) for name, quality in found if name in LANGUAGES]
+    # The first of equal ones: q=0 says that a language is not acceptable.
+    return str(max([(0.0, DEFAULT_LANGUAGE), *offered], key=lambda preference: preference[0])[1])
+
+
+def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Response]]:
+    """Return the response to each path in each language. The stylesheet and the script are the same in all of them."""
+    style, script = _response("css", _read("style.css")), _response("javascript", _read("script.js"))
+    pages = {"/pages/style.css": dict.fromkeys(LANGUAGES, style), "/pages/script.js": dict.fromkeys(LANGUAGES, script)}
+    site = settings.site_name or urlsplit(settings.origin).hostname or ""
+    values = {
+        "site": escape(site),
+        "mark": f'<img src="{settings.logo}" alt="">' if settings.logo else escape(site[0].upper()),
+        "domain": settings.cookie_domain,
+        "confirm": "on" if settings.confirms_email else "off",
+        "passkeys": passkey_host,
+        "registration": settings.registration,
+        "mail": "off" if settings.production and not settings.smtp_url else "on",
+        "minimum": str(settings.password_min if settings.production else 1),
+    }
+    for language in LANGUAGES:
+        texts = json.loads(_read(f"texts/{language}.json"))
+        shown = {name: escape(text) for name, text in texts.pop("page").items()}
+        rest = escape(json.dumps(texts, ensure_ascii=False), quote=False)
+        template = _fill(_read("index.html"), shown | {"texts": rest})
+        # After the texts, so that nothing in a value is taken for the name of a text.
+        values |= {"language": language, "contact": escape(settings.contact) or shown["ask_operator"]}
+        for name in NAMES:
+            page = _fill(template, values | {"page": name, "title": shown[f"{name}_title"]})
+            pages.setdefault(f"/{name}", {})[language] = _response("html", page)
+    return pages
+
+
+def _fill(template: str, values: Mapping[str, str]) -> str:
+    return _GAP.sub(lambda gap: values.get(gap[1], gap[0]), template)
+
+
+def _read(name: str) -> str:
+    """Return a file without its indentation and the comments of the script, which are a sixth of it."""
+    return re.sub(r"^ *(?://.*\n)?", "", (FILES / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def _response(kind: str, text: str) -> Response:
+    content = text.encode()
+    headers = [("Content-Type", f"text/{kind}; charset=utf-8"), ("Content-Length", str(len(content)))]
+    return Response(200, content, [*headers, ("Vary", f"Accept-Language, {VARY}"), PAGE_POLICY])
