@@ -12,6 +12,7 @@ import json
 import os
 import re
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -963,6 +964,57 @@ def check_accessibility(page: Page, state: str = "") -> None:
         if rule["impact"] in ("serious", "critical", "moderate")
     ]
     assert violations == [], (state, page.url)
+
+
+def test_the_pages_fit_when_they_are_enlarged_or_mirrored(visit: Visit, site: Site) -> None:
+    invite(site, "zoom@example.com")
+    bob = visit(viewport={"width": 640, "height": 360})  # 1280 pixels at 200 %
+    bob.open("/login")
+    bob.sign_in("zoom@example.com")
+    for width in (640, 320):
+        bob.page.set_viewport_size({"width": width, "height": 360})
+        for direction in ("ltr", "rtl"):
+            bob.page.evaluate("direction => { document.documentElement.dir = direction }", direction)
+            for panel in ("sessions", "password", "two-factor", "passkeys", "tokens", "email", "delete"):
+                bob.open_panel(panel)
+                assert bob.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (width, panel)
+    mark, name = bob.page.locator("#site > span").all()
+    before, after = mark.bounding_box(), name.bounding_box()
+    assert before
+    assert after
+    assert before["x"] > after["x"]  # the line begins at the right
+
+
+def test_a_password_manager_knows_each_field(visit: Visit, site: Site) -> None:
+    """As 1Password and Bitwarden ask: each field has an id, a name and a label; a password has a username beside it."""
+    bob = visit()
+    bob.open("/login")
+    fields = bob.page.evaluate("""() => [...document.querySelectorAll('form input:not(.aside)')].map(field => ({
+        id: field.id, name: field.name, label: field.labels[0]?.textContent ?? '', kind: field.autocomplete,
+        names: [...field.form.querySelectorAll('[autocomplete^=username]')].length,
+    }))""")
+    assert len(fields) > 30
+    ids = [field["id"] for field in fields if field["id"]]
+    assert len(ids) == len(set(ids))
+    for field in fields:
+        assert field["label"]
+        if field["kind"] in ("current-password", "new-password"):
+            assert field["id"]
+            assert field["name"]
+            assert field["names"] == 1, field
+    rules = bob.page.locator("[autocomplete=new-password]").evaluate_all(
+        "all => all.map(one => one.attributes.passwordrules.value)"
+    )
+    assert rules == ["minlength: 15;"] * 4
+
+
+@pytest.mark.timing
+def test_the_sign_in_page_is_painted_within_a_tenth_of_a_second(visit: Visit) -> None:
+    bob, times = visit(), []
+    for _ in range(9):
+        bob.page.goto(bob.url("/login"), wait_until="networkidle")
+        times.append(bob.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+    assert statistics.median(times) < 100, times
 
 
 def test_a_status_message_moves_nothing(visit: Visit) -> None:

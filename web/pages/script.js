@@ -304,7 +304,7 @@ async function showAccount() {
   // The service redirects to the sign-in page.
   if (["not logged in", "sign in with your second factor"].includes(message)) return location.reload();
   if (message === "set up a second factor first" && !location.hash) location.replace("#two-factor");
-  one("#onward").hidden = !location.search || status !== 200;
+  one("#onward").classList.toggle("waiting", status !== 200);
   one("#onward a").href = destination();
   one("#who").textContent = status === 200 ? email : sentence(response);
   for (const field of all(".aside")) field.value = email;
@@ -325,14 +325,14 @@ const SYSTEMS = {Android: /\bAndroid\b/, iOS: /\b(iPhone|iPad)\b/, Windows: /\bW
 // Returns "Firefox on Windows" for a User-Agent header, or the header where it is of no well-known browser.
 function browserName(header) {
   const [browser, system] = [BROWSERS, SYSTEMS].map((known) => Object.keys(known).find((name) => known[name].test(header)));
-  return browser && system ? text("browser", {browser, system}) : header;
+  return browser && system ? text("browser", {browser, system}) : header || text("unknown");
 }
 
 function sessionItem({id, address, user_agent: header, last_seen: seen, current}) {
   const name = browserName(header);
   const parts = current ? [element("mark", text("this")), ` · ${address}`] : [`${address} · ${text("seen")} `, time(seen)];
   const shown = row(name, ...parts);
-  if (name !== header) {
+  if (header && name !== header) {
     const whole = document.createElement("details");
     whole.append(element("summary", text("details")), element("small", header));
     shown.append(whole);
