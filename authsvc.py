@@ -34,9 +34,9 @@ from settings import Settings, SettingsError
 from storage import User
 from web import responses
 from web.forms import read_form
-from web.languages import choose_language
+from web.languages import LANGUAGE, choose_language
 from web.middleware import SecurityMiddleware, is_direct
-from web.page_builder import LANGUAGE, build_pages, preferred_language
+from web.page_builder import build_pages
 from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
 DESCRIPTION = "A user authentication service. Without a command it serves until SIGTERM or Ctrl-C."
@@ -113,21 +113,21 @@ class Handlers:
     def register(self) -> Response:
         if self._settings.confirms_email:
             (email,) = read_form(request.environ, fields=("email",))
-            self._auth.mail_confirmation(email, caller=_caller())
+            self._auth.mail_confirmation(email, caller=self._caller())
             return json_response(200, email=email, message="confirmation mailed")
         self._auth.check_registration()  # before the form, which needs no password where emails are confirmed
         email, password = read_form(request.environ, fields=("email", "password"))
-        user = self._auth.create_account(email, password, caller=_caller())
+        user = self._auth.create_account(email, password, caller=self._caller())
         return _logged("user_created", user, email=email, message="user created")
 
     @_route("PUT", "/users", fields=("email", "token", "password"), hashes=True)
     def confirm_account(self, email: str, token: str, password: str) -> Response:
-        user = self._auth.confirm_account(email, token, password, caller=_caller())
+        user = self._auth.confirm_account(email, token, password, caller=self._caller())
         return _logged("user_created", user, email=email, message="email confirmed")
 
     @_route("POST", "/sessions", fields=("email", "password"), optional=("otp",), flags=("remember",), hashes=True)
     def log_in(self, email: str, password: str, otp: str, remember: str) -> Response:
-        session: dict[str, Any] = {"caller": _caller(), "ended": self._cookie(), "remember": bool(remember)}
+        session: dict[str, Any] = {"caller": self._caller(), "ended": self._cookie(), "remember": bool(remember)}
         try:
             user, session_id, factors = self._auth.log_in(email, password, otp, **session)
         except rules.LoginFailed as failure:
@@ -149,19 +149,19 @@ class Handlers:
 
     @_route("POST", "/sessions/passkey", flags=("remember",), objects=("credential",))
     def log_in_with_passkey(self, remember: str, credential: dict[str, Any]) -> Response:
-        session: dict[str, Any] = {"caller": _caller(), "ended": self._cookie(), "remember": bool(remember)}
+        session: dict[str, Any] = {"caller": self._caller(), "ended": self._cookie(), "remember": bool(remember)}
         user, session_id = self._auth.log_in_with_passkey(credential, self._browser(), **session)
         return self._signed_in(user, user.email, session_id, remember, "passkey")
 
     @_route("POST", "/passkeys/options", fields=("password",), optional=("otp",), hashes=True)
     def begin_passkey(self, password: str, otp: str) -> Response:
-        given = self._cookie(), password, otp, _caller()
+        given = self._cookie(), password, otp, self._caller()
         return self._challenge(lambda browser: self._auth.begin_passkey(*given, browser))
 
     @_route("POST", "/passkeys", fields=("name",), objects=("credential",))
     def add_passkey(self, name: str, credential: dict[str, Any]) -> Response:
         user, passkey_id, session_id = self._auth.add_passkey(
-            self._cookie(), name, credential, self._browser(), caller=_caller()
+            self._cookie(), name, credential, self._browser(), caller=self._caller()
         )
         _log("authn_factor_added", user_id=user.id, passkey=passkey_id)
         return self._with_renewed(json_response(200, id=str(passkey_id), name=name), session_id)
@@ -173,7 +173,7 @@ class Handlers:
 
     @_route("DELETE", "/passkeys/<passkey_id>", fields=("password",), optional=("otp",), hashes=True)
     def delete_passkey(self, password: str, otp: str, passkey_id: str) -> Response:
-        user, session_id = self._auth.delete_passkey(self._cookie(), passkey_id, password, otp, caller=_caller())
+        user, session_id = self._auth.delete_passkey(self._cookie(), passkey_id, password, otp, caller=self._caller())
         _log("authn_factor_removed", user_id=user.id, passkey=int(passkey_id))
         return self._with_renewed(json_response(200, message="passkey deleted"), session_id)
 
@@ -256,30 +256,31 @@ class Handlers:
 
     @_route("DELETE", "/profile", fields=("password",), optional=("otp",), hashes=True)
     def delete_account(self, password: str, otp: str) -> Response:
-        user = self._auth.delete_account(self._cookie(), password, otp, caller=_caller())
+        user = self._auth.delete_account(self._cookie(), password, otp, caller=self._caller())
         return self._without_cookie(_logged("user_deleted", user, email=user.email, message="account deleted"))
 
     @_route("PUT", "/password", fields=("password", "new_password"), optional=("otp",), hashes=True)
     def change_password(self, password: str, new_password: str, otp: str) -> Response:
-        user, session_id = self._auth.change_password(self._cookie(), password, new_password, otp, caller=_caller())
+        given = self._cookie(), password, new_password, otp
+        user, session_id = self._auth.change_password(*given, caller=self._caller())
         answer = _logged("authn_password_change", user, email=user.email, message="password changed")
         return self._with_device(self._with_renewed(answer, session_id), user)
 
     @_route("POST", "/email", fields=("password", "new_email"), optional=("otp",), hashes=True)
     def begin_email_change(self, password: str, new_email: str, otp: str) -> Response:
-        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, caller=_caller(local=True))
+        token = self._auth.begin_email_change(self._cookie(), password, new_email, otp, caller=self._caller(local=True))
         content = {"email": new_email, "token": token} if token else {"message": "confirmation mailed"}
         return json_response(200, **content)
 
     @_route("PUT", "/email", fields=("email", "token"))
     def change_email(self, email: str, token: str) -> Response:
-        user, session_id = self._auth.change_email(self._cookie(), email, token, caller=_caller())
+        user, session_id = self._auth.change_email(self._cookie(), email, token, caller=self._caller())
         _log("user_updated", user_id=user.id, changed="email")
         return self._with_renewed(json_response(200, email=email, message="email changed"), session_id)
 
     @_route("POST", "/tokens", fields=("password", "name"), optional=("days", "otp"), hashes=True)
     def create_token(self, password: str, name: str, days: str, otp: str) -> Response:
-        user, token, text = self._auth.create_token(self._cookie(), password, name, days, otp, caller=_caller())
+        user, token, text = self._auth.create_token(self._cookie(), password, name, days, otp, caller=self._caller())
         _log("authn_token_created", user_id=user.id, token=token.id)
         shown = rules.describe_token(token)
         return json_response(200, id=shown["id"], name=name, token=text, expires=shown["expires"])
@@ -298,34 +299,34 @@ class Handlers:
 
     @_route("POST", "/totp", fields=("password",), hashes=True)
     def begin_totp(self, password: str) -> Response:
-        secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, caller=_caller())
+        secret, uri, qr_code, session_id = self._auth.begin_totp(self._cookie(), password, caller=self._caller())
         answer = json_response(200, secret=secret, uri=uri, **({"qr": qr_code} if qr_code else {}))
         return self._with_renewed(answer, session_id)
 
     @_route("PUT", "/totp", fields=("otp",))
     def confirm_totp(self, otp: str) -> Response:
-        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, caller=_caller())
+        user, session_id, codes = self._auth.confirm_totp(self._cookie(), otp, caller=self._caller())
         answer = _logged("authn_factor_added", user, message="second factor on", recovery_codes=codes)
         return self._with_device(self._with_renewed(answer, session_id), user)
 
     @_route("DELETE", "/totp", fields=("password", "otp"), hashes=True)
     def remove_totp(self, password: str, otp: str) -> Response:
-        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, caller=_caller())
+        user, session_id = self._auth.remove_totp(self._cookie(), password, otp, caller=self._caller())
         return self._with_renewed(_logged("authn_factor_removed", user, message="second factor off"), session_id)
 
     @_route("POST", "/reset_password", fields=("email",))
     def request_reset(self, email: str) -> Response:
         if self._settings.production:
-            self._auth.mail_reset_token(email, caller=_caller())
+            self._auth.mail_reset_token(email, caller=self._caller())
             return json_response(200, message="if the email has an account, a mail is on its way")
         # Anyone with the token can take over the account.
         if not is_direct(request.environ):
             raise Refusal(403, "reset tokens are given only to this machine, and through no proxy")
-        return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, caller=_caller()))
+        return json_response(200, email=email, reset_token=self._auth.issue_reset_token(email, caller=self._caller()))
 
     @_route("PUT", "/reset_password", fields=("email", "reset_token", "new_password"), hashes=True)
     def reset(self, email: str, reset_token: str, new_password: str) -> Response:
-        user = self._auth.reset_password(reset_token, new_password, email=email, caller=_caller())
+        user = self._auth.reset_password(reset_token, new_password, email=email, caller=self._caller())
         answer = _logged("authn_password_change", user, email=email, message="Password updated")
         return self._with_device(answer, user, "reset")
 
@@ -336,9 +337,7 @@ class Handlers:
     @_route("GET", "/pages/style.css", "/pages/script.js")
     @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout", "/confirm", "/change")
     def page(self) -> Response:
-        chosen = _read_cookies(self._language_name, LANGUAGE)  # counts before what the browser prefers
-        accepted = ",".join([*chosen, request.environ.get("HTTP_ACCEPT_LANGUAGE", "")])
-        return self._pages[request.path][preferred_language(accepted)]
+        return self._pages[request.path][self._language()]
 
     @_route("GET", "/account")
     def account(self) -> Response:
@@ -388,6 +387,17 @@ class Handlers:
             own_host = self._cookie_attributes.removesuffix(f"; Domain={domain}")
             answer.headers.append(("Set-Cookie", f"{self._cookie_name}=; {own_host}; Max-Age=0"))
         return answer
+
+    def _caller(self, *, local: bool = False) -> rules.Caller:
+        """Return who sends this request. With ``local``, find out whether it is a program on this machine."""
+        address, agent = request.environ["authsvc.client"], request.environ.get("HTTP_USER_AGENT", "")
+        direct = local and is_direct(request.environ)
+        return rules.Caller(address, _device(), agent, direct, _later_log(), self._language())
+
+    def _language(self) -> str:
+        """Return the language for the visitor, of pages and mails."""
+        chosen = _read_cookies(self._language_name, LANGUAGE)  # counts before what the browser prefers
+        return choose_language(",".join([*chosen, request.environ.get("HTTP_ACCEPT_LANGUAGE", "")]))
 
     def _browser(self) -> str:
         """Return what ties the challenge of a passkey to this browser: the value of a cookie, or a new one."""
@@ -679,13 +689,6 @@ def _read_cookies(name: str, form: re.Pattern[str]) -> list[str]:
 def _device() -> str | None:
     found = _read_cookies(DEVICE_COOKIE, DEVICE_TOKENS)
     return found[0] if len(found) == 1 else None  # two are ambiguous
-
-
-def _caller(*, local: bool = False) -> rules.Caller:
-    """Return who sends this request. With ``local``, find out whether it is a program on this machine."""
-    environ, direct = request.environ, local and is_direct(request.environ)
-    agent, language = environ.get("HTTP_USER_AGENT", ""), choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""))
-    return rules.Caller(environ["authsvc.client"], _device(), agent, direct, _later_log(), language)
 
 
 def _later_log() -> Callable[..., None]:

@@ -20,6 +20,10 @@ from web.languages import MAX_RANGES, choose_language
         ("pt-BR, it;q=0.9, es;q=0.1", "es"),
         ("zh-Hant-TW, nds, *", "en"),  # nds is Low German
         ("fr;q=0, de;q=0.0", "en"),
+        ("de;q=0,fr;q=0.1", "fr"),
+        ("xde,de1,es", "es"),
+        ("de" * 5000 + "!", "en"),
+        ("de-" * 5000 + "!", "en"),
         ("*, de;q=0.2", "de"),
         ("d, de-, de;, de;q=, de;q=2, de;q=.5, de;q=0.1234, d\u0435, es;q=0.1", "es"),  # a Cyrillic letter
         ("de;level=1, de;q=NaN, de\r\n", "en"),

@@ -585,6 +585,11 @@ def test_a_mail_is_in_the_language_of_the_request(
     assert (message["Content-Language"], message["Subject"]) == (language, subject)
 
 
+def test_a_mail_is_in_the_language_that_was_chosen_on_the_pages(call: Client, server: MailServer) -> None:
+    assert ask(call, cookie="__Host-language=es", HTTP_ACCEPT_LANGUAGE="de").status == 200
+    assert server.next()["Content-Language"] == "es"
+
+
 def test_every_mail_that_a_request_causes_is_in_its_language(
     auth: Auth, clock: Clock, server: MailServer, mailer: Mailer
 ) -> None:

@@ -3,6 +3,7 @@
 import re
 
 LANGUAGES = "en", "de", "fr", "es"  # the first is for everybody who asks for none of them
+LANGUAGE = re.compile("[a-z]{2}")
 MAX_RANGES = 20  # of a header, that are read
 RANGE = re.compile(r"([a-z]{2})(?:-[a-z0-9-]+)?[ \t]*(?:;[ \t]*q=([01](?:\.[0-9]{0,3})?))?")  # such as de-CH;q=0.7
 

@@ -1,6 +1,5 @@
 """The pages for users: each of them in each language, built once at the start from the files in ``web/pages/``."""
 
-import functools
 import json
 import re
 from collections.abc import Mapping
@@ -9,25 +8,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from settings import Settings
+from web.languages import LANGUAGES
 from web.responses import PAGE_POLICY, VARY, Response
 
 FILES = Path(__file__).with_name("pages")
 NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
-LANGUAGES = sorted(path.stem for path in (FILES / "texts").glob("*.json"))
-LANGUAGE = re.compile("[a-z]{2,3}")
-DEFAULT_LANGUAGE = "en"  # of a client that prefers none of them
 
 _GAP = re.compile(r"\{(\w+)\}")  # in a page: the name of a text, or of a value below
-_PREFERENCE = re.compile(r"(?<![^ ,])([a-z]+)(?:-[a-z0-9-]*)?(?: *; *q=([01](?:\.[0-9]{0,3})?))? *(?:,|$)")
-
-
-@functools.lru_cache(maxsize=256)  # browsers send the same few values
-def preferred_language(accepted: str) -> str:
-    """Return the best of our languages for the value of an ``Accept-Language`` header (RFC 9110, 12.5.4)."""
-    found = _PREFERENCE.findall(accepted.lower())
-    offered = [(float(quality or 1), name) for name, quality in found if name in LANGUAGES]
-    # The first of equal ones: q=0 says that a language is not acceptable.
-    return str(max([(0.0, DEFAULT_LANGUAGE), *offered], key=lambda preference: preference[0])[1])
 
 
 def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Response]]:
