@@ -39,8 +39,10 @@ class SecurityMiddleware:
         environ["authsvc.client"] = client_address(peer, forwarded_for, self._settings.trusted_proxy)
 
         def start(status: str, headers: list[Header], exc_info: Any = None) -> Any:
-            own = {name for name, _ in headers}  # a page has a policy of its own, for example
-            common = [header for header in self._headers if header[0] not in own]
+            common = self._headers
+            if len(headers) > 2:  # most answers have only those of their body; a page has a policy of its own
+                own = {name for name, _ in headers}
+                common = [header for header in common if header[0] not in own]
             return start_response(status, [*headers, *common, ("X-Request-ID", request_id)], exc_info)
 
         try:
