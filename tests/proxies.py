@@ -277,7 +277,8 @@ class Site:
 
     def _start_proxy(self) -> None:
         assert self.service
-        text = SECOND.sub(r"\1\2", (self.configuration / PROXIES[self.kind]).read_text())
+        text = (self.configuration / PROXIES[self.kind]).read_text().replace("{$DOMAIN:example.com}", "example.com")
+        text = SECOND.sub(r"\1\2", text)
         text = self._nginx(text) if self.kind == "nginx" else self._caddy(text)
         # Whole numbers only: the port of the proxy may begin with the same digits.
         text = re.sub(r"127\.0\.0\.1:5000\b", "{}:{}".format(*self.service.address), text)
