@@ -42,7 +42,7 @@ SITE_PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path(
 
 help:
 	@echo "make run      install the packages needed and serve on http://127.0.0.1:5000"
-	@echo "make test     install the packages needed and run all tests (ONLY=browser|proxies|postgres|faults|fuzz: one kind)"
+	@echo "make test     install the packages needed and run all tests (ONLY=browser|container|faults|fuzz|postgres|proxies: one kind)"
 	@echo "make quick    run the tests that start no process, in half a minute"
 	@echo "make pyz      build the service as one file, dist/authsvc.pyz, for Python 3.11 or newer (POSTGRES=1: with psycopg;"
 	@echo "              PASSKEYS=1: with fido2, for this version of Python only)"
@@ -58,7 +58,7 @@ help:
 run: .venv/run
 	@exec $(BIN)/python authsvc.py
 
-# ONLY=browser, proxies, postgres, faults or fuzz runs the tests of one kind. Tests of time run alone, after the others.
+# ONLY=browser, container, faults, fuzz, postgres or proxies runs the tests of one kind. Tests of time run alone, after the others.
 # "pytest -m long" runs the tests that take minutes. Here their folder is ignored, so that none counts as left out.
 KIND = $(if $(ONLY),$(ONLY) and )
 LONG = --ignore=tests/long
@@ -70,7 +70,7 @@ test quick: export PYTHONDONTWRITEBYTECODE =
 # COVERAGE=1 notes which lines run, which takes a quarter longer.
 RUN = $(BIN)/$(if $(COVERAGE),coverage run,python)
 
-test: .venv/dev $(if $(ONLY),$(filter .venv/$(ONLY),$(EXTRAS)),$(EXTRAS))
+test: .venv/dev $(if $(ONLY),$(filter $(addprefix .venv/,$(ONLY:container=fuzz proxies)),$(EXTRAS)),$(EXTRAS))
 	@rm -rf .results .coverage .coverage.*
 	$(RUN) -m pytest -n auto --dist worksteal -m "$(KIND)not (timing or long)" $(LONG) --record .results/parallel || $(NONE)
 	$(RUN) -m pytest -m "$(KIND)timing and not long" $(LONG) --record .results/serial || $(NONE)

@@ -219,6 +219,7 @@ EXTRAS = {
     "test_passkey_pages.py": ("playwright", ".venv/browser"),
     "test_openapi.py": ("schemathesis", ".venv/fuzz"),
     "test_contributing.py": ("yaml", ".venv/fuzz"),
+    "test_container.py": ("yaml", ".venv/fuzz"),
     "test_half_sent.py": ("h2", ".venv/proxies"),
     "long/test_half_sent.py": ("h2", ".venv/proxies"),
 }

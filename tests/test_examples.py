@@ -115,6 +115,14 @@ def test_flask(guarded: Guarded, tmp_path: Path) -> None:
 
 
 @pytest.mark.proxies
+def test_hello(guarded: Guarded, tmp_path: Path) -> None:
+    with guarded.application(sys.executable, str(EXAMPLES / "hello.py"), folder=tmp_path):
+        shown = response_to_bob(guarded.site, guarded.cookie)
+    assert f"<p>Hello {BOB}. Your groups: none.</p>" in shown
+    assert "eve" not in shown
+
+
+@pytest.mark.proxies
 def test_express(guarded: Guarded, tmp_path: Path) -> None:
     npm, node = program("npm", "npm"), program("node", "nodejs")
     folder = tmp_path / "express"
