@@ -756,6 +756,28 @@ def test_an_application_on_this_machine_is_protected_over_plain_http(
         expect(page.locator("#session-list li")).to_have_count(1)  # the account page: another host
 
 
+def test_an_application_on_this_machine_asks_the_service_itself(
+    browser: Browser, start: Callable[..., Service], tmp_path: Path
+) -> None:
+    service, port = start(), reserve_port()
+    text = (HERE / "examples/localhost.mjs").read_text()
+    text = re.sub("[:=] ?3000", lambda found: found[0].replace("3000", str(port)), text)
+    (tmp_path / "app.mjs").write_text(re.sub("(?<=:)5000", service.url.rpartition(":")[2], text))
+    requests.post(f"{service.url}/users", data={"email": "bob@x.io", "password": "b4l0u"}, timeout=5)
+    process = subprocess.Popen([program("node", "nodejs"), "app.mjs"], cwd=tmp_path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(process.wait, 10)
+        stack.callback(process.terminate)
+        page = stack.enter_context(closing(browser.new_context())).new_page()
+        assert awaited(lambda: accepts(port))
+        page.goto(f"http://localhost:{port}/notes?a=b")
+        page.locator("#login-email").fill("bob@x.io")
+        page.locator("#login-password").fill("b4l0u")
+        page.locator("#login-password").press("Enter")
+        expect(page.get_by_text("Hello bob@x.io")).to_be_visible()
+        assert page.url == f"http://localhost:{port}/notes?a=b"
+
+
 def test_a_single_page_application_leads_to_the_sign_in_page_and_back(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text('["buy cabbage"]')
     handler = functools.partial(SilentFiles, directory=str(tmp_path))
