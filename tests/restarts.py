@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -137,9 +138,9 @@ class Load:
 
     def check(self) -> None:
         """Check that no request failed, and that no session was lost."""
-        assert self.failures == []
+        assert not self.failures, Counter(self.failures)
         lost = [session for session in self.sessions if self.ask("GET", "/verify", session).status != 200]
-        assert lost == []
+        assert not lost, f"{len(lost)} sessions are lost"
 
 
 def percentile(times: list[float], share: float) -> float:

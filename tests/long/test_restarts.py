@@ -1,10 +1,12 @@
 """100 restarts and more under load: no request fails, and nothing that was answered is lost.
 
-The service listens on a socket that is passed to it, as by systemd. The figures are printed: use -s.
+The service listens on a socket that is passed to it, as by systemd. It is upgraded to a next release, which is made
+here: the same files with one migration more. The figures are printed: use -s.
 """
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 
 from tests.conftest import HERE, Service
 from tests.postgres import Server
+from tests.product import MODULES
 from tests.restarts import ActivatedService, Load, percentile
 from tests.test_copies import Copies, running_copies
 
@@ -28,27 +31,29 @@ PAUSE = 0.5  # seconds between a start and the next restart
 MAX_TIME = 1.5  # seconds, of 99 % of the checks during a restart
 
 
-def commits_of_the_last_migration(kind: str) -> tuple[str, str]:
-    """Return the commit before the last migration of an engine, and the commit of that migration."""
-    command = ["git", "log", "-1", "--format=%H", "--", f"engines/migrations_{kind}.sql"]
+def former_release(kind: str, folder: Path) -> tuple[str, ...]:
+    """Return the command of the service as it was before the last migration of an engine."""
+    command = ["git", "log", "-1", "--format=%H~1", "--", f"engines/migrations_{kind}.sql"]
     commit = subprocess.run(command, cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
-    return f"{commit}~1", commit
-
-
-def checked_out(commit: str, folder: Path) -> Path:
-    """Return a folder with the files of a commit."""
-    folder.mkdir()
     archive = subprocess.run(["git", "archive", commit], cwd=HERE, check=True, capture_output=True).stdout
+    folder.mkdir()
     subprocess.run(["tar", "x"], cwd=folder, input=archive, check=True)
-    return folder
+    return sys.executable, str(folder / "authsvc.py")
 
 
-def program_of(folder: Path, *, activated: bool) -> tuple[str, ...]:
-    """Return the command of an older service. It may be too old to know that a socket was passed to it."""
-    lines = ["import socket, sys", f"sys.path.insert(0, {str(folder)!r})", "import authsvc"]
-    if activated:
-        lines.append("authsvc._bind = lambda _: socket.socket(fileno=3)")
-    return sys.executable, "-c", "\n".join([*lines, "sys.exit(authsvc.main())"])
+def next_release(folder: Path) -> tuple[str, ...]:
+    """Return the command of this service with one migration more."""
+    files = [str(path.relative_to(HERE)) for path in MODULES.values()]
+    for name in [*files, "schema.sql", "pyproject.toml"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / name, folder / name)
+    for name in ("credentials", "engines", "mails", "web"):  # with their data files
+        shutil.copytree(HERE / name, folder / name, dirs_exist_ok=True)
+    with (folder / "engines/migrations_sqlite.sql").open("a") as migrations:
+        migrations.write("\n-- to version next\nCREATE TABLE added (id INTEGER PRIMARY KEY) STRICT;\n")
+    with (folder / "schema.sql").open("a") as tables:
+        tables.write("\nCREATE TABLE added (\n    id INTEGER PRIMARY KEY\n) STRICT;\n")
+    return sys.executable, str(folder / "authsvc.py")
 
 
 class Restarts:
@@ -96,22 +101,19 @@ def nginx_before(folder: Path, service: Service) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("through", ["directly", "nginx"])
 def test_100_restarts_under_load_lose_nothing(through: str, tmp_path: Path) -> None:
-    before, last = commits_of_the_last_migration("sqlite")
-    older = program_of(checked_out(before, tmp_path / "before"), activated=True)
-    same = program_of(checked_out(last, tmp_path / "last"), activated=True)
-    restarts: Restarts | None = None
+    programs = [next_release(tmp_path / "next"), next_release(tmp_path / "same")]
     during: list[float] = []
     for number in range(ROUNDS):
         folder = tmp_path / str(number)
         folder.mkdir()
         with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
-            service = ActivatedService(folder, listener, older)
+            service = ActivatedService(folder, listener)
             try:
                 if through == "nginx":
                     with nginx_before(folder, service) as address:
-                        restarts = five_restarts(service, address, same)
+                        restarts = five_restarts(service, address, *programs)
                 else:
-                    restarts = five_restarts(service, service.address, same)
+                    restarts = five_restarts(service, service.address, *programs)
             finally:
                 service.end()
         restarts.report(f"{through}, round {number}")
@@ -120,13 +122,15 @@ def test_100_restarts_under_load_lose_nothing(through: str, tmp_path: Path) -> N
     assert percentile(during, 0.99) <= MAX_TIME
 
 
-def five_restarts(service: ActivatedService, address: tuple[str, int], same: tuple[str, ...]) -> Restarts:
+def five_restarts(
+    service: ActivatedService, address: tuple[str, int], newer: tuple[str, ...], same: tuple[str, ...]
+) -> Restarts:
     """Upgrade with a migration, restart, roll back to a release with the same schema, upgrade and restart."""
     load = Load(address, CHECKS, LOGINS)
     load.create_users()
     restarts = Restarts(load)
     with load.running():
-        for program in (Service.program, None, same, Service.program, None):
+        for program in (newer, None, same, newer, None):
             restarts.restart(service, program)
         time.sleep(PAUSE)
     load.check()
@@ -134,8 +138,7 @@ def five_restarts(service: ActivatedService, address: tuple[str, int], same: tup
 
 
 def test_copies_are_upgraded_one_after_the_other_under_load(postgresql: Server, tmp_path: Path) -> None:
-    before, _ = commits_of_the_last_migration("postgres")
-    older = program_of(checked_out(before, tmp_path / "before"), activated=False)
+    older = former_release("postgres", tmp_path / "former")
     environ = {"AUTHSVC_SESSIONS_PER_USER": "100", "AUTHSVC_THROTTLE": "off", "AUTHSVC_BCRYPT_COST": "10"}
     with running_copies(postgresql, tmp_path, 2, *older, **environ) as copies:
         host, _, port = copies.url.removeprefix("http://").rpartition(":")
