@@ -97,7 +97,7 @@ class Owner(Visitor):
         self.tell_device("setAutomaticPresenceSimulation", enabled=True)
 
     def expect(self, condition: str) -> None:
-        """Wait for a condition in the page. Playwright's own waiting evaluates texts there, which the policy forbids."""
+        """Wait for a condition in the page. Playwright's own waiting evaluates text there, which the policy forbids."""
         assert awaited(lambda: self.page.evaluate(condition), 10), condition
 
     def press_passkey_button(self) -> None:
