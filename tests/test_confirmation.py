@@ -426,7 +426,7 @@ def test_a_confirmed_change_gives_the_user_the_new_email(
     answer = request_change(call, held)
     assert (answer.status, answer.json) == (200, MAILED)
     mails = {message["To"]: message for message in (server.next(), server.next())}
-    assert mails[BOB]["Subject"] == "A new email was requested at auth.example.com"
+    assert mails[BOB]["Subject"] == "A new email address was requested at auth.example.com"
     assert all(BOB in text and NEW in text for text in (message.get_content() for message in mails.values()))
     assert f"{PUBLIC_URL}/change#" in mails[NEW].get_content()
     assert "#" not in mails[BOB].get_content()

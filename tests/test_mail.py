@@ -359,7 +359,9 @@ def test_a_sign_in_from_a_new_browser_is_told_by_mail(
     subject, text = next_notice(server)
     assert subject == "Sign-in from a new browser"
     assert text.startswith(f"Sign-in from a new browser: {BOB} at auth.example.com.\n")
-    assert "\nTime: 2027-01-15 08:00 UTC\nAddress: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil?example a?b\n" in text
+    assert (
+        "\nTime: 2027-01-15 08:00 UTC\nIP address: 2001:db8::1\nBrowser: Browser/1 <b>? http?evil?example a?b\n" in text
+    )
     assert f"\n{PUBLIC_URL}/account\n" in text
     assert PASSWORD not in text
     with pytest.raises(AuthError):
@@ -459,14 +461,14 @@ def test_a_right_password_without_its_code_is_told_once_a_day(
     auth: Auth, clock: Clock, mailer: Mailer, server: MailServer, attempts: tuple[str, ...]
 ) -> None:
     codes = with_factor(auth, clock)
-    assert next_notice(server)[0] == "A second factor was switched on"
+    assert next_notice(server)[0] == "Two-factor authentication was turned on"
     for otp in attempts:
         with pytest.raises(AuthError):
             sign_in(auth, otp, caller=Caller(CLIENT, agent="curl/8"))
     assert count_mails(mailer, server) == 1
     subject, text = next_notice(server)
     assert subject == "Sign-in attempt without the one-time code"
-    assert "\nTime: 2027-01-15 08:00 UTC\nAddress: 192.0.2.1\nBrowser: curl/8\n" in text
+    assert "\nTime: 2027-01-15 08:00 UTC\nIP address: 192.0.2.1\nBrowser: curl/8\n" in text
     clock.advance(86_400)
     device = auth.device_cookie(sign_in(auth, codes[0])[0], None)
     assert next_notice(server)[0] == "Sign-in from a new browser"
@@ -659,8 +661,8 @@ def test_every_change_by_a_signed_in_user_is_notified_by_mail(auth: Auth, clock:
     notices = [next_notice(server) for _ in range(4)]
     assert [subject for subject, _ in notices] == [
         "Your password was changed",
-        "A second factor was switched on",
-        "The second factor was switched off",
+        "Two-factor authentication was turned on",
+        "Two-factor authentication was turned off",
         "Your account was deleted",
     ]
     for subject, text in notices:

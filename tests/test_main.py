@@ -538,7 +538,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIO
 
 def test_the_pages_do_not_depend_on_the_locale(start: Callable[..., Service], service: Service) -> None:
     page = requests.get(f"{start(**ASCII).url}/login", timeout=5)
-    assert "One moment …" in page.content.decode()
+    assert "One moment…" in page.content.decode()
     assert page.content == requests.get(f"{service.url}/login", timeout=5).content
 
 

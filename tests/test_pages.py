@@ -541,7 +541,7 @@ def test_an_account_is_created_with_a_mailed_link(browser: Browser, confirming_s
         bob.page.reload()  # the link is still there, but not in the address bar
         bob.expect_url("/confirm")
         bob.fill("create", password="qwertyuiopasdfghj")
-        refusal = "This password is too easy to guess: it is one run of the keyboard or the alphabet."
+        refusal = "This password is too easy to guess: it is a sequence from the keyboard or the alphabet."
         bob.expect_rule("create", refusal)
         bob.page.locator("#confirm-password").fill("")
         bob.fill("create", password=PASSWORD)
@@ -578,7 +578,7 @@ def test_an_email_is_changed_in_the_browser_that_asked(visit: Visit, mail: MailS
     expect(bob.page.locator("#change-former")).to_have_value("former@example.com")
     expect(bob.page.locator("#change-email")).to_have_value("newer@example.com")
     bob.page.get_by_role("button", name="Change email").click()
-    bob.expect_status("change", "Your email is changed. All other sessions have been signed out.")
+    bob.expect_status("change", "Your email has been changed. All other sessions have been signed out.")
     bob.page.get_by_role("link", name="Your account").click()
     expect(bob.page.locator("#who")).to_have_text("newer@example.com")
 
