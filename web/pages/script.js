@@ -27,10 +27,11 @@ async function send(method, path, fields) {
   }
 }
 
-function showStatus(form, message, isError = false) {
-  const status = one(".status", form);
+// Shows a message of no kind, an "error", or what is "done".
+function showStatus(form, message, kind = "") {
+  const status = one("[role=status]", form);
   status.textContent = message;
-  status.classList.toggle("error", isError);
+  status.className = kind;
 }
 
 // The address to open after sign-in: the one in "return" if it is on this host or on a host that shares the cookie,
@@ -69,15 +70,16 @@ const actions = {
     await enter(destination());
   },
 
-  async forgot(fields) {
+  async forgot(fields, form) {
     const response = requireSuccess(await send("POST", "/reset_password", fields));
     openLink("reset", response.reset_token, response.email);
+    form.parentElement.classList.add("over");
     return text("mailed");
   },
 
-  async reset(fields, form) {
+  async reset(fields) {
     requireSuccess(await send("PUT", "/reset_password", {...fields, reset_token: link.get("token")}));
-    leadToLogin(form, fields);
+    leadToLogin(closeLink(), fields);
     return text("set");
   },
 
@@ -85,9 +87,9 @@ const actions = {
     await signOut(forget ? "/sessions?forget=1" : "/sessions");
   },
 
-  async create(fields, form) {
+  async create(fields) {
     requireSuccess(await send("PUT", "/users", {...fields, token: link.get("token")}));
-    leadToLogin(form, fields);
+    leadToLogin(closeLink(), fields);
     return text("confirmed");
   },
 
@@ -97,9 +99,9 @@ const actions = {
     return text("change");
   },
 
-  async change(fields, form) {
+  async change(fields) {
     requireSuccess(await send("PUT", "/email", {...fields, token: link.get("token")}));
-    closeLink(form);
+    closeLink();
     return text("renamed");
   },
 
@@ -143,16 +145,14 @@ const actions = {
   async off(fields) {
     requireSuccess(await send("DELETE", "/totp", fields));
     await showAccount();
-    showStatus(one("[data-action=begin]"), text("factor-off"));
+    showStatus(one("[data-action=begin]"), text("factor-off"), "done");
   },
 
   async token(fields) {
     const {token} = requireSuccess(await send("POST", "/tokens", fields));
-    one("#token-secret").textContent = token;
-    one("#new-token").hidden = false;
     one("#token-name").value = "";
     await showTokens();
-    return text("token");
+    showNewToken(token);
   },
 
   async passkey() {
@@ -163,6 +163,7 @@ const actions = {
     const options = requireSuccess(await send("POST", "/passkeys/options", fields));
     const credential = await askBrowser("create", options);
     requireSuccess(await send("POST", "/passkeys", {name, credential}));
+    one("#passkey-name").value = "";
     stopOffering();
     await showAccount();
     return text("passkey");
@@ -172,14 +173,14 @@ const actions = {
     requireSuccess(await send("DELETE", `/passkeys/${form.dataset.id}`, fields));
     form.hidden = true;
     await showAccount();
-    showStatus(one("[data-action=enroll]"), text("discarded"));
+    showStatus(one("[data-action=enroll]"), text("discarded"), "done");
   },
 
   async delete(fields) {
     requireSuccess(await send("DELETE", "/profile", fields));
     forgetUser();
     document.body.dataset.page = "login";
-    showStatus(one("[data-action=login]"), text("deleted"));
+    showStatus(one("[data-action=login]"), text("deleted"), "done");
   },
 };
 
@@ -188,19 +189,28 @@ function openLink(name, token, email) {
   if (token) location.assign(`/${name}#${new URLSearchParams({token, email})}`);
 }
 
-// The link of this page is used. A reload or a way back must not offer it again.
-function closeLink(form) {
-  history.replaceState(null, "", location.pathname);
-  submitOf(form).hidden = true;
+// Leaves the message of the form of this page, and the link below it as a button, which is returned.
+function endForm() {
+  const section = linked.parentElement;
+  const anchor = one(".foot a, .button", section);
+  section.classList.add("over");
+  anchor.parentElement.replaceChildren(anchor);
+  anchor.parentElement.classList.remove("foot");
+  anchor.className = "button";
+  return anchor;
 }
 
-// Puts a link to the sign-in page, which fills in the email, in the place of a form's button.
-function leadToLogin(form, {email}) {
-  closeLink(form);
-  const anchor = one("a", form.parentElement);
-  anchor.href = `/login#${new URLSearchParams({email})}`;
+// The link of this page is used. A reload or a way back must not offer it again.
+function closeLink() {
+  history.replaceState(null, "", location.pathname);
+  return endForm();
+}
+
+// Has a link lead to the sign-in page, which fills in the email.
+function leadToLogin(anchor, {email}) {
+  anchor.href = email ? `/login#${new URLSearchParams({email})}` : "/login";
   anchor.textContent = submitOf(one("[data-action=login]")).textContent;
-  anchor.className = "button";
+  anchor.parentElement.className = "";
 }
 
 // Returns a successful response, and throws an error with the text to show otherwise.
@@ -264,16 +274,13 @@ function reveal(secret, shown) {
   button.setAttribute("aria-label", `${button.textContent}: ${one(`label[for="${field.id}"]`).textContent}`);
 }
 
-// Shows why the service refuses a new password in the place of the rule under its field; without a reason, the rule.
-function showRule(form, reason = "") {
-  const rule = one(".rule", form);
-  if (!rule) return;
+// Marks the field for a new password if the service refuses what is in it. Its description is then the reason and the rule.
+function markPassword(form, isRefused) {
   const field = one("[autocomplete=new-password]", form);
-  rule.dataset.text ??= rule.textContent;
-  rule.textContent = reason || rule.dataset.text;
-  rule.classList.toggle("error", reason !== "");
-  field.setAttribute("aria-invalid", String(reason !== ""));
-  if (reason) field.focus();
+  if (!field) return;
+  field.setAttribute("aria-invalid", String(isRefused));
+  field.setAttribute("aria-describedby", isRefused ? `${field.id}-status ${field.id}-rule` : `${field.id}-rule`);
+  if (isRefused) field.focus();
 }
 
 // Shows the part of the account page that the address names, or else the first.
@@ -285,17 +292,18 @@ function showPanel() {
   return chosen;
 }
 
-// Shows why the link of this page cannot be used.
-function refuse(name) {
-  showStatus(linked, text(name), true);
-  submitOf(linked).disabled = true;
+// Shows why the link of this page cannot be used, and returns the link to what can be done.
+function refuse(message) {
+  showStatus(linked, message, "error");
+  linked.parentElement.classList.add("refused");
+  return endForm();
 }
 
 async function showFormerEmail() {
   const {status, message, email} = await send("GET", "/profile");
   if (status === 200) one("#change-former").value = email;
-  else if (status === 403) refuse("elsewhere");
-  else showStatus(linked, sentence({message}), true);
+  else if (status === 403) leadToLogin(refuse(text("elsewhere")), {});
+  else showStatus(linked, sentence({message}), "error");
 }
 
 async function showAccount() {
@@ -356,11 +364,20 @@ async function showTokens() {
   one("#token-list").replaceChildren(...tokens.map(tokenItem));
 }
 
+// Shows a new token in the place of the form that creates one, or the form again.
+function showNewToken(token = "") {
+  one("#token-secret").textContent = token;
+  one("#new-token").hidden = !token;
+  one("#new-token p").textContent = token && text("token");
+  one("[data-action=token]").hidden = Boolean(token);
+  one(token ? "#new-token button" : "#token-name").focus();
+}
+
 const lastUsed = (used) => (used ? [`${text("seen")} `, time(used)] : [text("unused")]);
 
 function tokenItem({id, name, last_used: used, expires}) {
   const details = expires ? [` · ${text("expires")} `, time(expires)] : [];
-  return listItem(row(name, ...lastUsed(used), ...details), removal(text("remove"), name, `/tokens/${id}`));
+  return listItem(row(name, ...lastUsed(used), ...details), removal(text("remove"), name, `/tokens/${id}`, text("sure")));
 }
 
 // Passkeys (https://www.w3.org/TR/webauthn-3/). They belong to one host: a page under another name does not offer them.
@@ -412,7 +429,7 @@ async function offerInField() {
   } catch (error) {
     if (error.name === "AbortError") return; // by a later question
     clearTimeout(asked.renewal);
-    if (error.cause) showStatus(one("[data-action=passkey]"), error.message, true);
+    if (error.cause) showStatus(one("[data-action=passkey]"), error.message, "error");
   }
 }
 
@@ -425,7 +442,7 @@ function stopOffering() {
 async function copy(button) {
   const target = one(button.dataset.copy);
   try {
-    await navigator.clipboard.writeText(target.innerText);
+    await navigator.clipboard.writeText(target.innerText.replaceAll(" ", ""));
     button.textContent = text("copied");
   } catch {
     getSelection().selectAllChildren(target); // the browser forbids it, but the user can copy what is selected
@@ -465,13 +482,23 @@ function time(stamp) {
   return created;
 }
 
-// Returns a button that sends DELETE for one item of a list and shows the lists again.
-function removal(label, item, path) {
-  const button = element("button", label);
-  button.setAttribute("aria-label", `${label} ${item}`);
+// Returns a button that sends DELETE for one item of a list and shows the lists again. With a question, it asks once before.
+function removal(label, item, path, question) {
+  const button = element("button", "");
+  const name = (shown) => {
+    button.textContent = shown;
+    button.setAttribute("aria-label", `${shown} ${item}`);
+    button.classList.toggle("danger", shown === question);
+  };
+  name(label);
+  button.addEventListener("blur", () => name(label));
   button.addEventListener("click", async () => {
-    await send("DELETE", path);
-    await showAccount();
+    if (question && button.textContent !== question) return name(question);
+    const panel = button.closest(".panel");
+    const response = await send("DELETE", path);
+    const isDone = response.status === 200;
+    if (response.status) await showAccount();
+    showStatus(panel, isDone ? "" : sentence(response), "error");
   });
   return button;
 }
@@ -517,9 +544,9 @@ for (const secret of all(".secret")) {
   reveal(secret, false);
 }
 for (const field of all("[autocomplete=new-password]")) {
-  const rule = one(".rule", field.form);
-  rule.id = `${field.id}-rule`;
-  field.setAttribute("aria-describedby", rule.id);
+  one(".rule", field.form).id = `${field.id}-rule`;
+  one("[role=status]", field.form).id = `${field.id}-status`;
+  markPassword(field.form, false);
   field.minLength = document.body.dataset.minimum;
   field.setAttribute("passwordrules", `minlength: ${field.minLength};`); // what password managers read
 }
@@ -532,18 +559,19 @@ for (const form of all("form")) {
     button.disabled = true;
     for (const secret of all(".secret", form)) reveal(secret, false); // a password manager must find a password
     showStatus(form, text("working"));
-    showRule(form);
+    markPassword(form, false);
     try {
-      showStatus(form, (await actions[form.dataset.action](Object.fromEntries(new FormData(form)), form)) ?? "");
+      const message = (await actions[form.dataset.action](Object.fromEntries(new FormData(form)), form)) ?? "";
+      showStatus(form, message, message && "done");
       for (const field of all(".secret input, [name=otp]", form)) field.value = "";
       showCode(form, false);
     } catch (error) {
       // A browser's own errors have a name that says more than their message.
       const own = error instanceof DOMException && (text(error.name) ?? text("failed", {name: error.name}));
       const asks = error.cause === "one-time code required";
-      const ofPassword = error.cause?.startsWith("password ") && one(".rule", form);
-      showStatus(form, ofPassword ? "" : own || error.message, !asks);
-      if (ofPassword) showRule(form, error.message);
+      showStatus(form, own || error.message, asks ? "" : "error");
+      if (error.cause?.startsWith("password ")) markPassword(form, true);
+      if (/^invalid (reset|confirmation) token$/.test(error.cause)) refuse(error.message);
       if (asks) showCode(form, true);
     }
     button.disabled = false;
@@ -557,10 +585,20 @@ if (linked && location.hash) history.replaceState(location.hash.slice(1), "", lo
 const link = new URLSearchParams((linked && history.state) ?? "");
 if (linked) {
   one("[name=email]", linked).value = link.get("email") ?? "";
-  if (!link.get("token") || !link.get("email")) refuse("incomplete");
+  if (!link.get("token") || !link.get("email")) refuse(text("incomplete"));
   else if (page === "change") showFormerEmail();
 }
 if (document.body.dataset.confirm === "on") one("#register-secret").remove();
+if (page === "logout" && location.hash === "#forget") one("#logout [name=forget]").checked = true;
+// An email in the operator's contact becomes a link.
+for (const place of all(".contact")) {
+  const [address] = place.textContent.match(/[\w.+-]+@[\w.-]*\w/) ?? [];
+  if (!address) continue;
+  const anchor = element("a", address);
+  anchor.href = `mailto:${address}`;
+  const [before, ...after] = place.textContent.split(address);
+  place.replaceChildren(before, anchor, after.join(address));
+}
 for (const anchor of all("a[data-keep]")) anchor.search = location.search;
 one("link[rel=icon]").href = one(".mark img")?.src ?? "data:,";
 one("#language").value = language;
@@ -584,6 +622,7 @@ if (page === "account") {
   one("#dismiss").addEventListener("click", stopOffering);
   for (const button of all("[data-copy]")) button.addEventListener("click", () => copy(button));
   one("#print").addEventListener("click", () => print());
+  one("#another").addEventListener("click", () => showNewToken());
   one("#saved").addEventListener("click", () => {
     showFactor("on");
     one("#recovery").hidden = true;
