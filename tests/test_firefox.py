@@ -87,6 +87,7 @@ class Guest:
 
     def expect_refusal(self, action: str) -> None:
         """Expect that the form says what was wrong."""
+        self.firefox.until("!document.querySelector(arguments[0])", f"form[data-action={action}] button:disabled")
         self.firefox.until("document.querySelector(arguments[0]).innerText.trim()", STATUS.format(action))
         self.check_look()
 
