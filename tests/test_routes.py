@@ -391,7 +391,7 @@ def test_a_password_field_is_masked_and_open_to_password_managers(shared: Shared
         assert re.search(' autocomplete="(current|new)-password"', field)
     assert 'autocomplete="off"' not in text
     script = shared.call("GET", "/pages/script.js").body.decode()  # it does not stop pasting
-    events = {"beforeunload", "change", "click", "hashchange", "pagehide", "pageshow", "submit"}
+    events = {"beforeunload", "blur", "change", "click", "hashchange", "pagehide", "pageshow", "submit"}
     assert set(re.findall(r'addEventListener\("(\w+)"', script)) == events
     assert not re.search(r"\.on[a-z]+ *=", script)
 
