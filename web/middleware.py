@@ -29,6 +29,7 @@ class SecurityMiddleware:
     def __init__(self, application: WSGIApplication, settings: Settings) -> None:
         self._application, self._settings = application, settings
         self._headers = responses.common_headers(settings.production)
+        self._names = {name for name, _ in self._headers}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request. An unexpected error becomes a JSON answer with status 500 and one line in the log."""
@@ -39,9 +40,8 @@ class SecurityMiddleware:
         environ["authsvc.client"] = client_address(peer, forwarded_for, self._settings.trusted_proxy)
 
         def start(status: str, headers: list[Header], exc_info: Any = None) -> Any:
-            common = self._headers
-            if len(headers) > 2:  # most answers have only those of their body; a page has a policy of its own
-                own = {name for name, _ in headers}
+            common, own = self._headers, dict(headers)
+            if not self._names.isdisjoint(own):  # a page has a policy of its own, for example
                 common = [header for header in common if header[0] not in own]
             return start_response(status, [*headers, *common, ("X-Request-ID", request_id)], exc_info)
 

@@ -21,10 +21,11 @@ def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Re
     """Return the response to each path in each language. The stylesheet and the script are the same in all of them."""
     style, script = _response("css", _read("style.css")), _response("javascript", _read("script.js"))
     pages = {"/pages/style.css": dict.fromkeys(LANGUAGES, style), "/pages/script.js": dict.fromkeys(LANGUAGES, script)}
-    site = settings.site_name or urlsplit(settings.origin).hostname or ""
+    site, logo = settings.site_name or urlsplit(settings.origin).hostname or "", settings.logo
+    document = _read("index.html")
     values = {
         "site": escape(site),
-        "mark": f'<img src="{settings.logo}" alt="">' if settings.logo else escape(site[0].upper()),
+        "mark": f'<img src="{logo}" alt="">' if logo else escape(site[0].upper()),
         "domain": settings.cookie_domain,
         "confirm": "on" if settings.confirms_email else "off",
         "passkeys": passkey_host,
@@ -35,8 +36,7 @@ def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Re
     for language in LANGUAGES:
         texts = json.loads(_read(f"texts/{language}.json"))
         shown = {name: escape(text) for name, text in texts.pop("page").items()}
-        rest = escape(json.dumps(texts, ensure_ascii=False), quote=False)
-        template = _fill(_read("index.html"), shown | {"texts": rest})
+        template = _fill(document, shown | {"texts": escape(json.dumps(texts, ensure_ascii=False), quote=False)})
         # After the texts, so that nothing in a value is taken for the name of a text.
         values |= {"language": language, "contact": escape(settings.contact) or shown["ask_operator"]}
         for name in NAMES:
