@@ -22,12 +22,12 @@ PASSKEYS ?= $(shell grep -ls site-packages/fido2/ $(DESTDIR)/opt/authsvc/authsvc
 POSTGRES ?= $(shell grep -ls -e site-packages/psycopg/ -e '^AUTHSVC_DATABASE=.\?postgres' \
 	$(DESTDIR)/opt/authsvc/authsvc.pyz $(DESTDIR)/etc/authsvc/authsvc.env)
 endif
-PACKED = bottle.py bcrypt waitress segno \
+PACKED = bottle.py bcrypt waitress segno prometheus_client \
 	$(if $(POSTGRES),psycopg psycopg_binary psycopg_binary.libs psycopg_pool typing_extensions.py) \
 	$(if $(PASSKEYS),fido2 cryptography cffi _cffi_backend*.so)
 # The packages of that file by the names of their licences. shiv's own start code is in it, too.
-LICENSED = bottle bcrypt waitress segno shiv $(if $(POSTGRES),psycopg psycopg_binary psycopg_pool typing_extensions) \
-	$(if $(PASSKEYS),fido2 cryptography cffi)
+LICENSED = bottle bcrypt waitress segno prometheus_client shiv \
+	$(if $(POSTGRES),psycopg psycopg_binary psycopg_pool typing_extensions) $(if $(PASSKEYS),fido2 cryptography cffi)
 # Packages that only some tests need: see [dependency-groups] in pyproject.toml.
 EXTRAS = .venv/browser .venv/fuzz .venv/proxies .venv/release
 
@@ -144,13 +144,13 @@ format: .venv/dev
 LOCK = uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --upgrade pyproject.toml
 
 lock:
-	$(LOCK) --extra qr --extra passkeys -o requirements/run.txt
+	$(LOCK) --extra metrics --extra passkeys --extra qr -o requirements/run.txt
 	$(LOCK) --group dev -c requirements/run.txt -o requirements/dev.txt
 	for group in $(notdir $(EXTRAS)); do \
 		echo "requirements/$$group.txt"; \
 		$(LOCK) --group $$group -c requirements/dev.txt -o requirements/$$group.txt || exit 1; \
 	done
-	$(LOCK) --extra qr --extra postgres --extra passkeys --group pyz -c requirements/dev.txt -o requirements/pyz.txt
+	$(LOCK) --extra metrics --extra passkeys --extra postgres --extra qr --group pyz -c requirements/dev.txt -o requirements/pyz.txt
 
 clean:
 	rm -rf .venv .results build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

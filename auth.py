@@ -254,7 +254,7 @@ class Auth:
         self._settings = settings or Settings.from_environ()
         self._db = db or DB(self._settings.database, private=self._settings.production)
         self.engine_version = self._db.engine_version  # the database engine with its version
-        self.empty_log = self._db.empty_log
+        self.empty_log, self.figures = self._db.empty_log, self._db.figures
         self.tokens_of = self._db.tokens.of_user
         self.passkeys_of = self._db.passkeys.of_user
         self._clock = clock

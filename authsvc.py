@@ -30,12 +30,13 @@ import auth as rules
 from engines.errors import DatabaseRefused, StorageUnavailable
 from log import log_crash, log_event
 from mail import Mailer
-from settings import Settings, SettingsError
+from settings import NO_METRICS, Settings, SettingsError
 from storage import User
 from web import responses
 from web.forms import read_form
 from web.languages import LANGUAGE, choose_language
-from web.middleware import SecurityMiddleware, is_direct
+from web.metrics import Metrics
+from web.middleware import Observe, SecurityMiddleware, is_direct
 from web.page_builder import build_pages
 from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
@@ -84,9 +85,10 @@ def _route(method: str, *paths: str, hashes: bool = False, **form: tuple[str, ..
 class Handlers:
     """The handlers of the routes. Each gets a form or reads a cookie, calls the rules, and returns a response."""
 
-    def __init__(self, auth: rules.Auth, settings: Settings) -> None:
+    def __init__(self, auth: rules.Auth, settings: Settings, metrics: Metrics | None = None) -> None:
         self._auth = auth
         self._settings = settings
+        self._metrics = metrics
         self.offers_passkeys = bool(auth.passkey_host)
         # Not Secure in development: clients send no Secure cookie back over plain http. The prefixes (RFC 6265bis
         # 4.1.3) keep a sibling host from setting the cookie; __Host- forbids a Domain.
@@ -253,6 +255,16 @@ class Handlers:
     def health(self) -> Response:
         self._auth.check_storage()
         return json_response(200, message="ok")
+
+    @_route("GET", "/metrics")
+    def metrics(self) -> Response:
+        if not (self._metrics and is_direct(request.environ)):
+            return json_response(404, message=responses.MESSAGES[404])
+        try:
+            kind, text = self._metrics.text()
+        except ImportError:
+            return json_response(404, message=NO_METRICS)
+        return Response(200, text, [("Content-Type", kind), ("Content-Length", str(len(text)))])
 
     @_route("DELETE", "/profile", fields=("password",), optional=("otp",), hashes=True)
     def delete_account(self, password: str, otp: str) -> Response:
@@ -423,6 +435,7 @@ RANKED_BY_EMAIL |= {("POST", "/sessions")}
 
 # The server looks them up by path, so none may be a GET: those run on the I/O thread. "*" is a variable.
 HASHING_ROUTES = frozenset((method, re.sub("<.*>", "*", path)) for method, path, _, hashes in ROUTES if hashes)
+ALL_ROUTES = frozenset((method, re.sub("<.*>", "*", path)) for method, path, *_ in ROUTES)
 
 
 def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplication:
@@ -434,7 +447,7 @@ def create_app(settings: Settings, auth: rules.Auth | None = None) -> WSGIApplic
     return _application(Handlers(auth or _open_auth(settings), settings), settings)
 
 
-def _application(handlers: Handlers, settings: Settings) -> WSGIApplication:
+def _application(handlers: Handlers, settings: Settings, observe: Observe | None = None) -> WSGIApplication:
     bottle = Bottle()
     bottle.config["catchall"] = False  # the middleware answers unexpected errors
     bottle.uninstall(True)  # Bottle's own plugins: our handlers return neither dicts nor templates
@@ -456,12 +469,12 @@ def _application(handlers: Handlers, settings: Settings) -> WSGIApplication:
         start_response(responses.status_line(answer.status), answer.headers)
         return [answer.body]
 
-    return SecurityMiddleware(application, settings)
+    return SecurityMiddleware(application, settings, observe)
 
 
-def _open_auth(settings: Settings, run_in_background: Callable[..., object] = lambda write: write()) -> rules.Auth:
+def _open_auth(settings: Settings) -> rules.Auth:
     mailer = Mailer(settings, log_event)  # before the database: a start that fails must not leave a file behind
-    return rules.Auth(settings=settings, run_in_background=run_in_background, mailer=mailer)
+    return rules.Auth(settings=settings, mailer=mailer)
 
 
 def _start_pruning(auth: rules.Auth, stopping: threading.Event) -> threading.Thread:
@@ -584,19 +597,26 @@ def serve(settings: Settings) -> int:
     from web.server import Dispatcher, Server
     from web.systemd import passed_socket
 
-    # The port first: a start that fails must not leave a file behind.
+    # The database last: a start that fails must not leave a file behind.
     listener = passed_socket() or _bind(settings)
     host, port = listener.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     settings = replace(settings, listen=address)  # not that of the settings if a socket was passed or the port was 0
-    auth = _open_auth(settings, lambda write: dispatcher.run_in_background(write))
-    handlers = Handlers(auth, settings)
-    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, handlers.rank)
-    server = Server(_application(handlers, settings), listener, dispatcher)
+    metrics, mailer = Metrics(ALL_ROUTES), Mailer(settings, log_event)
+    if settings.metrics_listen:
+        metrics.listen(settings.metrics_listen)
+    auth = rules.Auth(
+        settings=settings, run_in_background=lambda write: dispatcher.run_in_background(write), mailer=mailer
+    )
+    handlers = Handlers(auth, settings, metrics)
+    dispatcher = Dispatcher(HASHING_ROUTES, CORES, settings, handlers.rank, metrics.observe)
+    server = Server(_application(handlers, settings, metrics.observe), listener, dispatcher)
+    version = {"version": _version(), "database": auth.engine_version}
+    metrics.watch(version, server, auth.figures, mailer.waiting)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.stop)
     print(f"http://{address}", flush=True)
-    log_event("sys_startup", version=_version(), database=auth.engine_version, production=settings.production)
+    log_event("sys_startup", **version, production=settings.production)
     for warning in settings.warnings():
         log_event("sys_warning", reason=warning)
     stopping = threading.Event()

@@ -61,6 +61,10 @@ class FairQueue(Generic[Item]):
         """Return whether a thread is free for an item that is added now: then its class and account do not matter."""
         return self._idle > 0
 
+    def lengths(self) -> tuple[int, int]:
+        """Return how many preferred items wait, and how many others."""
+        return self._preferred.waiting, self._newcomers.waiting + self._others.waiting
+
     def put(self, item: Item, path: Path, *, preferred: bool, limited: bool) -> list[Item]:
         """Add an item, and return the items that lost their place to it: at most one, which may be the new one.
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -43,6 +44,7 @@ def log_event(event: str, **details: Any) -> None:
     global _lost
     limit, missing = SAMPLE_LIMIT if event in SAMPLED else FLOOD_LIMIT, 0
     with _lock:
+        counts[event] += 1
         start, lines = _floods.get(event, (0.0, 0))
         now = time.monotonic()
         if now - start < FLOOD_WINDOW:
@@ -57,9 +59,9 @@ def log_event(event: str, **details: Any) -> None:
             _lost += 1 + missing
             return
         lost, _lost = _lost, 0
-    counts = {name: count for name, count in (("missing", missing), ("lost", lost)) if count}
+    left_out = {name: count for name, count in (("missing", missing), ("lost", lost)) if count}
     written_at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": written_at, "event": event, **details, **counts}) + "\n"
+    line = json.dumps({"time": written_at, "event": event, **details, **left_out}) + "\n"
     if waiting:
         waiting.put(functools.partial(_write, line.encode(), 1 + missing + lost))
         return
@@ -78,6 +80,8 @@ def timestamp(seconds: int) -> str:
     """Return unix seconds as an RFC 3339 time in UTC."""
     return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
+
+counts: Counter[str] = Counter()  # of events since the start, with those that were not written
 
 _Tasks = queue.SimpleQueue[Callable[[], object]]
 

@@ -96,6 +96,11 @@ class Mailer:
         for _ in self._resets.put(waiting, path, preferred=known, limited=limited):
             self._log("mail_dropped", reason="queue full")
 
+    def waiting(self) -> int:
+        """Return how many mails wait to be written or sent, or for another try."""
+        retried = len(self._notice_sender.retries) + len(self._reset_sender.retries)
+        return self._notices.qsize() + sum(self._resets.lengths()) + retried
+
     def check(self) -> None:
         """Sign in to the mail server and ask whether it accepts the sender, without sending anything.
 
@@ -190,7 +195,7 @@ class _Sender:
     def __init__(self, get: Callable[[], Waiting], send: Send, log: Callable[..., None], lifetime: float) -> None:
         self._get, self._send, self._log, self._lifetime = get, send, log, lifetime
         # A heap of mails to retry: due time in monotonic seconds, id of the mail, tries so far, expiry, mail.
-        self._retries: list[tuple[float, int, int, float, EmailMessage]] = []
+        self.retries: list[tuple[float, int, int, float, EmailMessage]] = []
         self._added = threading.Condition()  # guards the heap
         self._starting = threading.Lock()
         self._running = threading.Lock()  # held while a task runs, and for good once no further one may begin
@@ -241,9 +246,9 @@ class _Sender:
 
     def _retry(self) -> None:
         with self._added:
-            while not self._retries or self._retries[0][0] > time.monotonic():
-                self._added.wait(self._retries[0][0] - time.monotonic() if self._retries else None)
-            _, _, tries, expires, mail = heapq.heappop(self._retries)
+            while not self.retries or self.retries[0][0] > time.monotonic():
+                self._added.wait(self.retries[0][0] - time.monotonic() if self.retries else None)
+            _, _, tries, expires, mail = heapq.heappop(self.retries)
         if time.monotonic() < expires:
             self._deliver(mail, tries, expires)
         else:
@@ -259,12 +264,12 @@ class _Sender:
             details = {"reason": type(error).__name__, "smtp_code": code, "tries": tries + 1}
             permanent = not isinstance(error, OSError) or 500 <= code < 600
             with self._added:
-                if permanent or tries == len(RETRIES) or len(self._retries) >= WAITING:
+                if permanent or tries == len(RETRIES) or len(self.retries) >= WAITING:
                     self._log("mail_dropped", **details)
                 else:
                     self._log("mail_delayed", **details)
                     due = time.monotonic() + RETRIES[tries]
-                    heapq.heappush(self._retries, (due, id(mail), tries + 1, expires, mail))
+                    heapq.heappush(self.retries, (due, id(mail), tries + 1, expires, mail))
                     self._added.notify()
             return False
         self._log("mail_sent", tries=tries + 1)

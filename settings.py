@@ -72,6 +72,8 @@ REGISTRATION = "open", "invitation", "closed"
 LOGOS = {"png": b"\x89PNG", "jpeg": b"\xff\xd8", "webp": b"RIFF", "svg+xml": b"<"}  # how a file of each type begins
 MAX_LOGO_BYTES = 32_768  # the logo is a part of each page
 
+NO_METRICS = "prometheus_client is not installed: pip install prometheus-client"
+
 SWITCH = {"on": True, "1": True, "off": False, "0": False}
 
 
@@ -108,6 +110,7 @@ class Settings:
     mail_from: str = ""  # the sender's address
     site_name: str = ""  # the name of the site on the pages; "": the host
     site_logo: str = ""  # path of a PNG, JPEG, WebP or SVG file that the pages show beside the name
+    metrics_listen: str = ""  # address:port where anybody may read /metrics, beside the service's own
     contact: str = ""  # whom users ask where they cannot help themselves, for the pages; a sentence
     unsafe_listen: bool = False  # lets a development service listen beyond loopback, although it is not safe there
 
@@ -171,6 +174,8 @@ class Settings:
             self._require(public, name, f"must be at most {most} characters, without a URL that has a password")
         form = f"must be a PNG, JPEG, WebP or SVG file of at most {MAX_LOGO_BYTES} bytes that can be read"
         self._require(not self.site_logo or self.logo, "site_logo", form)
+        if self.metrics_listen:
+            parse_listen("AUTHSVC_METRICS_LISTEN", self.metrics_listen)
         listens_locally = self.address[0].is_loopback
         if self.production:
             self._check_production()
@@ -294,14 +299,23 @@ class Settings:
     @property
     def address(self) -> tuple[Address, int]:
         """The IP address and port to listen on."""
-        # Host names are refused: one that later resolves to another address could expose the service to a network.
-        found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):([0-9]{1,5})", self.listen, re.ASCII)
-        host = (found[1] or found[2]) if found else ""
-        address = parse_address("127.0.0.1" if host == "localhost" else host)
-        if not found or not address or int(found[3]) > 65535:
-            form = "ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
-            raise SettingsError(f"AUTHSVC_LISTEN={_without_password(self.listen)!r} must be {form}")
-        return address, int(found[3])
+        return parse_listen("AUTHSVC_LISTEN", self.listen)
+
+
+def parse_listen(name: str, text: str) -> tuple[Address, int]:
+    """Return the IP address and port in the value of a setting.
+
+    Raises:
+        SettingsError: it has another form. The message names the setting.
+    """
+    # Host names are refused: one that later resolves to another address could expose the service to a network.
+    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+)):([0-9]{1,5})", text, re.ASCII)
+    host = (found[1] or found[2]) if found else ""
+    address = parse_address("127.0.0.1" if host == "localhost" else host)
+    if not found or not address or int(found[3]) > 65535:
+        form = "ADDRESS:PORT, for example 127.0.0.1:5000 or [::1]:5000"
+        raise SettingsError(f"{name}={_without_password(text)!r} must be {form}")
+    return address, int(found[3])
 
 
 def read_password(name: str, path: str) -> str:

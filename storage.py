@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from engines import Result, Transaction, open_engine, operations
 from engines.errors import RolledBack
 from engines.rows import hash_as_given, is_storable
-from engines.schema import LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
+from engines.schema import FIGURES, LOCK_ALL_USERS, LOCK_HOLDERS, LOCK_USER
 from settings import Settings
 from tables import passkeys
 from tables.emails import DELETE_WAITING, IS_GOOD, RESERVED_FOR, Emails, Link, claim, give_up
@@ -599,6 +599,13 @@ class DB:
     def untold_logins(self) -> list[tuple[int, str, int]]:
         """Return id, email and number of untold sign-ins of each user who has any."""
         return self._engine.read_all("SELECT id, email, untold_logins FROM users WHERE untold_logins > 0", {})
+
+    # Metrics
+
+    def figures(self) -> tuple[int, int]:
+        """Return how many sessions are stored, expired ones included, and the size of the database in bytes."""
+        sessions, size = self._engine.read(FIGURES[self._engine.name], {})
+        return sessions, size
 
     # Retention
 

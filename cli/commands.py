@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import IO, Any, NoReturn
 
 import log
@@ -25,7 +26,7 @@ from engines import operations
 from engines.errors import AlreadyExists, DatabaseRefused, StorageUnavailable
 from log import log_event, timestamp
 from mail import Mailer, token_link
-from settings import Settings, SettingsError, redacted
+from settings import NO_METRICS, Settings, SettingsError, redacted
 from storage import DB, EXPIRED, User, newest_session_time
 from tables.rate_limits import CLOCK_TOLERANCE
 
@@ -528,8 +529,10 @@ def _check(operator: Operator) -> int:
     found = operations(settings.database).check(settings.database)
     found |= {"settings": list(settings.warnings()), "clock": _clock_problems(settings, found["database"])}
     found["mail"] = _mail_problems(settings)
+    found["metrics"] = [NO_METRICS] if settings.metrics_listen and not find_spec("prometheus_client") else []
+    set_up = {"mail": settings.smtp_url, "metrics": settings.metrics_listen}
     for name, problems in found.items():
-        state = "failed" if problems else "not set up" if name == "mail" and not settings.smtp_url else "ok"
+        state = "failed" if problems else "ok" if set_up.get(name, True) else "not set up"
         text = f"{name:<10}{'; '.join(problems) or state}"
         operator.print_record(text, check=name, ok=not problems, state=state, problems=problems)
     return 1 if any(found.values()) else 0

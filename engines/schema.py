@@ -38,3 +38,12 @@ LOCK_USER = """
 # A change of email locks the user who has the new one as well: two users who swap theirs would wait for each other.
 LOCK_HOLDERS = "SELECT id FROM users WHERE id = :user_id OR email_key = :email_key ORDER BY id FOR NO KEY UPDATE"
 LOCK_ALL_USERS = "LOCK TABLE users IN EXCLUSIVE MODE"  # other transactions can still read
+
+# How many sessions are stored, expired ones included, and the size of the database in bytes. Counting the rows of a
+# large table takes PostgreSQL seconds, so there its own estimate is asked.
+FIGURES = {
+    "SQLite": "SELECT (SELECT count(*) FROM sessions), page_count * page_size FROM pragma_page_count, pragma_page_size",
+    "PostgreSQL": """
+        SELECT n_live_tup, pg_database_size(current_database()) FROM pg_stat_user_tables
+         WHERE relid = to_regclass('sessions')""",
+}

@@ -42,6 +42,7 @@ PYTHON
 # The service
 ask 200 GET /
 ask 200 GET /health
+ask 200 GET /metrics
 ask 302 GET /.well-known/change-password
 
 # An account and a session

@@ -57,7 +57,7 @@ PAGES = {
 OPEN_ROUTES = [
     *(
         ("GET", path)
-        for path in ("/", "/health", "/verify", "/.well-known/change-password", *PAGES)
+        for path in ("/", "/health", "/metrics", "/verify", "/.well-known/change-password", *PAGES)
         if path != "/account"
     ),
     *((method, path) for method, path, _ in FORMS[:5]),

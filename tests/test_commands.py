@@ -1115,15 +1115,26 @@ def checked(result: Result) -> dict[str, Any]:
 
 @pytest.mark.both_engines
 def test_a_check_finds_no_problem_in_a_good_setup(run: Run, people: Auth, engine: str) -> None:
-    checks = ["database", *(["files"] if engine == "sqlite" else []), "settings", "clock", "mail"]
+    checks = ["database", *(["files"] if engine == "sqlite" else []), "settings", "clock", "mail", "metrics"]
     result = run("check", "--json")
     assert result.code == 0
     assert checked(result) == {name: [] for name in checks}
-    states = dict.fromkeys(checks, "ok") | {"mail": "not set up"}  # which is no problem: nothing has to be mailed
+    # These are no problem: nobody has to be mailed, and nobody has to watch.
+    states = dict.fromkeys(checks, "ok") | dict.fromkeys(("mail", "metrics"), "not set up")
     assert {record["check"]: (record["ok"], record["state"]) for record in result.records} == {
         name: (True, state) for name, state in states.items()
     }
     assert run("check").out == "".join(f"{name:<10}{state}\n" for name, state in states.items())
+
+
+def test_a_check_looks_for_what_the_metrics_need(run: Run, people: Auth, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTHSVC_METRICS_LISTEN", "127.0.0.1:9464")
+    states = {record["check"]: record["state"] for record in run("check", "--json").records}
+    assert states["metrics"] == "ok"
+    monkeypatch.setattr(commands, "find_spec", lambda _: None)
+    result = run("check", "--json")
+    assert result.code == 1
+    assert checked(result)["metrics"] == ["prometheus_client is not installed: pip install prometheus-client"]
 
 
 @pytest.mark.both_engines

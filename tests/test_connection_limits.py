@@ -83,7 +83,7 @@ class LocalServer:
         last: Any = SimpleNamespace(service=lambda: idle.wait(5))
         queues = [self.dispatcher._hashing_queue, *[self.dispatcher._writing_queue] * web.server.WRITERS]
         for waiting in queues:
-            waiting.put((float("inf"), last), ("",) * 4, preferred=True, limited=False)
+            waiting.put((float("inf"), last, "unknown"), ("",) * 4, preferred=True, limited=False)
         idle.wait(5)
         for channel in list(self.server._server.active_channels.values()):
             channel.handle_close()

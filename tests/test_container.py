@@ -128,7 +128,10 @@ def test_the_image_is_small(image: Image) -> None:
 @pytest.mark.container
 def test_the_image_has_the_service_with_all_extras_and_nothing_else_of_the_checkout(image: Image) -> None:
     names = set(zipfile.ZipFile(image.files / PROGRAM.lstrip("/")).namelist())
-    packages = {f"{name}/__init__.py" for name in ("bcrypt", "waitress", "segno", "psycopg", "fido2", "cryptography")}
+    packages = {
+        f"{name}/__init__.py"
+        for name in ("bcrypt", "waitress", "segno", "prometheus_client", "psycopg", "fido2", "cryptography")
+    }
     assert {f"site-packages/{name}" for name in product_files() | packages} <= names
     assert sorted(path.name for path in (image.files / "opt").iterdir()) == ["authsvc"]
     assert sorted(path.name for path in (image.files / "opt/authsvc").iterdir()) == [

@@ -121,6 +121,12 @@ def test_the_operator_commands_print_what_the_docs_show(start: Callable[..., Ser
     assert printed == shown
 
 
+def test_the_metrics_begin_as_the_docs_show(start: Callable[..., Service], tmp_path: Path) -> None:
+    asking = commands_in("docs/operations.md", "$ curl -s http://127.0.0.1:5000/metrics")
+    printed, shown = transcript(asking.replace("http://127.0.0.1:5000", start().url), tmp_path)
+    assert printed == shown
+
+
 def test_the_mail_server_of_the_docs_prints_a_link(start: Callable[..., Service], tmp_path: Path) -> None:
     port = str(reserve_port())
     add_environment(tmp_path)

@@ -1232,8 +1232,8 @@ def test_a_failing_retry_does_not_end_the_worker(
 ) -> None:
     monkeypatch.setattr(mail, "RETRIES", (0.5, 0))
     fail_once(server, mailer, log, "first@x.io", reset=False)
-    assert awaited(lambda: mailer._notice_sender._retries)
-    (waiting,) = mailer._notice_sender._retries
+    assert awaited(lambda: mailer._notice_sender.retries)
+    (waiting,) = mailer._notice_sender.retries
     del waiting[-1]["To"]  # it cannot be sent
     assert log.next()[0] == "mail_dropped"
     fail_once(server, mailer, log, "second@x.io", reset=False)

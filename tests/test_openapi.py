@@ -214,7 +214,7 @@ def test_every_successful_answer_is_as_documented(
         for path, item in document["paths"].items()
         for method, route in item.items()
         for status in route["responses"]
-        if int(status) < 400
+        if int(status) < 400 and path != "/metrics"  # only a process has these: tests/test_metrics.py
     }
     assert send.seen.keys() >= successes
 

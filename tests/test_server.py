@@ -173,7 +173,7 @@ class LocalServer:
         self.thread.join(TIMEOUT)
         idle = threading.Barrier(3)  # past it, no worker uses the connections that are closed next
         self.dispatcher._hashing_queue.class_limit = 1  # a test may have set it to 0
-        item = (float("inf"), self.task(idle.wait))
+        item = (float("inf"), self.task(idle.wait), "unknown")
         for waiting in self.dispatcher._hashing_queue, self.dispatcher._writing_queue:
             waiting.put(item, ("",) * 4, preferred=False, limited=False)
         idle.wait(TIMEOUT)
@@ -235,6 +235,40 @@ def test_hashes_are_made_where_the_system_refuses_a_niceness(without_niceness: N
     connection = server.hash_one()
     server.release.set()
     assert connection.status() == 200
+
+
+def test_a_read_that_may_take_long_delays_no_other(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web.server, "SLOW_READS", {"/slow"})
+    slow = server.dial().send(http("GET", "/slow"))
+    server.running.get(timeout=TIMEOUT)
+    assert server.dial().send(GET).status() == 200
+    server.release.set()
+    assert slow.status() == 200
+
+
+def test_requests_that_wait_for_a_hash_are_counted_by_who_asks(server: LocalServer) -> None:
+    assert awaited(server.dispatcher._hashing_queue.serves_at_once)
+    server.hash_one()
+    first = http("POST", "/slow", rank="first")
+    waiting = [server.queue_one(request) for request in (first, first, SLOW)]
+    assert server.dispatcher.waiting == {"owner": 2, "stranger": 1}
+    server.release.set()
+    assert {connection.status() for connection in waiting} == {200}
+    assert server.dispatcher.waiting == {"owner": 0, "stranger": 0}
+    waits = {who: histogram.read()[0][-1][1] for who, histogram in server.dispatcher.waits.items()}
+    assert waits == {"owner": 2, "stranger": 1, "unknown": 1}
+
+
+def test_requests_that_the_server_refuses_are_counted(server: LocalServer) -> None:
+    counted: list[tuple[Any, ...]] = []
+    server.dispatcher.observe = lambda *request: counted.append(request)
+    server.dispatcher._hashing_queue.class_limit = 0
+    server.hash_one()
+    assert server.dial().send(SLOW).status() == 503
+    assert server.dial().send(b"GET / HTTP/1.1\r\nHost: x\r\n\0: x\r\n\r\n").status() == 400
+    server.release.set()
+    assert counted[0] == ("POST", "/slow", "503 Service Unavailable", 0.0)
+    assert counted[1][2:] == ("400 Bad Request", 0.0)
 
 
 def test_a_write_does_not_wait_for_hashes(server: LocalServer) -> None:

@@ -39,6 +39,7 @@ DEFAULTS = {
     "mail_from": "",
     "site_name": "",
     "site_logo": "",
+    "metrics_listen": "",
     "contact": "",
     "unsafe_listen": False,
 }
@@ -145,6 +146,7 @@ def test_the_environment_is_read_when_settings_are_created(monkeypatch: pytest.M
         ("AUTHSVC_TRUSTED_PROXY", "::1", "::1"),
         ("AUTHSVC_SMTP_PASSWORD_FILE", "/etc/authsvc/smtp", "/etc/authsvc/smtp"),
         ("AUTHSVC_SITE_NAME", "Rowing Club <1894>", "Rowing Club <1894>"),
+        ("AUTHSVC_METRICS_LISTEN", "10.0.0.5:9464", "10.0.0.5:9464"),
         ("AUTHSVC_CONTACT", "Ask Eve, eve@example.com.", "Ask Eve, eve@example.com."),
         ("AUTHSVC_UNSAFE_LISTEN", "1", True),
     ],

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
@@ -20,19 +21,25 @@ from web.responses import Header, Refusal, json_body, json_headers, new_request_
 # Each of these, and each X-Forwarded-… header, says that a proxy stands between us and the caller.
 FORWARDING_HEADERS = ("HTTP_FORWARDED", "HTTP_VIA", "HTTP_X_REAL_IP")
 
+Observe = Callable[[str, str, str, float], None]
+
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class SecurityMiddleware:
-    """Refuses requests that must not reach a route, and adds the common headers to every answer."""
+    """Refuses requests that must not reach a route, and adds the common headers to every answer.
 
-    def __init__(self, application: WSGIApplication, settings: Settings) -> None:
-        self._application, self._settings = application, settings
+    ``observe`` is called for each answer with the method, the path, the status line and the seconds that it took.
+    """
+
+    def __init__(self, application: WSGIApplication, settings: Settings, observe: Observe | None = None) -> None:
+        self._application, self._settings, self._observe = application, settings, observe
         self._headers = responses.common_headers(settings.production)
         self._names = {name for name, _ in self._headers}
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request. An unexpected error becomes a JSON answer with status 500 and one line in the log."""
+        began = time.perf_counter()
         environ["authsvc.request_id"] = request_id = new_request_id()
         peer, forwarded_for = environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR")
         if forwarded_for is not None and not is_trusted(peer, self._settings.trusted_proxy):
@@ -43,6 +50,8 @@ class SecurityMiddleware:
             common, own = self._headers, dict(headers)
             if not self._names.isdisjoint(own):  # a page has a policy of its own, for example
                 common = [header for header in common if header[0] not in own]
+            if self._observe:
+                self._observe(environ["REQUEST_METHOD"], environ["PATH_INFO"], status, time.perf_counter() - began)
             return start_response(status, [*headers, *common, ("X-Request-ID", request_id)], exc_info)
 
         try:

@@ -41,8 +41,10 @@ from fair_queue import FairQueue
 from log import log_crash, log_event
 from settings import Settings
 from web.forms import MAX_BODY_BYTES
+from web.metrics import Histogram
+from web.middleware import Observe
 from web.parser import StrictParser
-from web.responses import MESSAGES, RETRY_AFTER, complete_error, new_request_id
+from web.responses import MESSAGES, RETRY_AFTER, complete_error, new_request_id, status_line
 from web.systemd import notify
 
 QUEUE = 64  # requests of each of the two classes; 2 * 64 hashes of 0.24 s on two cores take the 15 s below
@@ -52,6 +54,7 @@ PER_NETWORK = 16  # of a /24 or /48, in each class: four full clients, a quarter
 MAX_WAIT = 15.0  # seconds in the queue, then 503
 HASHING_NICENESS = 10
 WRITERS = 2  # threads; SQLite writes one at a time, meanwhile the other parses a form or sends an answer
+SLOW_READS = frozenset({"/metrics"})  # they run on these threads, too: it counts the sessions
 MAX_BACKGROUND_WRITES = 1000  # waiting; further ones are dropped, and the next request asks for them again
 LAST_REQUESTS = 0.2  # seconds from SIGTERM in which an open connection may send one more request
 LAST_HASHES = 1.0  # seconds from SIGTERM in which requests that wait for a hash get one
@@ -76,6 +79,7 @@ SEND_BUFFER = 32_768  # bytes of answers that the kernel keeps for a client that
 
 
 Rank = Callable[[WSGIEnvironment], tuple[bool, str]]
+Waiting = tuple[float, "Channel", str]  # since when a request waits, its connection, and who asks: see Dispatcher.waits
 
 
 class Busy(Error):  # type: ignore[misc]
@@ -100,6 +104,7 @@ class JSONErrorTask(ErrorTask):  # type: ignore[misc]
             reason = {"status": error.code, "reason": error.body}
             log_event("input_validation_fail", request_id=request_id, address=client, **reason)
         self.status, self.response_headers = f"{error.code} {error.reason}", headers
+        self.channel.owner.dispatcher.observe(self.request.command, self.request.path, status_line(error.code), 0.0)
         self.request.headers["CONNECTION"] = "close"  # whatever the client asked for: waitress says so, and closes
         self.channel.discard = MAX_DISCARD_BYTES
         self.content_length = len(body)
@@ -304,13 +309,22 @@ class Dispatcher:
         rank: returns whether a request that may hash goes before others, and a text that stands for its account ("" if
             unknown). It is given the WSGI environment and may read the body. It is called on several threads, one of
             which is the I/O thread, so it must not write.
+        observe: called for each request that is refused before a route: see SecurityMiddleware.
     """
 
-    def __init__(self, hashing_routes: Collection[tuple[str, str]], cores: int, settings: Settings, rank: Rank) -> None:
-        self.settings, self._hashing_routes, self._rank = settings, hashing_routes, rank
+    def __init__(
+        self,
+        hashing_routes: Collection[tuple[str, str]],
+        cores: int,
+        settings: Settings,
+        rank: Rank,
+        observe: Observe = lambda *_: None,
+    ) -> None:
+        self.settings, self._hashing_routes, self._rank, self.observe = settings, hashing_routes, rank, observe
+        self.waits = {"owner": Histogram(), "stranger": Histogram(), "unknown": Histogram()}  # unknown: served at once
         limit = QUEUE if settings.production else DEVELOPMENT_QUEUE
-        self._hashing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
-        self._writing_queue = FairQueue[tuple[float, Channel]](limit, PER_CLIENT, PER_NETWORK)
+        self._hashing_queue = FairQueue[Waiting](limit, PER_CLIENT, PER_NETWORK)
+        self._writing_queue = FairQueue[Waiting](limit, PER_CLIENT, PER_NETWORK)
         # A queue of their own: they pile up while the database is locked, and a client's write must not wait for them.
         self._background: deque[Callable[[], object]] = deque()
         self._answered = threading.Event()  # set after an answer, when there is one of them
@@ -324,7 +338,7 @@ class Dispatcher:
     def add_task(self, channel: Channel) -> None:
         """Schedule the request of a connection. Called on the I/O thread, which holds requests_lock."""
         request = channel.requests[0]
-        if not request.error and request.command not in ("GET", "HEAD"):
+        if not request.error and (request.command not in ("GET", "HEAD") or request.path in SLOW_READS):
             method, path, routes = request.command, request.path, self._hashing_routes
             hashes = (method, path) in routes or (method, f"{path.rpartition('/')[0]}/*") in routes
             if not (hashes and self._stopping) and self._wait(channel, hashes):
@@ -349,6 +363,11 @@ class Dispatcher:
         self.start_background()
         return done.wait(timeout)
 
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many requests wait for a hash, by who asks."""
+        return dict(zip(("owner", "stranger"), self._hashing_queue.lengths(), strict=True))
+
     def hashes_at_once(self) -> bool:
         """Return whether no request waits for a hash."""
         return self._hashing_queue.serves_at_once()
@@ -356,13 +375,13 @@ class Dispatcher:
     def drain(self) -> None:
         """Answer 503 to all requests that wait for a hash, and to all later ones. Call it on the I/O thread."""
         self._stopping = True
-        for _, channel in self._hashing_queue.remove(lambda _: True):
+        for _, channel, _ in self._hashing_queue.remove(lambda _: True):
             _refuse(channel)
 
     def refuse_late(self) -> None:
         """Answer 503 to requests that have waited too long for a hash."""
         for waiting in self._hashing_queue, self._writing_queue:
-            for _, channel in waiting.remove(lambda item: time.monotonic() - item[0] > MAX_WAIT):
+            for _, channel, _ in waiting.remove(lambda item: time.monotonic() - item[0] > MAX_WAIT):
                 _refuse(channel)
 
     def refuse_displaced(self) -> None:
@@ -374,12 +393,14 @@ class Dispatcher:
         """Let a request wait for its thread; return False if it lost its place at once."""
         environ = PlainTask(channel, channel.requests[0]).get_environment()
         waiting = self._hashing_queue if hashes else self._writing_queue
-        preferred, account = (False, "") if waiting.serves_at_once() else self._rank_safely(environ)
+        at_once = waiting.serves_at_once()
+        preferred, account = (False, "") if at_once else self._rank_safely(environ)
+        who = "unknown" if at_once else "owner" if preferred else "stranger"
         peer, proxy = channel.addr[0], self.settings.trusted_proxy
         path = (*network_path(client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)), account)
         limited = self.settings.tells_clients_apart(peer)
-        lost = waiting.put((time.monotonic(), channel), path, preferred=preferred, limited=limited)
-        displaced = [other for _, other in lost if other is not channel]
+        lost = waiting.put((time.monotonic(), channel, who), path, preferred=preferred, limited=limited)
+        displaced = [other for _, other, _ in lost if other is not channel]
         self._displaced += displaced  # refused later: this thread holds a lock of this connection
         return len(displaced) == len(lost)
 
@@ -392,13 +413,16 @@ class Dispatcher:
         finally:
             environ["wsgi.input"].seek(0)  # the route reads the body again
 
-    def _serve(self, waiting: FairQueue[tuple[float, Channel]], niceness: int) -> None:
+    def _serve(self, waiting: FairQueue[Waiting], niceness: int) -> None:
         if niceness and sys.platform == "linux":  # there niceness is per thread
             with contextlib.suppress(OSError):  # a sandbox may refuse it: then fast requests get less of the processor
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         while True:
-            since, channel = waiting.get()
-            _run(functools.partial(_refuse, channel) if time.monotonic() - since > MAX_WAIT else channel.service)
+            since, channel, who = waiting.get()
+            waited = time.monotonic() - since
+            if waiting is self._hashing_queue:
+                self.waits[who].observe(waited)
+            _run(functools.partial(_refuse, channel) if waited > MAX_WAIT else channel.service)
 
     def _write(self) -> None:
         while True:
@@ -494,6 +518,11 @@ class Server:
         for channel in self._channels:  # now, so that no request is sent while the database is closed
             channel.handle_close()
         return self.dispatcher.finish(max(0.0, end - time.monotonic()))
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open."""
+        return len(self._server.active_channels)
 
     @property
     def _channels(self) -> list[Channel]:
