@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -241,6 +242,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="FILE", help="write the outcome of each test to this file")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files without a test of time where "make test" runs only those: to read all files takes seconds."""
+    wanted = re.fullmatch(r"(\w+ and )?timing and not long", config.option.markexpr)
+    if not wanted or config.args_source is not config.ArgsSource.TESTPATHS or collection_path.suffix != ".py":
+        return None
+    return "mark.timing" not in collection_path.read_text() or None
 
 
 def pytest_configure(config: pytest.Config) -> None:
