@@ -23,7 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import run
+from bench.client import Client, p99, progress
+from bench.subjects import Running, authsvc, fill_authsvc
 from tests.authenticator import Authenticator, cbor, to_text
 
 CLIENTS = 16
@@ -52,7 +53,7 @@ def enroll(database: Path) -> list[Authenticator]:
     return owners
 
 
-def sign_in(client: run.Client, owner: Authenticator, address: str) -> float:
+def sign_in(client: Client, owner: Authenticator, address: str) -> float:
     """Sign in; return how long the service took for the two requests, in seconds."""
     headers = {"X-Forwarded-For": address, "X-Forwarded-Proto": "https", "Content-Type": "application/json"}
     began = time.perf_counter()
@@ -73,7 +74,7 @@ def storm(port: int, owners: list[Authenticator], pause: float, stop: Any, count
     took: list[float] = []
 
     def one(number: int) -> None:
-        client, mine = run.Client(port), owners[number::CLIENTS]
+        client, mine = Client(port), owners[number::CLIENTS]
         time.sleep(pause * number / CLIENTS)  # not all at the same moment
         while not stop.is_set():
             for owner in mine:
@@ -91,13 +92,13 @@ def storm(port: int, owners: list[Authenticator], pause: float, stop: Any, count
     counts.put(None)
     stop.wait()
     during = took[before:]
-    counts.put((len(during) / (time.perf_counter() - began), run.p99(during)))
+    counts.put((len(during) / (time.perf_counter() - began), p99(during)))
     for thread in threads:
         thread.join()
 
 
 @contextmanager
-def signing_in(one: run.Running, owners: list[Authenticator], pause: float) -> Iterator[list[float]]:
+def signing_in(one: Running, owners: list[Authenticator], pause: float) -> Iterator[list[float]]:
     """Let clients sign in with passkeys. At the end the list holds their rate a second and the p99 of one, in ms."""
     context = multiprocessing.get_context("fork")
     stop, counts = context.Event(), context.Queue()
@@ -111,20 +112,18 @@ def signing_in(one: run.Running, owners: list[Authenticator], pause: float) -> I
     process.join()
 
 
-def measure(one: run.Running, owners: list[Authenticator], figures: Figures) -> None:
+def measure(one: Running, owners: list[Authenticator], figures: Figures) -> None:
     """Add the figures of one round."""
 
     def note(what: str, value: float) -> None:
         figures.setdefault(what, []).append(value)
 
-    client = run.Client(one.port)
-    idle = run.p99(one.latency(SECONDS, "/verify"))
+    client = Client(one.port)
+    idle = p99(one.latency(SECONDS, "/verify"))
     note("/verify, p99 idle, ms", idle)
-    note(
-        "sign-in with a passkey, p99 idle, ms", run.p99([sign_in(client, owners[0], "198.18.1.1") for _ in range(200)])
-    )
+    note("sign-in with a passkey, p99 idle, ms", p99([sign_in(client, owners[0], "198.18.1.1") for _ in range(200)]))
     with one.storm(CLIENTS) as counted:
-        note("/verify, p99 while 16 sign in with passwords, ms", run.p99(one.latency(SECONDS, "/verify")))
+        note("/verify, p99 while 16 sign in with passwords, ms", p99(one.latency(SECONDS, "/verify")))
     passwords = counted[0][0] / counted[0][2]
     note("sign-ins with passwords a second", passwords)
     with signing_in(one, owners[1:], 0) as found:
@@ -132,7 +131,7 @@ def measure(one: run.Running, owners: list[Authenticator], figures: Figures) -> 
     note("sign-ins with passkeys a second, as many as it can", found[0])
     note("passkeys ÷ passwords", found[0] / passwords)
     with signing_in(one, owners[1:], CLIENTS / (FACTOR * passwords)) as found:
-        busy = run.p99(one.latency(SECONDS, "/verify"))
+        busy = p99(one.latency(SECONDS, "/verify"))
     note(f"at {FACTOR} times the passwords: sign-ins with passkeys a second", found[0])
     note(f"at {FACTOR} times the passwords: sign-in with a passkey, p99, ms", found[1])
     note(f"at {FACTOR} times the passwords: /verify, p99, ms", busy)
@@ -142,13 +141,13 @@ def measure(one: run.Running, owners: list[Authenticator], figures: Figures) -> 
 def main() -> None:
     figures: Figures = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        subject = run.authsvc()
-        run.fill_authsvc(Path(folder), 1000)
+        subject = authsvc()
+        fill_authsvc(Path(folder), 1000)
         owners = enroll(Path(folder) / "authsvc.db")
-        one = run.Running(subject, Path(folder))
+        one = Running(subject, Path(folder))
         try:
             for number in range(ROUNDS):
-                run.progress(f"round {number + 1} of {ROUNDS}")
+                progress(f"round {number + 1} of {ROUNDS}")
                 measure(one, owners, figures)
         finally:
             one.stop()

@@ -26,8 +26,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import psycopg
 
-from bench import run
-from bench.run import CONNECTIONS, Running, Subject, progress
+from bench.client import progress
+from bench.limits import raw_bcrypt
+from bench.report import CONNECTIONS, machine
+from bench.subjects import Running, Subject, authsvc, fill_authsvc
 from tests import postgres
 
 USERS = 100_000
@@ -66,12 +68,12 @@ def copies(number: int, database: str, folder: Path) -> Iterator[Running]:
         template = folder / "nginx.conf"
         template.write_text(NGINX.replace("COPIES", "".join(f"server 127.0.0.1:{port};" for port in ports)))
         script = f'sed s/PORT/{{port}}/ "{template}" >nginx.conf && exec nginx -p "$PWD" -c nginx.conf -e stderr'
-        yield started(stack, replace(run.authsvc(), start=["sh", "-c", script]), folder / "nginx")
+        yield started(stack, replace(authsvc(), start=["sh", "-c", script]), folder / "nginx")
 
 
 def over(database: str) -> Subject:
     """Return this service with a database, a path or a URL."""
-    ours = run.authsvc()
+    ours = authsvc()
     return replace(ours, environ=ours.environ | {"AUTHSVC_DATABASE": database})
 
 
@@ -103,7 +105,7 @@ class Measuring:
     def logins(self) -> None:
         """Measure logins on a copy with SQLite, and on one and two with PostgreSQL, each between two runs of bcrypt."""
         for _ in range(self.rounds):
-            before = run.raw_bcrypt(self.seconds)
+            before = raw_bcrypt(self.seconds)
             for what, number, database in (
                 ("SQLite", 1, self.file),
                 ("1 copy", 1, self.url),
@@ -111,7 +113,7 @@ class Measuring:
             ):
                 with copies(number, database, self.folder) as proxy:
                     rate = logins(proxy, 2 * self.seconds)
-                after = run.raw_bcrypt(self.seconds)
+                after = raw_bcrypt(self.seconds)
                 self.note(f"logins, {what}", rate)
                 self.note(f"logins, {what} ÷ raw bcrypt", rate / statistics.mean([before, after]))
                 before = after
@@ -182,7 +184,7 @@ def main() -> int:
         server = Server()
         stack.callback(server.remove)
         progress(f"{given.users:,} users, {server.url}")
-        run.fill_authsvc(folder, given.users)
+        fill_authsvc(folder, given.users)
         file = str(folder / "authsvc.db")
         command = [sys.executable, str(HERE.parent / "authsvc.py"), "copy-to", server.url]
         subprocess.run(command, env=os.environ | {"AUTHSVC_DATABASE": file}, check=True, stdout=sys.stderr)
@@ -194,7 +196,7 @@ def main() -> int:
             getattr(measuring, part)()
     found = measuring.figures()
     call = " ".join(["bench/postgres.py", *sys.argv[1:]])
-    text = f"{datetime.date.today()}, {run.machine()}, PostgreSQL {version}; `{call}`.\n\n{table(found)}"
+    text = f"{datetime.date.today()}, {machine()}, PostgreSQL {version}; `{call}`.\n\n{table(found)}"
     print(text)
     if given.write:
         write(text)

@@ -19,7 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import run
+from bench.client import Client, login, p99
+from bench.subjects import HERE, Running, authsvc, fill_authsvc
 
 CLIENTS = 160  # more than the longest queue holds
 BOUNDS = 8, 32, 128
@@ -35,11 +36,11 @@ def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, sto
     answers: list[Answer] = []
 
     def one(number: int) -> None:
-        client = run.Client(port)
+        client = Client(port)
         began = time.perf_counter()
         while not stop.is_set():
             try:
-                status = client.ask("POST", *run.login(described, number))[0]
+                status = client.ask("POST", *login(described, number))[0]
             except OSError:  # the service was stopped
                 return
             now = time.perf_counter()
@@ -64,14 +65,14 @@ def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, sto
 
 def measure(folder: Path, bound: int, pause: float) -> str:
     """Measure with one length of the queue and one pause before a retry; return a line of the table."""
-    ours = run.authsvc()
+    ours = authsvc()
     subject = replace(
         ours,
         start=[sys.executable, "-c", START.format(bound=bound)],
-        environ=ours.environ | {"PYTHONPATH": str(run.HERE.parent)},
+        environ=ours.environ | {"PYTHONPATH": str(HERE.parent)},
     )
-    run.fill_authsvc(folder, 1000)
-    running = run.Running(subject, folder)
+    fill_authsvc(folder, 1000)
+    running = Running(subject, folder)
     context = multiprocessing.get_context("spawn")
     stop, answered = context.Event(), context.Queue()
     clients = context.Process(
@@ -80,7 +81,7 @@ def measure(folder: Path, bound: int, pause: float) -> str:
     try:
         clients.start()
         answered.get(timeout=60)
-        tail = run.p99(running.latency(SECONDS))
+        tail = p99(running.latency(SECONDS))
         stop.set()
     finally:
         running.stop()

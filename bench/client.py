@@ -1,0 +1,134 @@
+"""An HTTP client, clients that sign in over and over, and what the measurements share."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import socket
+import statistics
+import sys
+import threading
+import time
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+PASSWORD = "correct horse battery staple"
+
+
+class Client:
+    """An HTTP client with one connection, which it keeps as long as the server does."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.socket: socket.socket | None = None
+        self.left = b""
+
+    def ask(
+        self, method: str, path: str, headers: dict[str, str] | None = None, body: str = ""
+    ) -> tuple[int, list[tuple[str, str]], bytes]:
+        lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+        request = "\r\n".join([*lines, "", body]).encode()
+        if self.socket is None:
+            self.socket = socket.create_connection(("127.0.0.1", self.port), timeout=120)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.left = b""
+        self.socket.sendall(request)
+        head = self._until(b"\r\n\r\n")
+        first, *rest = head.decode("latin-1").split("\r\n")
+        pairs = [(name.lower(), value.strip()) for name, _, value in (line.partition(":") for line in rest if line)]
+        found = dict(pairs)
+        if found.get("transfer-encoding") == "chunked":
+            content = b""
+            while size := int(self._until(b"\r\n"), 16):
+                content += self._exactly(size + 2)[:-2]
+            self._until(b"\r\n")
+        else:
+            content = self._exactly(int(found.get("content-length", 0)))
+        if found.get("connection", "").lower() == "close":
+            self.socket.close()
+            self.socket = None
+        return int(first.split()[1]), pairs, content
+
+    def _until(self, mark: bytes) -> bytes:
+        while mark not in self.left:
+            self._receive()
+        found, _, self.left = self.left.partition(mark)
+        return found
+
+    def _exactly(self, size: int) -> bytes:
+        while len(self.left) < size:
+            self._receive()
+        found, self.left = self.left[:size], self.left[size:]
+        return found
+
+    def _receive(self) -> None:
+        assert self.socket
+        chunk = self.socket.recv(65536)
+        if not chunk:
+            self.socket = None
+            raise ConnectionResetError
+        self.left += chunk
+
+
+def login(described: dict[str, Any], number: int) -> tuple[str, dict[str, str], str]:
+    """Return path, headers and body of the login of one user, from an address of its own."""
+    email, password = f"user{number % 1000}@example.com", PASSWORD
+    if "json" not in described["headers"].get("Content-Type", ""):
+        email, password = quote(email), quote(password)
+    body = described["body"].replace("{email}", email).replace("{password}", password)
+    address = f"198.18.{number // 250 % 250}.{number % 250 + 1}"
+    return described["path"], {"X-Forwarded-For": address, **described["headers"]}, body
+
+
+def storm(port: int, described: dict[str, Any], clients: int, stop: Any, counts: Any) -> None:
+    """Sign in repeatedly from a number of threads, in a process of its own, and count the answers."""
+    numbers = itertools.count(1)
+    answered: list[int] = []
+
+    def one() -> None:
+        client = Client(port)
+        while not stop.is_set():
+            try:
+                status = client.ask("POST", *login(described, next(numbers)))[0]
+            except OSError:
+                status, client = 0, Client(port)
+            answered.append(status)
+            if status in (429, 503):
+                time.sleep(0.5)
+
+    threads = [threading.Thread(target=one) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    began, before = time.perf_counter(), len(answered)
+    counts.put(None)
+    stop.wait()
+    took, during = time.perf_counter() - began, answered[before:]
+    good = sum(status in described["ok"] for status in during)
+    for thread in threads:
+        thread.join()
+    counts.put((good, len(during) - good, took))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+def p99(took: list[float]) -> float:
+    if len(took) < 100:
+        return max(took) * 1000
+    return statistics.quantiles(took, n=100)[98] * 1000
+
+
+T = TypeVar("T")
+
+
+def in_turn(things: list[T], number: int) -> list[T]:
+    """Return the things in the order of this round; every second round is reversed, as a busy machine slows down."""
+    return things[::-1] if number % 2 else things
+
+
+def progress(what: str) -> None:
+    print(f"{datetime.datetime.now():%H:%M:%S}  {what}", file=sys.stderr, flush=True)
