@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import re
 import socket
 import statistics
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+HERE = Path(__file__).resolve().parent
 PASSWORD = "correct horse battery staple"
 
 
@@ -109,6 +113,47 @@ def storm(port: int, described: dict[str, Any], clients: int, stop: Any, counts:
     for thread in threads:
         thread.join()
     counts.put((good, len(during) - good, took))
+
+
+def wrk(
+    port: int,
+    path: str,
+    headers: dict[str, str],
+    connections: int,
+    seconds: float,
+    method: str = "GET",
+    *,
+    strict: bool,
+) -> float:
+    """Return the answers per second that wrk counts, without errors; with ``strict`` an error ends the run."""
+    options = [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
+    options += ["-s", str(HERE / "post.lua")] if method == "POST" else []
+    said = subprocess.run(
+        ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", *options,
+         f"http://127.0.0.1:{port}{path}"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
+    rate = float(re.findall(r"Requests/sec: +([\d.]+)", said)[0])
+    if refused and strict:
+        raise SystemExit(f"{path}: {said}")
+    asked = int(re.findall(r"(\d+) requests in", said)[0])
+    return rate * (1 - int(refused[1]) / asked) if refused else rate
+
+
+def latencies(
+    port: int, path: str, headers: dict[str, str], seconds: float, method: str = "GET", *, strict: bool
+) -> list[float]:
+    """Send requests one after the other with a pause of 2 ms; return their durations in seconds."""
+    client, took, end = Client(port), [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        status, _, _ = client.ask(method, path, headers)
+        took.append(time.perf_counter() - began)
+        if status != 200 and strict:
+            raise SystemExit(f"{path}: {status} under load")
+        time.sleep(0.002)
+    return took
 
 
 def free_port() -> int:

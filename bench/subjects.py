@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from auth import Auth
-from bench.client import PASSWORD, Client, free_port, login, progress, storm
+from bench.client import PASSWORD, Client, free_port, latencies, login, progress, storm, wrk
 from settings import Settings
 
 HERE = Path(__file__).resolve().parent
 SESSIONS = 100_000  # at most; a smaller database has one for each user
 COST = 12
+AGENT = "Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Firefox/140.0"
 
 
 @dataclass
@@ -35,11 +36,12 @@ class Subject:
     what: str
     start: list[str]
     check: str = "/"
+    method: str = "GET"  # of the check
     fill: Callable[[Path, int], object] | None = None
     login: dict[str, Any] = field(default_factory=dict)
     credential: str = ""
     environ: dict[str, str] = field(default_factory=dict)
-    folder: Path = HERE
+    guard: dict[str, Any] = field(default_factory=dict)  # what a proxy asks: its path, and options of the start
     hash: str = ""
     packages: int = 0
     installed: float = 0.0  # MB
@@ -48,9 +50,9 @@ class Subject:
 class Running:
     """A running subject, in a folder of its own."""
 
-    def __init__(self, subject: Subject, folder: Path) -> None:
+    def __init__(self, subject: Subject, folder: Path, port: int = 0) -> None:
         self.subject = subject
-        self.port = free_port()
+        self.port = port or free_port()
         self.command = [part.replace("{port}", str(self.port)) for part in subject.start]
         self.environ = {name: value.replace("{port}", str(self.port)) for name, value in subject.environ.items()}
         self.folder = folder
@@ -59,9 +61,8 @@ class Running:
 
     def _start(self) -> float:
         environ = {**os.environ, **self.environ}
-        environ.pop(
-            "PYTHONDONTWRITEBYTECODE", None
-        )  # with it each start would compile our modules, but not those that pip has compiled
+        # With it each start would compile our modules, but not those that pip has compiled.
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)
         began = time.perf_counter()
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -87,7 +88,7 @@ class Running:
         else:
             token = json.loads(body)[self.subject.credential.partition(":")[2]]
             credential = {"Authorization": f"Bearer {token}"}
-        status, _, body = Client(self.port).ask("GET", self.subject.check, credential)
+        status, _, body = Client(self.port).ask(self.subject.method, self.subject.check, credential)
         if status != 200 or b"user0@example.com" not in body:  # some services answer 200 without a session
             raise SystemExit(f"{self.subject.name}: the session does not count: {status} {body[:200]!r}")
         return credential
@@ -102,30 +103,17 @@ class Running:
 
     def throughput(self, connections: int, seconds: float, path: str = "") -> float:
         """Return the answers per second that wrk counts."""
-        headers = [part for name, value in self.headers.items() for part in ("-H", f"{name}: {value}")]
-        url = f"http://127.0.0.1:{self.port}{path or self.subject.check}"
-        said = subprocess.run(
-            ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", *headers, url],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-        refused = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
-        rate = float(re.findall(r"Requests/sec: +([\d.]+)", said)[0])
-        asked = int(re.findall(r"(\d+) requests in", said)[0])
-        if refused and self.subject.name == "authsvc":
-            raise SystemExit(f"{self.subject.name}: {said}")
-        return rate * (1 - int(refused[1]) / asked) if refused else rate  # an error does not count as an answer
+        check = path or self.subject.check
+        return wrk(self.port, check, self.headers, connections, seconds, self.subject.method, strict=self._strict)
 
     def latency(self, seconds: float, path: str = "") -> list[float]:
         """Send requests one after the other with a pause of 2 ms; return their durations in seconds."""
-        client, took, end = Client(self.port), [], time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            status, _, _ = client.ask("GET", path or self.subject.check, self.headers)
-            took.append(time.perf_counter() - began)
-            if status != 200 and self.subject.name == "authsvc":
-                raise SystemExit(f"{self.subject.name}: {status} under load")
-            time.sleep(0.002)
-        return took
+        check = path or self.subject.check
+        return latencies(self.port, check, self.headers, seconds, self.subject.method, strict=self._strict)
+
+    @property
+    def _strict(self) -> bool:
+        return self.subject.name == "authsvc"  # a refusal ends the run; those of others do not count as answers
 
     @contextmanager
     def storm(self, clients: int) -> Iterator[list[tuple[int, int, float]]]:
@@ -167,6 +155,7 @@ def fill_authsvc(folder: Path, users: int) -> None:
     now = int(time.time())
     with closing(sqlite3.connect(path)) as db, db:
         db.execute("PRAGMA synchronous = OFF")
+        db.execute("PRAGMA cache_size = -500000")  # KB: the emails are all over their index
         db.executemany(
             "INSERT INTO users (email, email_key, hashed_password) VALUES (?1, ?1, ?2)",
             ((f"user{number}@example.com", hashed) for number in range(1, users)),
@@ -174,9 +163,12 @@ def fill_authsvc(folder: Path, users: int) -> None:
         db.executemany(
             """
             INSERT INTO sessions (session_hash, user_id, created_at, last_seen_at, expires_at, address, user_agent)
-            VALUES (?, ?, ?, ?, ?, '192.0.2.1', 'Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Firefox/140.0')
+            VALUES (?, ?, ?, ?, ?, '192.0.2.1', ?)
             """,
-            ((f"{number:064x}", 1 + number, now, now, now + 2_592_000) for number in range(min(users, SESSIONS))),
+            (
+                (f"{number:064x}", 1 + number, now, now, now + 2_592_000, AGENT)
+                for number in range(min(users, SESSIONS))
+            ),
         )
 
 
@@ -199,6 +191,7 @@ def authsvc() -> Subject:
             "ok": [200],
         },
         check="/profile",
+        guard={"path": "/verify", "options": []},
         credential="cookie",
     )
 
@@ -221,6 +214,25 @@ def hello(threads: int) -> Subject:
     )
 
 
+NGINX = """
+daemon off; pid nginx.pid; worker_processes 1; events {}
+http {
+    access_log off;
+    client_body_temp_path temp; proxy_temp_path temp; fastcgi_temp_path temp; uwsgi_temp_path temp; scgi_temp_path temp;
+    server { listen 127.0.0.1:{port}; location / { return 200 "user0@example.com"; } }
+}
+"""
+
+
+def constant() -> Subject:
+    return Subject(
+        name="nginx, 1 worker",
+        what="nginx, a constant answer",
+        start=["sh", "-c", f"echo '{NGINX}' >nginx.conf; exec nginx -p . -c nginx.conf -e stderr"],
+        environ={"PATH": f"{os.environ['PATH']}:/usr/sbin"},
+    )
+
+
 def peers(names: list[str], folder: Path) -> Iterator[Subject]:
     """Install the other services, each from its own files."""
     for described in sorted(HERE.glob("peers/*/peer.json")):
@@ -238,6 +250,7 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
             execute([sys.executable, "-m", "venv", "venv"], own)
             pip = [str(own / "venv/bin/pip"), "install", "-q", "--disable-pip-version-check", "-r", "requirements.txt"]
             execute(pip, own)
+            words["{bin}"] = str(own / "venv/bin")
             words["{python}"] = str(own / "venv/bin/python")
             modules = next(own.glob("venv/lib/python*/site-packages"))
             execute(
@@ -250,7 +263,9 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
                 parts = [part.replace(word, value) for part in parts]
             return parts
 
-        filling = command(peer["fill"])
+        guard = peer.get("guard", {})
+        guard["options"] = command(guard.get("options", []))
+        filling, programs = command(peer["fill"]), command(peer.get("programs", []))
 
         def fill(target: Path, users: int, parts: list[str] = filling) -> None:
             execute([part.replace("{users}", str(users)) for part in parts], target)
@@ -264,9 +279,11 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
             fill=fill,
             login=peer["login"],
             check=peer["check"]["path"],
+            method=peer["check"].get("method", "GET"),
+            guard=guard,
             credential=peer["credential"],
             packages=packages,
-            installed=megabytes(modules),
+            installed=megabytes(modules) + sum(Path(name).stat().st_size for name in programs) / 1e6,
         )
 
 

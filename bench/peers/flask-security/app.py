@@ -41,3 +41,10 @@ security = Security(app, SQLAlchemyUserDatastore(db, User, Role))
 def home():
     """Say who is signed in; without a session it answers 302, to the login."""
     return {"email": current_user.email}
+
+
+@app.route("/whoami")
+@auth_required()
+def whoami():
+    """Tell a proxy who is signed in."""
+    return "", 204, {"Remote-User": current_user.email}
