@@ -36,6 +36,8 @@ from storage import DB
 from tests import postgres
 from tests.results import Recorder
 
+pytest.register_assert_rewrite("tests.browser")  # a plugin with fixtures, which the tests of the pages also import
+
 HERE = Path(__file__).resolve().parent.parent
 # The start of a command line. Permissions do not bind root, unless it gives up these capabilities.
 BOUND = [] if os.geteuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]

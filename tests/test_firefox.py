@@ -17,11 +17,12 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 from credentials import totp
+from tests.browser import NEW_PASSWORD, code_of, next_mail_to
 from tests.firefox import STEP, TIMEOUT, Firefox
 from tests.mail_server import MailServer
 from tests.proxies import PASSWORD, Site
-from tests.test_pages import NEW_PASSWORD, code_of, next_mail_to, running_mail_server
 
+pytest_plugins = "tests.browser"
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
 PAGES = "login", "register", "forgot", "reset", "logout", "confirm", "change"  # and the account, with its sections
@@ -117,27 +118,6 @@ class Guest:
             self.firefox.run(AXE_SCRIPT)
         found = self.firefox.call("WebDriver:ExecuteAsyncScript", script=RUN_AXE, args=[options], newSandbox=True)
         assert [rule for rule in found if rule[0] != "minor"] == []
-
-
-@pytest.fixture(scope="module")
-def mail_and_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MailServer, dict[str, str]]]:
-    with running_mail_server(tmp_path_factory.mktemp("mail")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def mail(mail_and_settings: tuple[MailServer, dict[str, str]]) -> MailServer:
-    return mail_and_settings[0]
-
-
-@pytest.fixture(scope="module")
-def site(
-    mail_and_settings: tuple[MailServer, dict[str, str]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Site]:
-    """One site for all tests; use an email of your own."""
-    settings = {"AUTHSVC_CONFIRM_EMAIL": "off", **mail_and_settings[1]}
-    with closing(Site("nginx", tmp_path_factory.mktemp("site"), settings)) as shared:
-        yield shared
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from playwright.sync_api import Browser, CDPSession, expect
 
+from tests.browser import Visitor, check_accessibility, chromium, code_of, invite, trusting
 from tests.crowd import awaited
 from tests.proxies import PASSWORD, Site
-from tests.test_pages import Visitor, check_accessibility, chromium, code_of, invite, trusting
 
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
