@@ -173,13 +173,18 @@ def test_the_name_and_the_contact_are_text_on_a_page() -> None:
     assert not re.search("<[bi]>", text)
 
 
+def test_a_page_has_its_own_section_and_the_one_to_sign_in() -> None:
+    for name in NAMES:
+        assert set(re.findall('<section id="([a-z]+)"', page(PRODUCTION, name))) == {name, "login"}
+
+
 def test_without_a_name_the_host_is_shown() -> None:
     assert "<title>Sign in – auth.example.com</title>" in page(PRODUCTION)
     assert "<title>Anmelden – localhost</title>" in page(Settings(), language="de")
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_a_page_with_its_files_takes_at_most_56_kb(language: str) -> None:
+def test_a_page_with_its_files_takes_at_most_51_kb(language: str) -> None:
     pages = build_pages(PRODUCTION, "auth.example.com")
     loaded = ("/account", "/pages/style.css", "/pages/script.js")
-    assert sum(len(pages[path][language].body) for path in loaded) <= 56_000
+    assert sum(len(pages[path][language].body) for path in loaded) <= 51_000

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,12 +39,14 @@ def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Re
         # After the texts, so that nothing in a value is taken for the name of a text.
         values |= {"language": language, "contact": escape(settings.contact) or shown["ask_operator"]}
         for name in NAMES:
-            page = _fill(template, values | {"page": name, "title": shown[f"{name}_title"]})
+            # Its own section, and the one to sign in, which the account page shows after a deletion.
+            page = re.sub(rf'<section id="(?!login"|{name}").*?</section>', "", template, flags=re.DOTALL)
+            page = _fill(page, values | {"page": name, "title": shown[f"{name}_title"]})
             pages.setdefault(f"/{name}", {})[language] = _response("html", page)
     return pages
 
 
-def _fill(template: str, values: Mapping[str, str]) -> str:
+def _fill(template: str, values: dict[str, str]) -> str:
     return _GAP.sub(lambda gap: values.get(gap[1], gap[0]), template)
 
 

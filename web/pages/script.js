@@ -237,7 +237,7 @@ async function signOut(path) {
 // out stays, so that it can be sent again.
 function forgetUser() {
   sessionStorage.clear();
-  one("#account").replaceChildren(one("#account h1"), one("[data-action=logout]"));
+  one("#account")?.replaceChildren(one("#account h1"), one("[data-action=logout]"));
 }
 
 function element(name, content) {
@@ -436,7 +436,7 @@ async function offerInField() {
 // From now on the account page of this browser no longer offers to create a passkey.
 function stopOffering() {
   localStorage.setItem("passkey", "known");
-  one("#offer").hidden = true;
+  for (const offer of all("#offer")) offer.hidden = true;
 }
 
 async function copy(button) {
@@ -588,7 +588,7 @@ if (linked) {
   if (!link.get("token") || !link.get("email")) refuse(text("incomplete"));
   else if (page === "change") showFormerEmail();
 }
-if (document.body.dataset.confirm === "on") one("#register-secret").remove();
+if (document.body.dataset.confirm === "on") one("#register-secret")?.remove();
 if (page === "logout" && location.hash === "#forget") one("#logout [name=forget]").checked = true;
 // An email in the operator's contact becomes a link.
 for (const place of all(".contact")) {
