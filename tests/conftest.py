@@ -36,7 +36,7 @@ from storage import DB
 from tests import postgres
 from tests.results import Recorder
 
-pytest.register_assert_rewrite("tests.browser")  # a plugin with fixtures, which the tests of the pages also import
+pytest.register_assert_rewrite("tests.browser", "tests.firefox")  # plugins with fixtures, which tests also import
 
 HERE = Path(__file__).resolve().parent.parent
 # The start of a command line. Permissions do not bind root, unless it gives up these capabilities.
@@ -224,6 +224,7 @@ EXTRAS = {
     "test_contributing.py": ("yaml", ".venv/fuzz"),
     "test_container.py": ("yaml", ".venv/fuzz"),
     "test_half_sent.py": ("h2", ".venv/proxies"),
+    "long/test_all_pages.py": ("playwright", ".venv/browser"),
     "long/test_half_sent.py": ("h2", ".venv/proxies"),
 }
 collect_ignore = [name for name, (package, _) in EXTRAS.items() if not find_spec(package)]

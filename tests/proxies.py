@@ -148,6 +148,18 @@ class Reply:
         return json.loads(self.body)
 
 
+@functools.cache
+def authority() -> trustme.CA:
+    """Who has issued the certificate of all sites of this process."""
+    return trustme.CA()
+
+
+@functools.cache
+def certificate() -> trustme.LeafCert:
+    """The certificate of all sites of this process."""
+    return authority().issue_cert(AUTH, APP, WIKI)
+
+
 class Site:
     """A proxy, the service behind it, and two applications beside the service. Close it at the end.
 
@@ -266,11 +278,9 @@ class Site:
         return str(reply.headers["Set-Cookie"]).partition(";")[0]
 
     def _issue_certificate(self) -> None:
-        authority = trustme.CA()
-        certificate = authority.issue_cert(AUTH, APP, WIKI)
-        authority.cert_pem.write_to_path(str(self.folder / "authority.pem"))
-        certificate.private_key_pem.write_to_path(str(self.folder / "key.pem"))
-        certificate.cert_chain_pems[0].write_to_path(str(self.folder / "certificate.pem"))
+        authority().cert_pem.write_to_path(str(self.folder / "authority.pem"))
+        certificate().private_key_pem.write_to_path(str(self.folder / "key.pem"))
+        certificate().cert_chain_pems[0].write_to_path(str(self.folder / "certificate.pem"))
         self.trust = {name: ssl.create_default_context(cafile=self.folder / "authority.pem") for name in PROTOCOLS}
         for name, context in self.trust.items():
             context.set_alpn_protocols([name])

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -24,23 +24,29 @@ import pytest
 import requests
 from playwright.sync_api import Browser, Dialog, Page, Request, expect
 
+from tests import page_states
 from tests.browser import (
+    EVERYTHING,
+    LOOKS,
     NEW_PASSWORD,
+    CheapSite,
     Visit,
     Visitor,
+    add_account,
     check_accessibility,
+    check_width,
     chromium,
     code_of,
-    invite,
     link_in_mail_to,
     next_mail_to,
+    running_club,
     running_mail_server,
-    trusting,
 )
 from tests.conftest import HERE, Service
 from tests.crowd import awaited
 from tests.mail_server import MailServer
-from tests.proxies import AUTH, PASSWORD, Site, accepts, program, reserve_port
+from tests.page_states import FIREFOX
+from tests.proxies import AUTH, PASSWORD, accepts, program, reserve_port
 
 pytest_plugins = "tests.browser"
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
@@ -68,8 +74,8 @@ def test_a_new_account_is_signed_in(visit: Visit) -> None:
     assert (cookie["httpOnly"], cookie["secure"], cookie["sameSite"]) == (True, True, "Lax")
 
 
-def test_sign_in_returns_to_the_application(visit: Visit, site: Site) -> None:
-    site.create_account("back@example.com")
+def test_sign_in_returns_to_the_application(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "back@example.com")
     bob = visit()
     target = f"{site.app}/some/where?a=b&c=%2F"
     bob.open(target)
@@ -79,9 +85,9 @@ def test_sign_in_returns_to_the_application(visit: Visit, site: Site) -> None:
     bob.open_redirecting(f"/login?return={target}", target)  # a signed-in user is sent on at once
 
 
-def test_a_return_address_is_found_in_every_spelling(visit: Visit, site: Site) -> None:
+def test_a_return_address_is_found_in_every_spelling(visit: Visit, site: CheapSite) -> None:
     bob = visit()
-    bob.create_account("spelled@example.com")
+    bob.get_account("spelled@example.com")
     path = "/some/where?return=/own&a=b&c=%2F%3F"
     everything = quote(path, safe="")
     spellings = {
@@ -97,8 +103,8 @@ def test_a_return_address_is_found_in_every_spelling(visit: Visit, site: Site) -
         bob.open_redirecting(f"/login?return={given}", target)
 
 
-def test_a_visitor_stays_signed_in_only_if_they_ask_for_it(visit: Visit, site: Site) -> None:
-    invite(site, "stay@example.com")
+def test_a_visitor_stays_signed_in_only_if_they_ask_for_it(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "stay@example.com")
     bob = visit()
 
     def expires() -> bool:
@@ -115,8 +121,8 @@ def test_a_visitor_stays_signed_in_only_if_they_ask_for_it(visit: Visit, site: S
     assert expires()
 
 
-def test_the_sign_out_page_forgets_the_browser(visit: Visit, site: Site) -> None:
-    invite(site, "leave@example.com")
+def test_the_sign_out_page_forgets_the_browser(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "leave@example.com")
     bob = visit()
     bob.open("/login")
     bob.sign_in("leave@example.com")
@@ -147,12 +153,10 @@ def test_the_usual_address_to_change_a_password_leads_to_the_account(visit: Visi
     assert f"{bob.site.auth}/account" in bob.requests
 
 
-def test_a_change_asks_for_the_code_where_the_service_does(visit: Visit, site: Site) -> None:
+def test_a_change_asks_for_the_code_where_the_service_does(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "ask@example.com")
     bob = visit()
-    invite(site, "ask@example.com")
-    bob.open("/login")
-    bob.sign_in("ask@example.com")
-    _, codes = bob.set_up_two_factor()
+    _, codes = bob.get_factor("ask@example.com")
     bob.fill("password", password=PASSWORD, new_password=NEW_PASSWORD)  # the code was shown a moment ago
     bob.expect_status("password", "Password changed. All other sessions have been signed out.")
     expect(bob.page.locator("#password-otp")).to_be_hidden()
@@ -167,7 +171,7 @@ def test_a_change_asks_for_the_code_where_the_service_does(visit: Visit, site: S
     expect(bob.page.locator("#password-otp")).to_be_hidden()
 
 
-def test_registration_returns_to_the_application(visit: Visit, site: Site) -> None:
+def test_registration_returns_to_the_application(visit: Visit, site: CheapSite) -> None:
     bob = visit()
     bob.open(f"{site.app}/new")
     bob.page.get_by_role("link", name="Create account").click()
@@ -175,8 +179,8 @@ def test_registration_returns_to_the_application(visit: Visit, site: Site) -> No
     bob.expect_url(f"{site.app}/new")
 
 
-def test_refusals_are_shown(visit: Visit, site: Site) -> None:
-    site.create_account("refused@example.com")
+def test_refusals_are_shown(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "refused@example.com")
     bob = visit()
     bob.open("/login")
     bob.fill("login", email="refused@example.com", password="wrong")
@@ -234,8 +238,8 @@ def test_the_qr_code_is_drawn(visit: Visit) -> None:
     assert link.startswith(f"otpauth://totp/{AUTH}")
 
 
-def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: Site, mail: MailServer) -> None:
-    site.create_account("forgot@example.com")
+def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: CheapSite, mail: MailServer) -> None:
+    add_account(site, "forgot@example.com")
     bob = visit(new_profile=True)
     bob.open("/login")
     bob.page.get_by_role("link", name="Forgot your password?").click()
@@ -266,7 +270,9 @@ def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: Site, mail: M
     assert not [url for url in bob.requests if "token" in url.partition("#")[0]]
 
 
-def test_an_account_is_created_with_a_mailed_link(browser: Browser, confirming_site: Site, mail: MailServer) -> None:
+def test_an_account_is_created_with_a_mailed_link(
+    browser: Browser, confirming_site: CheapSite, mail: MailServer
+) -> None:
     with Visitor(browser, confirming_site) as bob:
         bob.open("/register")
         expect(bob.page.locator("#register-password")).to_have_count(0)
@@ -338,12 +344,12 @@ def test_an_incomplete_link_is_reported(visit: Visit) -> None:
         bob.expect_status(action, INCOMPLETE)
 
 
-def test_other_sessions_can_be_ended(visit: Visit) -> None:
+def test_other_sessions_can_be_ended(visit: Visit, site: CheapSite) -> None:
     here, there = visit(), visit(user_agent="<b>Another</b> browser")
-    here.get_account("two@example.com")
+    add_account(site, "two@example.com")
     there.open("/login")
     there.sign_in("two@example.com")
-    here.page.reload()
+    here.get_session("two@example.com")
     sessions = here.page.locator("#session-list li")
     expect(sessions).to_have_count(2)
     sessions.filter(has_text="<b>Another</b> browser").get_by_role("button").click()
@@ -351,7 +357,7 @@ def test_other_sessions_can_be_ended(visit: Visit) -> None:
     expect(sessions).to_contain_text("this session")
     there.page.reload()
     there.expect_url("/login")
-    there.sign_in("two@example.com")
+    there.get_session("two@example.com")
     here.page.get_by_role("button", name="Sign out everywhere else").click()
     here.expect_status("others", "All other sessions have been signed out.")
     there.page.reload()
@@ -361,8 +367,7 @@ def test_other_sessions_can_be_ended(visit: Visit) -> None:
 def test_a_new_password_ends_all_other_sessions(visit: Visit) -> None:
     here, there = visit(), visit()
     here.get_account("change@example.com")
-    there.open("/login")
-    there.sign_in("change@example.com")
+    there.get_session("change@example.com")
     here.fill("password", password=PASSWORD, new_password=NEW_PASSWORD)
     here.expect_status("password", "Password changed. All other sessions have been signed out.")
     there.page.reload()
@@ -371,11 +376,9 @@ def test_a_new_password_ends_all_other_sessions(visit: Visit) -> None:
     expect(here.page.locator("#who")).to_have_text("change@example.com")
 
 
-def test_an_access_token_is_created_shown_once_and_deleted(visit: Visit, site: Site) -> None:
-    invite(site, "tokens@example.com")
+def test_an_access_token_is_created_shown_once_and_deleted(visit: Visit, site: CheapSite) -> None:
     bob = visit()
-    bob.open("/login")
-    bob.sign_in("tokens@example.com")
+    bob.get_account("tokens@example.com")
     bob.fill("token", name="<b>git</b>", password="wrong")
     bob.expect_status("token", "Wrong password.")
     bob.page.locator("#token-password").fill("")
@@ -442,7 +445,7 @@ def test_signing_out_clears_the_page_even_without_the_service(visit: Visit) -> N
     assert "clear@example.com" not in bob.page.content()
 
 
-def test_no_return_address_stays_in_the_browser(visit: Visit, site: Site) -> None:
+def test_no_return_address_stays_in_the_browser(visit: Visit, site: CheapSite) -> None:
     bob = visit()
     bob.get_account("address@example.com")
     bob.open_redirecting(f"/login?return={site.auth}/account?secret=canary", f"{site.auth}/account?secret=canary")
@@ -538,10 +541,10 @@ def test_a_single_page_application_leads_to_the_sign_in_page_and_back(browser: B
         files = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=files.serve_forever, daemon=True).start()
         stack.callback(files.shutdown)
-        site = stack.enter_context(closing(Site("nginx", tmp_path, application_port=files.server_port)))
+        site = stack.enter_context(closing(CheapSite(tmp_path, application_port=files.server_port)))
         text = (HERE / "examples/single_page.html").read_text().replace("https://auth.example.com", site.auth)
         (tmp_path / "notes.html").write_text(text)
-        site.create_account("bob@example.com")
+        add_account(site, "bob@example.com")
         bob = stack.enter_context(Visitor(browser, site))
         target = f"{site.app}/notes.html?a=b#list"
         bob.page.goto(target.partition("#")[0])
@@ -557,8 +560,8 @@ def test_a_single_page_application_leads_to_the_sign_in_page_and_back(browser: B
         expect(bob.page.get_by_role("alert")).to_be_hidden()
 
 
-def test_no_return_address_leads_to_another_site(visit: Visit, site: Site) -> None:
-    site.create_account("led@example.com")
+def test_no_return_address_leads_to_another_site(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "led@example.com")
     bob = visit()
     bob.open(f"/login?return={FOREIGN[0]}")
     bob.fill("login", email="led@example.com", password="wrong")
@@ -578,14 +581,12 @@ def test_no_return_address_leads_to_another_site(visit: Visit, site: Site) -> No
     assert not [url for url in bob.requests if not url.startswith((f"{site.auth}/", "data:,"))]
 
 
-def test_a_redirect_loop_ends_at_the_account_page(visit: Visit, site: Site) -> None:
-    site.create_account("loop@example.com")
+def test_a_redirect_loop_ends_at_the_account_page(visit: Visit, site: CheapSite) -> None:
     bob = visit()
-    bob.open("/login")
-    bob.sign_in("loop@example.com")
+    bob.get_account("loop@example.com")
     # Another host of the domain has set the session cookie of another user, which is sent to the application only. The
     # sessions of two users count as none.
-    site.create_account("planter@example.com")
+    add_account(site, "planter@example.com")
     name, _, value = site.sign_in("planter@example.com").partition("=")
     second: Any = {"name": name, "value": value, "domain": ".example.com", "path": "/private", "secure": True}
     bob.context.add_cookies([second])
@@ -625,114 +626,25 @@ def test_a_page_takes_few_requests_and_at_most_55_kb(visit: Visit) -> None:
         assert sum(int(str(size)) for request in requests for size in request.sizes().values()) <= 55_000, name
 
 
-FIREFOX = "Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:140.0) Gecko/20100101 Firefox/140.0"
-
-
-def walk(bob: Visitor, address: str) -> Iterator[str]:
-    """Lead a visitor with an account of this email through the states of the pages, and yield the name of each.
-
-    It works in every language: nothing is found by its text.
-    """
-    page = bob.page
-    bob.open("/login")
-    yield "login"
-    bob.fill("login", email=address, password="wrong")
-    expect(page.locator("#login .error")).to_be_visible()
-    yield "login-refused"
-    bob.open("/register")
-    yield "register"
-    bob.fill("register", email=f"new-{address}", password="qwertyuiopasdfghj")
-    expect(page.locator("#register .error")).to_be_visible()
-    yield "register-refused"
-    bob.open("/forgot")
-    yield "forgot"
-    bob.fill("forgot", email=f"nobody-{address}")
-    expect(page.locator("#forgot .done")).to_be_visible()
-    yield "forgot-sent"
-    bob.open(f"/reset#token=x&email={address}")
-    yield "reset"
-    bob.fill("reset", new_password=NEW_PASSWORD)
-    expect(page.locator("#reset .error")).to_be_visible()
-    yield "reset-refused"
-    bob.open(f"/confirm#token=x&email={address}")
-    yield "confirm"
-    bob.open(f"/change#token=x&email={address}")
-    expect(page.locator("#change .error")).to_be_visible()
-    yield "change-refused"
-    bob.open("/logout")
-    yield "logout"
-    form = {"email": address, "password": PASSWORD}
-    bob.site.request("POST", f"{bob.site.auth}/sessions", form, headers={"User-Agent": FIREFOX})
-    bob.open("/login")
-    bob.sign_in(address)
-    expect(page.locator("#session-list li")).to_have_count(2)
-    yield "account"
-    bob.open_panel("password")
-    yield "password"
-    bob.open_panel("two-factor")
-    yield "two-factor"
-    bob.fill("begin", password=PASSWORD)
-    key = page.locator("#factor-key")
-    expect(key).to_be_visible()
-    yield "two-factor-setup"
-    bob.fill("confirm", otp=code_of(key.inner_text().replace(" ", "")))
-    expect(page.locator("#codes code")).to_have_count(10)
-    yield "recovery-codes"
-    page.locator("#saved").click()
-    expect(page.locator("form[data-action=off]")).to_be_visible()
-    yield "two-factor-on"
-    devtools = bob.context.new_cdp_session(page)
-    devtools.send("WebAuthn.enable")
-    device = {"protocol": "ctap2", "transport": "internal", "hasResidentKey": True, "hasUserVerification": True}
-    device |= {"isUserVerified": True}
-    added = devtools.send("WebAuthn.addVirtualAuthenticator", {"options": device})
-    bob.open_panel("passkeys")
-    bob.fill("enroll", name="laptop", password=PASSWORD)
-    expect(page.locator("#passkey-list li")).to_have_count(1)
-    yield "passkeys"
-    devtools.send("WebAuthn.removeVirtualAuthenticator", added)
-    bob.open_panel("tokens")
-    bob.fill("token", name="git", password=PASSWORD)
-    expect(page.locator("#token-secret")).to_be_visible()
-    yield "tokens"
-    bob.open_panel("email")
-    yield "email"
-    bob.open_panel("delete")
-    page.evaluate("(async () => { for (const _ of Array(10)) await send('DELETE', '/profile', {password: 'x'}) })()")
-    bob.fill("delete", password="wrong")
-    expect(page.locator("#delete .error")).to_be_visible()
-    yield "too-many"
-    page.locator("[data-action=logout] button").click()
-    bob.expect_url("/login")
-    bob.fill("login", email=address, password=PASSWORD)
-    expect(page.locator("#login-otp")).to_be_focused()
-    expect(page.locator("#login .error")).to_have_count(0)  # to be asked for the code is no error
-    yield "code"
-
-
-@pytest.mark.parametrize(
-    ("locale", "width", "scheme"),
-    [("en-GB", 320, "light"), ("de-DE", 1280, "dark"), ("de-DE", 320, "dark"), ("en-GB", 1280, "light")],
-)
+@pytest.mark.parametrize(("locale", "width", "scheme"), [("en-GB", 320, "light"), ("de-DE", 1280, "dark")])
 def test_every_state_of_the_pages_is_accessible(
-    visit: Visit, site: Site, locale: str, width: int, scheme: Literal["light", "dark"]
+    visit: Visit, site: CheapSite, locale: str, width: int, scheme: Literal["light", "dark"]
 ) -> None:
-    """Every width, scheme and language is seen with each other one; axe runs once in each of them, as it takes long."""
+    """Each language is seen in both widths. tests/long/test_all_pages.py has all combinations, and Firefox."""
     address = f"{locale[:2]}-{width}@example.com"
-    invite(site, address)
+    add_account(site, address)
     bob = visit(locale=locale, viewport={"width": width, "height": 800}, color_scheme=scheme)
-    for state in walk(bob, address):
-        assert bob.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), state
-        if (locale, width) in (("en-GB", 320), ("de-DE", 1280)):
-            check_accessibility(bob.page, state)
+    for state in page_states.walk(bob, address):
+        check_accessibility(bob.page, state, LOOKS if scheme == "dark" else EVERYTHING)
+        bob.page.set_viewport_size({"width": 1600 - width, "height": 800})
+        check_width(bob.page, state)
+        bob.page.set_viewport_size({"width": width, "height": 800})
         assert bob.page.locator("html").get_attribute("lang") == locale[:2]
 
 
-def test_the_pages_fit_when_they_are_enlarged_or_mirrored(visit: Visit, site: Site) -> None:
-    invite(site, "zoom@example.com")
+def test_the_pages_fit_when_they_are_enlarged_or_mirrored(visit: Visit, site: CheapSite) -> None:
     bob = visit(viewport={"width": 640, "height": 360})  # 1280 pixels at 200 %
-    bob.open("/login")
-    bob.sign_in("zoom@example.com")
+    bob.get_account("zoom@example.com")
     for width in (640, 320):
         bob.page.set_viewport_size({"width": width, "height": 360})
         for direction in ("ltr", "rtl"):
@@ -747,7 +659,7 @@ def test_the_pages_fit_when_they_are_enlarged_or_mirrored(visit: Visit, site: Si
     assert before["x"] > after["x"]  # the line begins at the right
 
 
-def test_a_password_manager_knows_each_field(visit: Visit, site: Site) -> None:
+def test_a_password_manager_knows_each_field(visit: Visit, site: CheapSite) -> None:
     """As 1Password and Bitwarden ask: each field has an id, a name and a label; a password has a username beside it."""
     bob, rules = visit(), list[str]()
     bob.get_account("fields@example.com")
@@ -799,26 +711,9 @@ def test_without_javascript_a_page_says_that_it_needs_it(visit: Visit) -> None:
         expect(bob.page.locator("noscript p")).to_be_visible()
 
 
-LOGO = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 40"><circle cx="20" cy="20" r="20" fill="#063"/></svg>'
-
-
-@contextlib.contextmanager
-def club(folder: Path) -> Iterator[Site]:
-    """A site with a name and a logo, for invited users, who need a second factor, and without a mail server."""
-    (folder / "logo.svg").write_text(LOGO)
-    settings = {
-        "AUTHSVC_REGISTRATION": "invitation",
-        "AUTHSVC_REQUIRE_SECOND_FACTOR": "on",
-        "AUTHSVC_SITE_NAME": "Rowing <Club>",
-        "AUTHSVC_SITE_LOGO": str(folder / "logo.svg"),
-        "AUTHSVC_CONTACT": "Ask Eve, eve@example.com.",
-    }
-    with closing(Site("nginx", folder, settings)) as site:
-        yield site
-
-
-def test_an_invited_user_sets_up_a_required_second_factor(browser: Browser, tmp_path: Path) -> None:
-    with club(tmp_path) as site, Visitor(browser, site) as bob:
+def test_an_invited_user_sets_up_a_required_second_factor(browser: Browser, club: CheapSite) -> None:
+    site = club
+    with Visitor(browser, site) as bob:
         bob.open("/login")
         assert bob.page.title() == "Sign in – Rowing <Club>"
         expect(bob.page.locator("#site")).to_have_text("Rowing <Club>")
@@ -888,7 +783,7 @@ def test_a_password_can_be_seen_but_is_sent_as_a_password(visit: Visit) -> None:
     bob.expect_status("login", "Wrong email or password.")
 
 
-def test_the_waiting_time_is_said(browser: Browser, confirming_site: Site) -> None:
+def test_the_waiting_time_is_said(browser: Browser, confirming_site: CheapSite) -> None:
     with Visitor(browser, confirming_site) as bob:
         for _ in range(10):
             form = {"email": "many@example.com", "password": "wrong"}
@@ -899,13 +794,13 @@ def test_the_waiting_time_is_said(browser: Browser, confirming_site: Site) -> No
         expect(bob.page.locator("#login .error")).to_have_text(text)
 
 
-def test_a_session_has_the_name_of_its_browser(visit: Visit, site: Site) -> None:
-    invite(site, "named@example.com")
+def test_a_session_has_the_name_of_its_browser(visit: Visit, site: CheapSite) -> None:
+    add_account(site, "named@example.com")
     here, there = visit(), visit(user_agent=FIREFOX)
-    for visitor in there, here:
-        visitor.open("/login")
-        visitor.sign_in("named@example.com")
-    first, second = here.page.locator("#session-list li").all()
+    there.open("/login")
+    there.sign_in("named@example.com")
+    here.get_session("named@example.com")
+    first, second = (here.page.locator("#session-list li").nth(number) for number in (0, 1))
     expect(first).to_contain_text("this session")
     expect(second.locator("strong")).to_have_text("Firefox on Windows")
     expect(second).to_contain_text("last used")
@@ -924,13 +819,11 @@ def test_a_session_has_the_name_of_its_browser(visit: Visit, site: Site) -> None
     assert here.page.evaluate("headers => headers.map(browserName)", list(names)) == list(names.values())
 
 
-def test_recovery_codes_can_be_kept_and_vanish_when_they_are(visit: Visit, site: Site) -> None:
-    invite(site, "keep@example.com")
+def test_recovery_codes_can_be_kept_and_vanish_when_they_are(visit: Visit, site: CheapSite) -> None:
     bob = visit(permissions=["clipboard-read", "clipboard-write"])
-    bob.open("/login")
-    bob.sign_in("keep@example.com")
+    bob.get_account("keep@example.com")
     _, codes = bob.set_up_two_factor(saved=False)
-    bob.page.get_by_role("button", name="Copy").click()
+    bob.page.locator("#recovery").get_by_role("button", name="Copy").click()
     expect(bob.page.get_by_role("button", name="Copied")).to_be_visible()
     assert bob.page.evaluate("navigator.clipboard.readText()").split() == codes
     with bob.page.expect_download() as download:
@@ -969,17 +862,17 @@ def take_screenshots() -> None:
         folders = [Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(3)]
         _, settings = stack.enter_context(running_mail_server(folders[0]))
         settings |= {"AUTHSVC_CONFIRM_EMAIL": "off", "AUTHSVC_SITE_NAME": "Example"}
-        site = stack.enter_context(closing(Site("nginx", folders[1], settings)))
-        members = stack.enter_context(club(folders[2]))
-        browser = stack.enter_context(chromium(trusting(site, members)))
+        site = stack.enter_context(closing(CheapSite(folders[1], settings)))
+        members = stack.enter_context(running_club(folders[2]))
+        browser = stack.enter_context(chromium())
         for look, options in SHOTS.items():
 
             def shoot(bob: Visitor, state: str, look: str = look) -> None:
                 bob.page.screenshot(path=SCREENSHOTS / f"{state}-{look}.png", full_page=True)
 
-            invite(site, f"{look}@example.com")
+            add_account(site, f"{look}@example.com")
             with Visitor(browser, site, **options) as bob:
-                for state in walk(bob, f"{look}@example.com"):
+                for state in page_states.walk(bob, f"{look}@example.com"):
                     shoot(bob, state)
             with Visitor(browser, members, **options) as bob:
                 for name, state in (

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from playwright.sync_api import Browser, CDPSession, expect
+from playwright.sync_api import Browser, expect
 
-from tests.browser import Visitor, check_accessibility, chromium, code_of, invite, trusting
+from tests.browser import CheapSite, Visitor, add_account, check_accessibility, code_of
 from tests.crowd import awaited
-from tests.proxies import PASSWORD, Site
+from tests.proxies import PASSWORD
 
+pytest_plugins = "tests.browser"
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
 CREATED = "Passkey created. You can sign in with it next time. All other sessions have been signed out."
@@ -23,61 +23,22 @@ CANCELLED = "That was cancelled or took too long. Nothing has changed. Try again
 NOT_ACCEPTED = "This passkey was not accepted. It may have been deleted here. Try again, or use your password."
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    settings = {"AUTHSVC_SESSIONS_PER_USER": "9"}
-    with closing(Site("nginx", tmp_path_factory.mktemp("site"), settings)) as shared:
-        yield shared
-
-
-@pytest.fixture(scope="module")
-def strict_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A site that requires a second factor."""
-    settings = {"AUTHSVC_REQUIRE_SECOND_FACTOR": "on"}
-    with closing(Site("nginx", tmp_path_factory.mktemp("strict"), settings)) as shared:
-        yield shared
-
-
-@pytest.fixture(scope="module")
-def browser(site: Site, strict_site: Site) -> Iterator[Browser]:
-    """A browser that trusts the certificates of the sites: with an error of TLS, Chromium offers no passkeys."""
-    with chromium(trusting(site, strict_site)) as shared:
-        yield shared
-
-
 class Owner(Visitor):
     """A visitor with a device that makes passkeys."""
 
-    devtools: CDPSession
-    device: str
-
-    def __init__(self, browser: Browser, site: Site, email: str, *, init_script: str = "") -> None:
+    def __init__(self, browser: Browser, site: CheapSite, email: str, *, init_script: str = "") -> None:
         super().__init__(browser, site)
         self.email = email
         if init_script:
             self.context.add_init_script(init_script)
-        self.devtools = self.context.new_cdp_session(self.page)
-        self.devtools.send("WebAuthn.enable")
-        self.add_device()
-        invite(site, email)
-
-    def add_device(self, **options: Any) -> None:
-        """Plug in a device that verifies its user at once, unless told otherwise."""
-        every = {"protocol": "ctap2", "transport": "internal", "hasResidentKey": True, "hasUserVerification": True}
-        every |= {"isUserVerified": True, "automaticPresenceSimulation": True}
-        self.device = self.tell("addVirtualAuthenticator", options=every | options)["authenticatorId"]
-
-    def tell(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Tell the device something (https://chromedevtools.github.io/devtools-protocol/tot/WebAuthn/)."""
-        answer: dict[str, Any] = self.devtools.send(f"WebAuthn.{method}", parameters)
-        return answer
+        self.add_passkey_device()
+        add_account(site, email)
 
     def tell_device(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self.tell(method, authenticatorId=self.device, **parameters)
 
     def sign_in_by_password(self) -> None:
-        self.open("/login")
-        self.sign_in(self.email)
+        self.get_session(self.email)
 
     def open_passkeys(self) -> None:
         self.open_panel("passkeys")
@@ -100,6 +61,12 @@ class Owner(Visitor):
         """Wait for a condition in the page. Playwright's own waiting evaluates text there, which the policy forbids."""
         assert awaited(lambda: self.page.evaluate(condition), 10), condition
 
+    def expect_questions(self, times: int) -> None:
+        """Expect that the page has asked the service for so many challenges."""
+        # What the page has sent until now is noted before this request is answered.
+        self.page.evaluate("fetch('/login', {method: 'HEAD'}).then(() => null)")
+        assert self.requests.count(f"{self.site.auth}/sessions/passkey/options") == times
+
     def press_passkey_button(self) -> None:
         self.enable_device()
         self.page.get_by_role("button", name="Sign in with a passkey").click()
@@ -112,8 +79,9 @@ Begin = Callable[..., Owner]
 
 
 @pytest.fixture
-def begin(browser: Browser, site: Site) -> Iterator[Begin]:
+def begin(browser: Browser, site: CheapSite) -> Iterator[Begin]:
     """Start the visit of an owner; at the end nobody may have seen an error."""
+    site.forget_attempts()
     started: list[Owner] = []
 
     def one(email: str, **options: Any) -> Owner:
@@ -139,9 +107,9 @@ def test_a_passkey_is_created_and_signs_in_by_the_field_and_by_the_button(begin:
     bob.tell_device("setAutomaticPresenceSimulation", enabled=False)
     bob.sign_out()
     bob.expect_url("/login")
-    bob.page.wait_for_timeout(300)  # nothing happens while nobody touches the device
-    bob.expect_url("/login")
+    bob.expect("!!asked.controller")
     check_accessibility(bob.page)
+    bob.expect_url("/login")  # nothing happens while nobody touches the device
     bob.enable_device()
     bob.page.reload(wait_until="commit")  # the field asks again, and the device answers
     bob.expect_url("/account")
@@ -158,8 +126,8 @@ def test_a_second_device_and_the_same_one_twice(begin: Begin) -> None:
     bob.open_passkeys()
     bob.create("laptop")
     bob.create("again", "This device already has a passkey for your account.")
-    bob.tell_device("removeVirtualAuthenticator")
-    bob.add_device()
+    bob.remove_passkey_device()
+    bob.add_passkey_device()
     bob.create("phone")
     bob.expect_listed("laptop", "phone")
 
@@ -221,11 +189,10 @@ def test_a_device_with_another_key_is_refused(begin: Begin) -> None:
     bob.sign_in(bob.email)  # the password still works
 
 
-def test_the_code_is_asked_for_where_the_service_does(begin: Begin, site: Site) -> None:
+def test_the_code_is_asked_for_where_the_service_does(begin: Begin) -> None:
     bob = begin("code@example.com")
-    bob.sign_in_by_password()
-    seed, codes = bob.set_up_two_factor()
-    site.command("sessions", "end", bob.email)
+    seed, codes = bob.get_factor(bob.email)
+    bob.context.clear_cookies()
     bob.open("/login")
     bob.fill("login", email=bob.email, password=PASSWORD)
     bob.page.locator("#login-otp").fill(code_of(seed, steps_ahead=1))
@@ -246,10 +213,10 @@ REFUSING = """
 
 
 def test_a_browser_that_refuses_at_once_is_not_asked_again(begin: Begin) -> None:
-    bob = begin("loop@example.com", init_script=REFUSING % "NotAllowedError")
+    bob = begin("refusing@example.com", init_script=REFUSING % "NotAllowedError")
     bob.open("/login")
     bob.expect("window.questions === 1")
-    bob.page.wait_for_timeout(500)
+    bob.expect_questions(1)
     assert bob.page.evaluate("window.questions") == 1
     bob.expect_status("passkey", "")
     bob.page.get_by_role("button", name="Sign in with a passkey").click()
@@ -294,12 +261,11 @@ def test_the_challenge_is_renewed_before_it_expires(begin: Begin) -> None:
     expect(bob.page.get_by_role("button", name="Sign in with a passkey")).to_be_visible()
     for seconds, times in [(0, 1), (239, 1), (2, 2)]:
         bob.page.clock.run_for(seconds * 1000)
-        bob.page.wait_for_timeout(200)
-        assert bob.requests.count(f"{bob.site.auth}/sessions/passkey/options") == times
+        bob.expect_questions(times)
 
 
-def test_a_passkey_is_the_second_factor_that_a_service_requires(browser: Browser, strict_site: Site) -> None:
-    with Owner(browser, strict_site, "strict@example.com") as bob:
+def test_a_passkey_is_the_second_factor_that_a_service_requires(browser: Browser, club: CheapSite) -> None:
+    with Owner(browser, club, "strict@example.com") as bob:
         bob.open("/login")
         bob.fill("login", email=bob.email, password=PASSWORD)
         text = "This service requires two-factor authentication. Set it up below."
