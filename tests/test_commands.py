@@ -35,6 +35,7 @@ from credentials import totp
 from engines import sqlite_files
 from settings import Settings
 from storage import DB, User
+from tests.cases import each
 from tests.conftest import BOUND, COST, HERE, Service, clean_environ
 from tests.crowd import awaited
 from tests.ports import fixed_port
@@ -183,7 +184,7 @@ EVENTS = {
 
 
 @pytest.mark.both_engines
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@each("command", COMMANDS)
 def test_a_command_creates_no_database(run: Run, tmp_path: Path, command: list[str]) -> None:
     (tmp_path / "users.csv").write_text(f"email,hash\na@x.io,{HASH}\n")
     result = run(*command)
