@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from auth import Auth
 from authsvc import create_app
 from settings import Settings
 from storage import DB
-from tests.conftest import COST, Answer, Client, Service
+from tests.conftest import COST, HERE, Answer, Client, Service
 
 PUBLIC_URL = "https://auth.example.com"
 PROXY = "127.0.0.1"
@@ -35,6 +36,18 @@ class FastSettings(Settings):
             super()._require(fulfilled, name, requirement)
 
 
+class FastService(Service):
+    """A real process with such settings."""
+
+    program = (
+        sys.executable,
+        "-c",
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import authsvc; from settings import Settings as S; "
+        "check = S._require; S._require = lambda self, fulfilled, name, requirement: "
+        "name == 'bcrypt_cost' or check(self, fulfilled, name, requirement); sys.exit(authsvc.main())",
+    )
+
+
 def production_settings(database: str = "unused", **changes: Any) -> Settings:
     """Settings of a production service, with a hash that takes 1 ms."""
     return FastSettings(database=database, public_url=PUBLIC_URL, bcrypt_cost=COST, **changes)
@@ -51,9 +64,9 @@ def shared_site(folder: Path) -> Iterator[Client]:
 
 
 @contextmanager
-def proxied_service(folder: Path) -> Iterator[Service]:
+def proxied_service(folder: Path, **environ: str) -> Iterator[Service]:
     """A production process that trusts this machine as its proxy. Each test uses a client address of its own."""
-    service = Service(folder, AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY=PROXY, AUTHSVC_BCRYPT_COST="10")
+    service = FastService(folder, AUTHSVC_PUBLIC_URL=PUBLIC_URL, AUTHSVC_TRUSTED_PROXY=PROXY, **environ)
     try:
         yield service
     finally:

@@ -27,6 +27,7 @@ import pytest
 import trustme
 
 from tests.conftest import HERE, Service
+from tests.production import FastService
 
 AUTH, APP, WIKI = "auth.example.com", "app.example.com", "wiki.example.com"
 PROXIES = {"nginx": "nginx.conf", "caddy": "Caddyfile", "caddy 2.6": "Caddyfile.debian12"}  # kind: its file in deploy/
@@ -193,12 +194,12 @@ class Site:
         self.application_port = application_port or self.application.server_port
         try:
             self._issue_certificate()
-            self.service = (start or functools.partial(Service, folder))(
+            self.service = (start or functools.partial(FastService, folder))(
                 **{
                     "AUTHSVC_PUBLIC_URL": self.auth,
                     "AUTHSVC_COOKIE_DOMAIN": "example.com",
                     "AUTHSVC_TRUSTED_PROXY": "127.0.0.1",
-                    "AUTHSVC_BCRYPT_COST": "10",  # the lowest in production
+                    **({"AUTHSVC_BCRYPT_COST": "10"} if start else {}),  # the lowest in production
                     **settings,
                 }
             )

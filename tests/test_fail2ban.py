@@ -16,6 +16,7 @@ import requests
 from log import log_event
 from tests.conftest import HERE, Service
 from tests.crowd import written_log
+from tests.production import FastService
 from web import responses
 
 pytestmark = [
@@ -47,11 +48,10 @@ def addresses(log: Path) -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    shared = Service(
+    shared = FastService(
         tmp_path_factory.mktemp("service"),
         AUTHSVC_PUBLIC_URL="https://auth.example.com",
         AUTHSVC_TRUSTED_PROXY="127.0.0.1",
-        AUTHSVC_BCRYPT_COST="10",  # the lowest in production
     )
     yield shared
     shared.end()

@@ -1,6 +1,6 @@
 """docs/openapi.yaml: compared with the routes, and with the answers of a running service.
 
-schemathesis generates requests from the document and checks each answer against it.
+schemathesis generates requests from the document and checks each answer against it. OPENAPI_EXAMPLES=20 makes more.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from credentials import totp
 from settings import Settings
 from tests.authenticator import Authenticator
 from tests.conftest import HERE, Answer, Client, Clock, Service
+from tests.production import proxied_service
 from tests.routes import as_json
 
 OPENAPI = HERE / "docs" / "openapi.yaml"
 PASSWORD = "correct horse battery"  # the password in the examples of the document
-EXAMPLES = 3  # requests that schemathesis generates for each route, on top of its boundary values
+# Requests that schemathesis makes up for each route, on top of its boundary values and the examples of the document.
+# tests/test_fuzz.py sends made-up requests by the thousand, for less time each.
+EXAMPLES = os.environ.get("OPENAPI_EXAMPLES", "1")
 
 # All checks run with their defaults except one: well-formed input may also be refused.
 # - 400: the email has an account already or is no mailbox; the password is too common for production.
@@ -226,7 +229,7 @@ def run_schemathesis(service: Service, folder: Path, cookie_name: str, phases: s
         [
             *(sys.executable, "-m", "schemathesis.cli", "--no-color", "--config-file", "schemathesis.toml"),
             *("run", str(OPENAPI), "--url", service.url, "--checks", "all", "--warnings", "off"),
-            *("--generation-deterministic", "--max-examples", str(EXAMPLES), "--continue-on-failure"),
+            *("--generation-deterministic", "--max-examples", EXAMPLES, "--continue-on-failure"),
             *("--phases", phases),
         ],
         cwd=folder,
@@ -259,12 +262,7 @@ def test_development_answers_as_documented(start: Callable[..., Service], tmp_pa
 
 @pytest.mark.fuzz
 @pytest.mark.slow
-def test_production_answers_as_documented(start: Callable[..., Service], tmp_path: Path) -> None:
-    service = start(
-        AUTHSVC_PUBLIC_URL="https://auth.example.com",
-        AUTHSVC_TRUSTED_PROXY="127.0.0.1",
-        AUTHSVC_BCRYPT_COST="10",
-        AUTHSVC_SESSIONS_PER_USER="100",
-    )
-    # Without the boundary values, which development tries: here each case costs a hash of 60 ms or two.
-    assert run_schemathesis(service, tmp_path, "__Host-session_id", "examples,fuzzing") >= 80
+def test_production_answers_as_documented(tmp_path: Path) -> None:
+    with proxied_service(tmp_path, AUTHSVC_SESSIONS_PER_USER="100") as service:
+        # Without the boundary values, which development tries.
+        assert run_schemathesis(service, tmp_path, "__Host-session_id", "examples,fuzzing") >= 80
