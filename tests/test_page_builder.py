@@ -76,6 +76,7 @@ def test_every_gap_of_a_page_is_filled() -> None:
     for responses in build_pages(PRODUCTION, "auth.example.com").values():
         for response in responses.values():
             text = response.body.decode().partition('<template id="texts">')[0]
+            assert not re.search(r"<!--|/\*|^ *//", text, re.MULTILINE)  # nor has it a comment
             if text.startswith("<!doctype html>"):
                 assert not re.search("[{}]", text)
 
