@@ -181,8 +181,8 @@ def walk_through_an_account(bob: Person, address: str, mail: MailServer) -> Iter
     yield "others-ended"
     bob.fill("token", name="git", password=PASSWORD)
     bob.see("#token-secret:not(:empty)")
-    bob.click("#another")
-    bob.see("form[data-action=token]")
+    bob.click("#done")
+    bob.see("#tokens:has(#new-token[hidden])")
     yield "tokens-listed"
     bob.click("#token-list button")
     bob.see("#token-list .danger")
@@ -200,7 +200,7 @@ def walk_through_an_account(bob: Person, address: str, mail: MailServer) -> Iter
     bob.see("form[data-action=discard] .error")
     yield "passkey-kept"
     bob.fill("discard", password=PASSWORD)
-    bob.see("form[data-action=enroll] .done")
+    bob.see("#passkeys > .done")
     yield "passkey-deleted"
     bob.remove_passkey_device()
     bob.fill("email", new_email=f"new-{address}", password=PASSWORD)

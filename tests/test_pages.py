@@ -52,8 +52,11 @@ pytest_plugins = "tests.browser"
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
 INCOMPLETE = "This link is incomplete. Open it again from the mail, or request a new one."
-MAILED = "If an account exists for this email, a reset link is on its way. Look in your spam folder, too."
-USED = "This link has been used or has expired. Request a new one. If you were invited, ask for a new invitation."
+MAILED = "If an account exists for forgot@example.com, a reset link is on its way. Look in your spam folder, too."
+USED = "This link has been used or has expired."
+ELSEWHERE = (
+    "Open the link in the browser where you asked for it. If you signed out there, sign in and ask for a new one."
+)
 PAGES = "login", "register", "forgot", "reset", "logout", "account"
 SCREENSHOTS = HERE / "docs" / "screenshots"
 
@@ -185,9 +188,11 @@ def test_refusals_are_shown(visit: Visit, site: CheapSite) -> None:
     bob.open("/login")
     bob.fill("login", email="refused@example.com", password="wrong")
     bob.expect_status("login", "Wrong email or password.")
+    expect(bob.page.locator("[aria-invalid=true]:visible")).to_have_count(2)
     bob.open("/register")
     bob.fill("register", email="refused@example.com", password=PASSWORD)
     bob.expect_status("register", "An account with this email already exists.")
+    expect(bob.page.locator("[aria-invalid=true]")).to_have_attribute("id", "register-email")
     for field in ("#register-email", "#register-password"):
         bob.page.locator(field).fill("")
     bob.expect_rule("register", re.compile("At least 15 characters"))
@@ -213,17 +218,18 @@ def test_two_factor_authentication_is_set_up_used_and_turned_off(visit: Visit) -
     bob.fill("login", email="factor@example.com", password=PASSWORD)
     bob.expect_status("login", "Enter the code from your authenticator app.")
     expect(bob.page.locator("#login-otp")).to_be_focused()
-    expect(bob.page.locator("#login a")).to_have_count(2)
-    for other in bob.page.locator("#login :is(a, .plain)").all():
-        expect(other).to_be_hidden()
+    bob.expect_heading("Enter your code")
+    expect(bob.page.locator("#login :is(a, input, .plain):visible")).to_have_count(2)  # the code, and the way back
+    expect(bob.page.get_by_role("link", name="Back to sign in")).to_be_visible()
     bob.page.keyboard.type("000000")
     bob.page.keyboard.press("Enter")
     bob.expect_status("login", "This code is wrong or has been used already. Enter the next one.")
+    expect(bob.page.locator("[aria-invalid=true]")).to_have_attribute("id", "login-otp")
     bob.page.locator("#login-otp").fill(code_of(seed, steps_ahead=1))  # the current one was used to confirm
     bob.page.keyboard.press("Enter")
     bob.expect_url("/account")
     bob.fill("off", password=PASSWORD, otp=codes[0])
-    bob.expect_status("begin", "Turned off. All other sessions have been signed out.")
+    expect(bob.page.locator("#two-factor > .done")).to_have_text("Turned off. All other sessions have been signed out.")
 
 
 def test_the_qr_code_is_drawn(visit: Visit) -> None:
@@ -246,10 +252,12 @@ def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: CheapSite, ma
     bob.expect_heading("Reset your password")
     bob.fill("forgot", email="forgot@example.com")
     bob.expect_status("forgot", MAILED)
+    bob.expect_heading("Check your email")
+    expect(bob.page.get_by_role("button")).to_have_text(["Send again"])
     (link,) = re.findall(r"https://\S+/reset#\S+", next_mail_to(mail, "forgot@example.com").get_content())
     bob.page.goto(link)
     bob.expect_url("/reset")  # the token has been removed from the address bar
-    bob.expect_heading("Set your password")
+    bob.expect_heading("Set password")
     assert bob.page.evaluate("history.length") <= 4
     bob.fill("reset", new_password=NEW_PASSWORD)
     bob.expect_status("reset", "The password is set. You can sign in now.")
@@ -266,7 +274,8 @@ def test_a_forgotten_password_is_reset_by_mail(visit: Visit, site: CheapSite, ma
     expect(bob.page.locator("#reset .contact")).to_be_visible()
     expect(bob.page.get_by_role("textbox")).to_have_count(0)
     expect(bob.page.get_by_role("button")).to_have_count(0)
-    expect(bob.page.get_by_role("link", name="Request a new link")).to_be_visible()
+    expect(bob.page.get_by_role("link")).to_have_text(["Request a new link", "Back to sign in"])
+    expect(bob.page.get_by_text("If you were invited, you need a new invitation.")).to_be_visible()
     assert not [url for url in bob.requests if "token" in url.partition("#")[0]]
 
 
@@ -277,11 +286,11 @@ def test_an_account_is_created_with_a_mailed_link(
         bob.open("/register")
         expect(bob.page.locator("#register-password")).to_have_count(0)
         bob.fill("register", email="bob@example.com")
-        bob.expect_status("register", "A mail is on its way. Open its link to choose a password.")
+        bob.expect_status("register", "A mail is on its way. Open its link to set a password.")
         link = link_in_mail_to(mail, "bob@example.com", "confirm")
         bob.page.goto(link)
         bob.expect_url("/confirm")  # the token has been removed from the address bar
-        bob.expect_heading("Choose a password")
+        bob.expect_heading("Set password")
         expect(bob.page.locator("#confirm-email")).to_have_value("bob@example.com")
         assert "bob@example.com" not in confirming_site.command("user", "list")  # opening the link changes nothing
         bob.page.reload()  # the link is still there, but not in the address bar
@@ -316,9 +325,7 @@ def test_an_email_is_changed_in_the_browser_that_asked(visit: Visit, mail: MailS
     )
     link = link_in_mail_to(mail, "newer@example.com", "change")
     elsewhere.page.goto(link)
-    elsewhere.expect_status(
-        "change", "Sign in first, in the browser in which you asked for the new email. Then open the link again."
-    )
+    elsewhere.expect_status("change", ELSEWHERE)
     expect(elsewhere.page.get_by_role("textbox")).to_have_count(0)
     expect(elsewhere.page.get_by_role("button")).to_have_count(0)
     expect(elsewhere.page.get_by_role("link", name="Sign in")).to_have_attribute("href", "/login")
@@ -383,7 +390,7 @@ def test_an_access_token_is_created_shown_once_and_deleted(visit: Visit, site: C
     bob.expect_status("token", "Wrong password.")
     bob.page.locator("#token-password").fill("")
     bob.fill("token", password=PASSWORD)
-    text = "Access token created. Copy it now: it is not shown again."
+    text = "Access token “<b>git</b>” created. Copy it now: it is not shown again."
     expect(bob.page.locator("#new-token [role=status]")).to_have_text(text)
     listed, secret = bob.page.locator("#token-list li"), bob.page.locator("#token-secret")
     expect(listed).to_have_count(1)
@@ -397,6 +404,13 @@ def test_an_access_token_is_created_shown_once_and_deleted(visit: Visit, site: C
     expect(listed).to_contain_text(re.compile("last used (now|[0-9]+ seconds? ago)"))
     expect(secret).to_be_hidden()
     assert token not in bob.page.content()
+    bob.fill("token", name="other", password=PASSWORD)
+    expect(secret).to_be_visible()
+    bob.page.get_by_role("button", name="Done").click()
+    expect(secret).to_be_hidden()
+    expect(secret).to_have_text("")
+    bob.page.get_by_role("button", name="Delete other").dblclick()
+    expect(listed).to_have_count(1)
     bob.page.get_by_role("button", name="Delete <b>git</b>").click()
     expect(bob.page.get_by_role("button", name="Delete for good <b>git</b>")).to_be_focused()
     assert ask(timeout=10).status_code == 200  # it asks once before
@@ -735,7 +749,7 @@ def test_an_invited_user_sets_up_a_required_second_factor(browser: Browser, club
             check_accessibility(bob.page)
         bob.page.goto(site.command("invite", "bob@example.com").split()[-1])
         expect(bob.page.locator("#reset > p").first).to_have_text(
-            "Choose a password for your account at Rowing <Club>. Then you sign in with it."
+            "Set a password for your account at Rowing <Club>. Then you sign in with it."
         )
         expect(bob.page.locator("#reset-email")).to_have_value("bob@example.com")
         bob.fill("reset", new_password=PASSWORD)
@@ -763,7 +777,7 @@ def test_the_language_is_that_of_the_browser_until_another_is_chosen(visit: Visi
     bob.page.goto(bob.url("/reset#token=abc&email=bob@example.com"))
     bob.expect_heading("Passwort festlegen")
     bob.page.get_by_label("Sprache").select_option("es")
-    bob.expect_heading("Elegir la contraseña")
+    bob.expect_heading("Establecer la contraseña")
     bob.expect_url("/reset")
     expect(bob.page.locator("#reset-email")).to_have_value("bob@example.com")  # the link is not lost
     assert bob.page.evaluate("relative(40)") == "dentro de 40 segundos"
@@ -868,6 +882,7 @@ def take_screenshots() -> None:
         for look, options in SHOTS.items():
 
             def shoot(bob: Visitor, state: str, look: str = look) -> None:
+                bob.page.mouse.move(0, 0)  # what it points at looks different
                 bob.page.screenshot(path=SCREENSHOTS / f"{state}-{look}.png", full_page=True)
 
             add_account(site, f"{look}@example.com")

@@ -18,8 +18,8 @@ from tests.proxies import PASSWORD
 pytest_plugins = "tests.browser"
 pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.browser]
 
-CREATED = "Passkey created. You can sign in with it next time. All other sessions have been signed out."
-CANCELLED = "That was cancelled or took too long. Nothing has changed. Try again when you like."
+CREATED = "Passkey created. All other sessions have been signed out."
+CANCELLED = "That was cancelled or took too long. Nothing has changed."
 NOT_ACCEPTED = "This passkey was not accepted. It may have been deleted here. Try again, or use your password."
 
 
@@ -43,12 +43,16 @@ class Owner(Visitor):
     def open_passkeys(self) -> None:
         self.open_panel("passkeys")
 
-    def create(self, name: str, status: str = CREATED) -> None:
+    def create(self, name: str, refusal: str = "") -> None:
         """Create a passkey on the account page."""
         for field in ("passkey-name", "passkey-password"):
             self.page.locator(f"#{field}").fill("")
         self.fill("enroll", name=name, password=PASSWORD)
-        self.expect_status("enroll", status)
+        self.expect_status("enroll", refusal)
+        self.expect_done("" if refusal else CREATED)
+
+    def expect_done(self, text: str) -> None:
+        expect(self.page.locator("#passkeys > [role=status]")).to_have_text(text)
 
     def enable_device(self) -> None:
         """Let the device answer again, but not the question that the field has open: that is withdrawn."""
@@ -144,7 +148,7 @@ def test_a_deleted_passkey_signs_nobody_in(begin: Begin) -> None:
     bob.expect_status("discard", "Wrong password.")
     bob.page.locator("#discard-password").fill(PASSWORD)
     bob.page.keyboard.press("Enter")
-    bob.expect_status("enroll", "Passkey deleted. All other sessions have been signed out.")
+    bob.expect_done("Passkey deleted. All other sessions have been signed out.")
     bob.expect_listed()
     bob.sign_out()
     bob.expect_url("/login")
@@ -250,7 +254,7 @@ def test_the_offer_is_dismissed_for_good(begin: Begin) -> None:
     expect(bob.page.locator("#who")).to_have_text(bob.email)
     expect(bob.page.locator("#offer")).to_be_hidden()
     bob.open_passkeys()
-    expect(bob.page.get_by_role("button", name="Create passkey")).to_be_visible()
+    expect(bob.page.get_by_role("button", name="Create a passkey")).to_be_visible()
 
 
 def test_the_challenge_is_renewed_before_it_expires(begin: Begin) -> None:

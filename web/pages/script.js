@@ -7,7 +7,9 @@ const all = (selector, parent = document) => [...parent.querySelectorAll(selecto
 const submitOf = (form) => one("button:not([type])", form);
 // The texts of the language that the service has chosen: its script's own, and a sentence for each message of the service.
 const texts = JSON.parse(one("#texts").content.textContent);
-const text = (name, gaps = {}) => texts.script[name]?.replace(/\{(\w+)\}/g, (_, gap) => gaps[gap]);
+const text = (name, gaps) => fill(texts.script[name], gaps);
+// Fills in what is in braces: a gap, or else another text.
+const fill = (known, gaps = {}) => known?.replace(/\{(\w+)\}/g, (_, name) => gaps[name] ?? text(name));
 const language = document.documentElement.lang;
 // With the region that the user prefers, which matters to dates.
 const locale = navigator.languages.find((tag) => tag.split("-")[0] === language) ?? language;
@@ -74,7 +76,9 @@ const actions = {
     const response = requireSuccess(await send("POST", "/reset_password", fields));
     openLink("reset", response.reset_token, response.email);
     form.parentElement.classList.add("over");
-    return text("mailed");
+    one("#forgot h1").textContent = text("check");
+    submitOf(form).textContent = text("again");
+    return text("mailed", fields);
   },
 
   async reset(fields) {
@@ -145,14 +149,14 @@ const actions = {
   async off(fields) {
     requireSuccess(await send("DELETE", "/totp", fields));
     await showAccount();
-    showStatus(one("[data-action=begin]"), text("factor-off"), "done");
+    showStatus(one("#two-factor"), text("factor-off"), "done");
   },
 
   async token(fields) {
     const {token} = requireSuccess(await send("POST", "/tokens", fields));
     one("#token-name").value = "";
     await showTokens();
-    showNewToken(token);
+    showNewToken(token, fields);
   },
 
   async passkey() {
@@ -166,14 +170,14 @@ const actions = {
     one("#passkey-name").value = "";
     stopOffering();
     await showAccount();
-    return text("passkey");
+    showStatus(one("#passkeys"), text("passkey"), "done");
   },
 
   async discard(fields, form) {
     requireSuccess(await send("DELETE", `/passkeys/${form.dataset.id}`, fields));
     form.hidden = true;
     await showAccount();
-    showStatus(one("[data-action=enroll]"), text("discarded"), "done");
+    showStatus(one("#passkeys"), text("discarded"), "done");
   },
 
   async delete(fields) {
@@ -223,7 +227,7 @@ function requireSuccess(response) {
 function sentence({message, wait = 0}) {
   const numbers = message.match(/\d+/g);
   const known = texts.messages[message.replace(/\d+/g, "#")];
-  return known?.replace(/#/g, () => numbers.shift()).replace("{when}", relative(wait)) ?? message;
+  return fill(known, {when: relative(wait)})?.replace(/#/g, () => numbers.shift()) ?? message;
 }
 
 async function signOut(path) {
@@ -274,13 +278,16 @@ function reveal(secret, shown) {
   button.setAttribute("aria-label", `${button.textContent}: ${one(`label[for="${field.id}"]`).textContent}`);
 }
 
-// Marks the field for a new password if the service refuses what is in it. Its description is then the reason and the rule.
-function markPassword(form, isRefused) {
-  const field = one("[autocomplete=new-password]", form);
-  if (!field) return;
-  field.setAttribute("aria-invalid", String(isRefused));
-  field.setAttribute("aria-describedby", isRefused ? `${field.id}-status ${field.id}-rule` : `${field.id}-rule`);
-  if (isRefused) field.focus();
+// The fields that a message of the service, or its first word, refuses.
+const REFUSED = {"wrong email or password": "[name=email], [name=password]", "wrong password": "[name=password]",
+  "wrong one-time code": "[name=otp]", email: "[type=email]", name: "[name=name]",
+  password: "[autocomplete=new-password]"};
+
+// Marks the fields that the service refuses.
+function mark(form, cause = "") {
+  const refused = REFUSED[cause] ?? REFUSED[cause.split(" ")[0]] ?? "form";
+  for (const field of all("input", form)) field.setAttribute("aria-invalid", field.matches(refused));
+  one("[autocomplete=new-password][aria-invalid=true]", form)?.focus();
 }
 
 // Shows the part of the account page that the address names, or else the first.
@@ -364,12 +371,11 @@ async function showTokens() {
   one("#token-list").replaceChildren(...tokens.map(tokenItem));
 }
 
-// Shows a new token in the place of the form that creates one, or the form again.
-function showNewToken(token = "") {
+// Shows a new token, or none any more.
+function showNewToken(token, fields) {
   one("#token-secret").textContent = token;
   one("#new-token").hidden = !token;
-  one("#new-token p").textContent = token && text("token");
-  one("[data-action=token]").hidden = Boolean(token);
+  one("#new-token p").textContent = token && text("token", fields);
   one(token ? "#new-token button" : "#token-name").focus();
 }
 
@@ -546,7 +552,8 @@ for (const secret of all(".secret")) {
 for (const field of all("[autocomplete=new-password]")) {
   one(".rule", field.form).id = `${field.id}-rule`;
   one("[role=status]", field.form).id = `${field.id}-status`;
-  markPassword(field.form, false);
+  // The reason of a refusal, and the rule.
+  field.setAttribute("aria-describedby", `${field.id}-status ${field.id}-rule`);
   field.minLength = document.body.dataset.minimum;
   field.setAttribute("passwordrules", `minlength: ${field.minLength};`); // what password managers read
 }
@@ -558,8 +565,9 @@ for (const form of all("form")) {
     if (button.disabled) return;
     button.disabled = true;
     for (const secret of all(".secret", form)) reveal(secret, false); // a password manager must find a password
+    showStatus(form.closest(".panel") ?? form, ""); // of an earlier form
     showStatus(form, text("working"));
-    markPassword(form, false);
+    mark(form);
     try {
       const message = (await actions[form.dataset.action](Object.fromEntries(new FormData(form)), form)) ?? "";
       showStatus(form, message, message && "done");
@@ -570,7 +578,7 @@ for (const form of all("form")) {
       const own = error instanceof DOMException && (text(error.name) ?? text("failed", {name: error.name}));
       const asks = error.cause === "one-time code required";
       showStatus(form, own || error.message, asks ? "" : "error");
-      if (error.cause?.startsWith("password ")) markPassword(form, true);
+      mark(form, error.cause);
       if (/^invalid (reset|confirmation) token$/.test(error.cause)) refuse(error.message);
       if (asks) showCode(form, true);
     }
@@ -622,7 +630,7 @@ if (page === "account") {
   one("#dismiss").addEventListener("click", stopOffering);
   for (const button of all("[data-copy]")) button.addEventListener("click", () => copy(button));
   one("#print").addEventListener("click", () => print());
-  one("#another").addEventListener("click", () => showNewToken());
+  one("#done").addEventListener("click", () => showNewToken(""));
   one("#saved").addEventListener("click", () => {
     showFactor("on");
     one("#recovery").hidden = true;
