@@ -184,6 +184,7 @@ class LocalServer:
 def server(dial: Callable[..., Connection], monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
     monkeypatch.setattr(web.server, "WRITERS", 1)
     monkeypatch.setattr(web.server, "LAST_REQUESTS", 0.0)  # most tests leave connections open
+    monkeypatch.setattr(web.server, "REFUSAL_DELAY", 0.0)
     monkeypatch.setattr(logging.getLogger("waitress"), "handlers", [])
     one = LocalServer(dial)
     yield one
@@ -291,6 +292,34 @@ def test_the_hashing_queue_is_bounded(server: LocalServer) -> None:
     assert {(name.title(), value) for name, value in responses.SECURITY_HEADERS} <= refused.headers.items()
     server.release.set()
     assert [connection.status() for connection in accepted] == [200, 200, 200]
+
+
+def test_a_refusal_for_want_of_a_place_is_delayed(
+    server: LocalServer, monotonic: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web.server, "REFUSAL_DELAY", 1.0)
+    monkeypatch.setattr(web.server, "MAX_DELAYED", 1)
+    server.hash_one()
+    server.dispatcher._hashing_queue.class_limit = 0
+    oldest, refused = server.queue_one(), server.queue_one()
+    assert oldest.status() == 503  # as one more is delayed
+    refused.socket.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        refused.socket.recv(1)
+    refused.socket.settimeout(TIMEOUT)
+    monotonic.advance(1.0)
+    assert server.dial().send(GET).status() == 200
+    assert refused.status() == 503
+
+
+def test_a_delayed_refusal_does_not_delay_the_end(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web.server, "REFUSAL_DELAY", 60.0)
+    server.hash_one()
+    server.dispatcher._hashing_queue.class_limit = 0
+    refused = server.queue_one()
+    server.release.set()
+    server.stop()
+    assert refused.status() == 503
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ pool of threads the fast requests would wait behind the slow ones. So there are 
 - **The hashing threads** run the routes that may hash: as many threads as cores, at niceness 10, so that they yield to
   the others. Requests wait in a queue (fair_queue.py). Those that probably come from the owner of an account go
   before those of strangers. In each class networks take turns. Where the queue is full, the network with the most
-  requests loses one, which gets 503. So does a request that has waited 15 s.
+  requests loses one, which gets 503 after a second. A request that has waited 15 s gets 503, too.
 - **Two writer threads** run all other methods, and one more runs writes in the background.
 
 The number of connections is limited. Clients that are slow, silent or read no answer lose theirs when others need them.
@@ -63,6 +63,8 @@ SHUTDOWN_TIMEOUT = 8.0  # seconds from SIGTERM to the end of the last answer
 MAX_DISCARD_BYTES = 4 * 2**20  # of a body that are read and thrown away after a refusal
 MAX_HEADER_BYTES = 16_384  # with the request line
 MAX_CONNECTIONS = 512
+REFUSAL_DELAY = 1.0  # seconds: a client that asks again at once would take the cores from the hashes
+MAX_DELAYED = 192  # refusals; beyond that the oldest is sent at once. With both queues full, 64 connections are left
 MAX_UNFINISHED = 16  # requests of one client that are not fully received; a further one closes the oldest
 HEAD_TIMEOUT = 10.0  # seconds from the first byte of a request to the end of its head
 BODY_TIMEOUT = 15.0  # seconds from there to the end of its body
@@ -328,7 +330,7 @@ class Dispatcher:
         # A queue of their own: they pile up while the database is locked, and a client's write must not wait for them.
         self._background: deque[Callable[[], object]] = deque()
         self._answered = threading.Event()  # set after an answer, when there is one of them
-        self._displaced: list[Channel] = []  # whose requests have lost their places
+        self._refused: deque[tuple[float, Channel]] = deque()  # from when to answer a request that has no place
         self._stopping = False
         hashing = functools.partial(self._serve, self._hashing_queue, HASHING_NICENESS)
         writing = functools.partial(self._serve, self._writing_queue, 0)
@@ -341,7 +343,8 @@ class Dispatcher:
         if not request.error and (request.command not in ("GET", "HEAD") or request.path in SLOW_READS):
             method, path, routes = request.command, request.path, self._hashing_routes
             hashes = (method, path) in routes or (method, f"{path.rpartition('/')[0]}/*") in routes
-            if not (hashes and self._stopping) and self._wait(channel, hashes):
+            if not (hashes and self._stopping):
+                self._wait(channel, hashes)
                 return
             request.error = Busy("")
         channel.serve_now = True
@@ -385,12 +388,13 @@ class Dispatcher:
                 _refuse(channel)
 
     def refuse_displaced(self) -> None:
-        """Answer 503 to requests that have lost their places to others."""
-        while self._displaced:
-            _refuse(self._displaced.pop())
+        """Answer 503 to requests that got no place or lost it to others, after a while; at the end at once."""
+        now = float("inf") if self._stopping else time.monotonic()
+        while self._refused and (self._refused[0][0] <= now or len(self._refused) > MAX_DELAYED):
+            _refuse(self._refused.popleft()[1])
 
-    def _wait(self, channel: Channel, hashes: bool) -> bool:
-        """Let a request wait for its thread; return False if it lost its place at once."""
+    def _wait(self, channel: Channel, hashes: bool) -> None:
+        """Let a request wait for its thread. The one that loses its place to it, if any, is refused later."""
         environ = PlainTask(channel, channel.requests[0]).get_environment()
         waiting = self._hashing_queue if hashes else self._writing_queue
         at_once = waiting.serves_at_once()
@@ -399,10 +403,8 @@ class Dispatcher:
         peer, proxy = channel.addr[0], self.settings.trusted_proxy
         path = (*network_path(client_address(peer, environ.get("HTTP_X_FORWARDED_FOR"), proxy)), account)
         limited = self.settings.tells_clients_apart(peer)
-        lost = waiting.put((time.monotonic(), channel, who), path, preferred=preferred, limited=limited)
-        displaced = [other for _, other, _ in lost if other is not channel]
-        self._displaced += displaced  # refused later: this thread holds a lock of this connection
-        return len(displaced) == len(lost)
+        for _, lost, _ in waiting.put((time.monotonic(), channel, who), path, preferred=preferred, limited=limited):
+            self._refused.append((time.monotonic() + REFUSAL_DELAY, lost))
 
     def _rank_safely(self, environ: WSGIEnvironment) -> tuple[bool, str]:
         try:
