@@ -116,6 +116,8 @@ def services(subjects: list[Subject], results: Measured) -> str:
     ]
     for subject in subjects:
         found = results[subject.name]
+        if not found.keys() & {"rate 1", "p99 idle", "memory idle", "cold start"}:
+            continue  # not measured in this run
         lines.append(
             f"| **{subject.name}**: {subject.what}{', ' + subject.hash if subject.hash else ''} "
             f"| {cell(found, *(f'rate {n}' for n in CONNECTIONS))} "
@@ -125,7 +127,7 @@ def services(subjects: list[Subject], results: Measured) -> str:
             f"| {cell(found, 'cold start', form='.2f')} "
             f"| {f'{subject.packages}, {subject.installed:.0f}' if subject.packages else ''} |"
         )
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def limits(results: Measured) -> str:
