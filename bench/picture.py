@@ -10,22 +10,24 @@ from collections.abc import Callable
 
 WIDTH, NAMES, BARS = 760, 200, 430  # the whole, the column of names, and the longest bar
 ROW = 22
+LIMITS = "waitress", "no auth", "constant"  # how the names begin that only show what is possible
 STYLE = """
 text { font: 13px sans-serif; fill: #1f2328; } .title { font-size: 15px; font-weight: 600; }
 .note { fill: #59636e; font-size: 12px; } .page { fill: #ffffff; } .bar { fill: #8c959f; } .ours { fill: #0969da; }
+.limit { fill: #d1d9e0; }
 @media (prefers-color-scheme: dark) {
 text { fill: #f0f6fc; } .note { fill: #9198a1; } .page { fill: #0d1117; } .bar { fill: #656c76; }
-.ours { fill: #4493f8; } }"""
+.ours { fill: #4493f8; } .limit { fill: #3d444d; } }"""
 
 
 def picture(results: dict[str, dict[str, float]]) -> str:
     """Return the picture of what this run has measured."""
     panels = (
-        ("Session checks a second, 16 connections", "longer is better", "rate 16", ",.0f", True),
+        ("Session checks a second, 16 connections", "longer is better; pale: limits", "rate 16", ",.0f", True),
         ("99 % of session checks take at most, while 64 clients sign in, ms", "shorter is better; logarithmic",
          "p99 64", ",.1f", False),
-        ("Pages a second of a Flask application behind nginx, by whom nginx asks, 16 connections", "longer is better",
-         "nginx Flask 16", ",.0f", True),
+        ("Pages a second of a Flask application behind nginx, by whom nginx asks, 16 connections",
+         "longer is better; pale: limits", "nginx Flask 16", ",.0f", True),
     )  # fmt: skip
     drawn, y = [], 10
     for title, note, figure, form, most_first in panels:
@@ -41,7 +43,8 @@ def picture(results: dict[str, dict[str, float]]) -> str:
         )
         y += 42
         for name in names:
-            length, kind = scale(values[name]), "ours" if name == "authsvc" else "bar"
+            length, kind = scale(values[name]), "limit" if name.startswith(LIMITS) else "bar"
+            kind = "ours" if name == "authsvc" else kind
             drawn.append(
                 f'<text x="{NAMES - 10}" y="{y + 14}" text-anchor="end">{name}</text>'
                 f'<rect class="{kind}" x="{NAMES}" y="{y + 2}" width="{length:.0f}" height="{ROW - 6}"/>'

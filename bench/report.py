@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.passkeys import FASTEST
 from bench.picture import picture
 from bench.subjects import HERE, Subject
 
@@ -22,6 +23,7 @@ Measured = dict[str, dict[str, float]]
 Samples = dict[str, dict[str, list[float]]]
 
 LIMITS = "waitress", "nginx"  # how the names of subjects begin that only show what is possible
+PASSKEYS = "passkeys: "  # how the names of the figures of bench/passkeys.py begin
 GUARDS = "no auth", "constant", "basic", "authsvc", "pocketbase", "flask-security", "fastapi-users"
 CHAINS = ("nginx", "Flask"), ("nginx", "constant"), ("caddy", "Flask")
 
@@ -104,7 +106,8 @@ def cell(found: dict[str, float], *names: str, form: str = ",.0f") -> str:
 
 
 def table(subjects: list[Subject], results: Measured) -> str:
-    parts = [services(subjects, results), limits(results), chains(results), sizes(results), must_hold(results)]
+    parts = [services(subjects, results)]
+    parts += [part(results) for part in (limits, chains, storms, sizes, must_hold)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -136,7 +139,12 @@ def limits(results: Measured) -> str:
     rows = (
         ("SQLite finds a session and its user, one thread", "raw look-up", "`GET /profile`, 64 connections", "rate 64"),
         ("bcrypt, 2^12, all cores", "raw bcrypt", "sign-ins with passwords, 8 clients", "logins"),
-        ("`fido2` verifies a passkey, one thread", "raw fido2", "sign-ins with passkeys, 16 clients", "passkeys"),
+        (
+            "`fido2` verifies a passkey, one thread",
+            "raw fido2",
+            "sign-ins with passkeys, 16 clients",
+            PASSKEYS + FASTEST,
+        ),
     )
     lines = [
         f"| {limit} | {short(found[raw])} | {what} | {short(found[name]) if name in found else '–'} |"
@@ -165,6 +173,13 @@ def chains(results: Measured) -> str:
             first, second, third = rates.values()
             lines.append(f"| {name} | {first} | {tails[0]} | {second} | {third} | {tails[1]} |")
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def storms(results: Measured) -> str:
+    """Return the table of sign-ins with passkeys beside sign-ins with passwords."""
+    found = {what.removeprefix(PASSKEYS): value for what, value in results["authsvc"].items() if PASSKEYS in what}
+    lines = [f"| {what} | {short(value)} |" for what, value in found.items()]
+    return "\n".join(["| passkeys beside passwords, 16 clients | |", "|---|---|", *lines]) if lines else ""
 
 
 def sizes(results: Measured) -> str:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import guarded, passkeys
 from bench.client import in_turn, p99, progress
 from bench.limits import raw_bcrypt, raw_fido2, raw_look_up
-from bench.report import CONNECTIONS, SIZES, Measured, Samples, bars, holds, machine, table, write
+from bench.report import CONNECTIONS, PASSKEYS, SIZES, Measured, Samples, bars, holds, machine, table, write
 from bench.subjects import Running, Subject, authsvc, constant, hello, installed, peers
 
 STORMS = 16, 64
@@ -138,7 +138,7 @@ class Run:
     def passkeys(self) -> None:
         for what, values in passkeys.measure_all(self.rounds).items():
             for value in values:
-                self.note(self.ours, {passkeys.FASTEST: "passkeys"}.get(what, what), value)
+                self.note(self.ours, f"{PASSKEYS}{what}", value)
 
     def sizes(self) -> None:
         compared = [subject for subject in self.subjects if subject.name in ("authsvc", "original")]
