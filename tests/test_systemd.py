@@ -170,10 +170,10 @@ def test_no_request_fails_while_the_service_restarts(activated: ActivatedService
     load.create_users()
     with load.running():
         for _ in range(RESTARTS):
-            time.sleep(0.5)
+            time.sleep(0.2)
             assert activated.end() == 0
             activated.start()
-        time.sleep(0.5)
+        time.sleep(0.2)
     load.check()
     assert len(load.sessions) > RESTARTS  # tests/long/test_restarts.py counts and measures more
 
