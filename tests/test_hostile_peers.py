@@ -17,4 +17,4 @@ from tests.production import PUBLIC_URL
 def test_600_hostile_connections_keep_nobody_out(start: Callable[..., Service], attack: str) -> None:
     settings = {"AUTHSVC_PUBLIC_URL": PUBLIC_URL, "AUTHSVC_TRUSTED_PROXY": "127.0.0.1", "AUTHSVC_BCRYPT_COST": "10"}
     service = start(**settings)
-    hostile.withstands(service, attack, seconds=3)
+    hostile.withstands(service, attack, seconds=2.3)  # the limit of connections is reached after 1.7
