@@ -23,11 +23,11 @@ text { fill: #f0f6fc; } .note { fill: #9198a1; } .page { fill: #0d1117; } .bar {
 def picture(results: dict[str, dict[str, float]]) -> str:
     """Return the picture of what this run has measured."""
     panels = (
-        ("Session checks a second, 16 connections", "longer is better; pale: limits", "rate 16", ",.0f", True),
+        ("Session checks a second, 16 connections", "longer is better; faint: limits", "rate 16", ",.0f", True),
         ("99 % of session checks take at most, while 64 clients sign in, ms", "shorter is better; logarithmic",
          "p99 64", ",.1f", False),
         ("Pages a second of a Flask application behind nginx, by whom nginx asks, 16 connections",
-         "longer is better; pale: limits", "nginx Flask 16", ",.0f", True),
+         "longer is better; faint: limits", "nginx Flask 16", ",.0f", True),
     )  # fmt: skip
     drawn, y = [], 10
     for title, note, figure, form, most_first in panels:
