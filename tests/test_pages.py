@@ -616,7 +616,7 @@ def test_a_link_opened_in_the_same_tab_leaves_the_address_bar_too(visit: Visit) 
     bob.expect_url("/reset")
 
 
-def test_a_page_takes_few_requests_and_at_most_55_kb(visit: Visit) -> None:
+def test_a_page_takes_few_requests_and_at_most_60_kb(visit: Visit) -> None:
     bob = visit(locale="fr-FR")  # has the longest texts
     finished: dict[Page, list[Request]] = {}
 
@@ -637,7 +637,7 @@ def test_a_page_takes_few_requests_and_at_most_55_kb(visit: Visit) -> None:
         requests = finished[tab]
         assert 3 <= len(requests) <= (5 if name == "login" else 4), (name, requests)  # it asks for a challenge, too
         # With the headers.
-        assert sum(int(str(size)) for request in requests for size in request.sizes().values()) <= 55_000, name
+        assert sum(int(str(size)) for request in requests for size in request.sizes().values()) <= 60_000, name
 
 
 @pytest.mark.parametrize(("locale", "width", "scheme"), [("en-GB", 320, "light"), ("de-DE", 1280, "dark")])

@@ -51,8 +51,9 @@ def _fill(template: str, values: dict[str, str]) -> str:
 
 
 def _read(name: str) -> str:
-    """Return a file without its indentation and its comments, which are a sixth of the script."""
-    return re.sub(r"^ *((//|/\*|<!--).*\n)?", "", (FILES / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    """Return a file without indentation, empty lines and comments of one line, which are a sixth of the script."""
+    text = (FILES / name).read_text(encoding="utf-8")
+    return re.sub(r"^(?:\s|//.*\n|/\*.*\*/\n|<!--.*-->\n)+", "", text, flags=re.MULTILINE)
 
 
 def _response(kind: str, text: str) -> Response:

@@ -142,8 +142,9 @@ const actions = {
     const lines = [`${one("#site span:last-child").textContent}, ${one("#who").textContent}`, ...response.recovery_codes];
     one("#download").href = `data:text/plain;charset=utf-8,${encodeURIComponent(lines.join("\r\n"))}`;
     one("#recovery").hidden = false;
+    showFactor("saving"); // hides the form with the key
     await showAccount();
-    showFactor("saving"); // hides the form that turns it off
+    showFactor("saving"); // and that which turns it off
   },
 
   async off(fields) {
@@ -311,6 +312,7 @@ async function showFormerEmail() {
   if (status === 200) one("#change-former").value = email;
   else if (status === 403) leadToLogin(refuse(text("elsewhere")), {});
   else showStatus(linked, sentence({message}), "error");
+  linked.parentElement.classList.add("ready");
 }
 
 async function showAccount() {
@@ -319,6 +321,9 @@ async function showAccount() {
   // The service redirects to the sign-in page.
   if (["not logged in", "sign in with your second factor"].includes(message)) return location.reload();
   if (message === "set up a second factor first" && !location.hash) location.replace("#two-factor");
+  // Only now is it known which panel that is, and a panel that is shown must not move.
+  showPanel();
+  one("#account").className = "ready";
   one("#onward").classList.toggle("waiting", status !== 200);
   one("#onward a").href = destination();
   one("#who").textContent = status === 200 ? email : sentence(response);
@@ -593,8 +598,10 @@ if (linked && location.hash) history.replaceState(location.hash.slice(1), "", lo
 const link = new URLSearchParams((linked && history.state) ?? "");
 if (linked) {
   one("[name=email]", linked).value = link.get("email") ?? "";
-  if (!link.get("token") || !link.get("email")) refuse(text("incomplete"));
-  else if (page === "change") showFormerEmail();
+  const complete = link.get("token") && link.get("email");
+  if (!complete) refuse(text("incomplete"));
+  if (complete && page === "change") showFormerEmail();
+  else linked.parentElement.classList.add("ready");
 }
 if (document.body.dataset.confirm === "on") one("#register-secret")?.remove();
 if (page === "logout" && location.hash === "#forget") one("#logout [name=forget]").checked = true;
@@ -639,7 +646,6 @@ if (page === "account") {
   });
   addEventListener("beforeunload", (event) => one("#codes code") && event.preventDefault());
   showPanel();
-  one("#account").className = "ready";
   showAccount();
 }
 if (page === "login") {
