@@ -31,6 +31,7 @@ ENTER = "\ue007"  # WebDriver, 15.4.2
 PREFERENCES = {
     "marionette.port": 0,  # any; it is written to a file of the profile
     "network.dns.localDomains": f"{AUTH},{APP},{WIKI}",
+    "dom.ipc.cancel_content_js_when_navigating": False,  # on a busy machine it would end a script with an error
     "security.webauth.webauthn_enable_softtoken": True,  # for passkeys
     "security.webauth.webauthn_enable_usbtoken": False,
 }
@@ -209,8 +210,11 @@ class Guest:
         self.set_look(look)
 
     def set_look(self, look: Look) -> None:
+        """Change the look, also of the page that is open."""
         self.look = look
         self.firefox.look(*look)
+        has_look = "innerWidth === arguments[0] && matchMedia(`(prefers-color-scheme: ${arguments[1]})`).matches"
+        self.firefox.until(has_look, look.width, look.scheme)
 
     def open(self, address: str) -> None:
         """Open a page that stays where it is."""

@@ -135,7 +135,7 @@ def walk_through_refusals(bob: Person, address: str) -> Iterator[str]:
     bob.fill("create", password=NEW_PASSWORD)
     bob.see("#confirm .error")
     yield "confirm-refused"
-    bob.open("/logout#forget")
+    bob.open("/logout")
     bob.click("#logout button")
     bob.see("#logout .error")
     yield "logout-refused"
