@@ -5,6 +5,7 @@ The languages are that with the longest words and that with the longest texts.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Literal, NamedTuple
@@ -13,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests import page_states
-from tests.browser import EVERYTHING, CheapSite, Visitor, add_account, check_accessibility
+from tests.browser import EVERYTHING, CheapSite, Visit, Visitor, add_account, check_accessibility
 from tests.firefox import Firefox, Guest, Look
 from tests.mail_server import MailServer
 from tests.page_states import Person
@@ -100,3 +101,13 @@ def test_every_state_in_firefox(guest: Guest, mail: MailServer, language: str, w
             guest.set_look(Look(width, scheme, language))
             guest.check_look()
             guest.expect_no_axe_violation(EVERYTHING, f"{state}, {scheme}")
+
+
+def test_the_sign_in_page_is_painted_within_a_tenth_of_a_second(visit: Visit) -> None:
+    """On an idle machine."""
+    bob, times = visit(), []
+    for _ in range(9):
+        bob.page.goto(bob.url("/login"), wait_until="networkidle")
+        times.append(bob.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+    print(f"first paint, ms: median {statistics.median(times):.0f}, longest {max(times):.0f}")
+    assert statistics.median(times) < 100, times
