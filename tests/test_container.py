@@ -40,7 +40,6 @@ from tests.test_deploy import product_files
 
 STATE, PROGRAM = "/var/lib/authsvc", "/opt/authsvc/authsvc.pyz"
 MAX_IMAGE = 90_000_000  # bytes of the compressed layers above Debian's
-MAX_START = 0.5  # seconds to the first answer 200 of /health
 STRANGER = "1234567"  # a user without a name
 DEVELOPMENT = {"AUTHSVC_UNSAFE_LISTEN": "1", "AUTHSVC_BCRYPT_COST": "4", "AUTHSVC_THROTTLE": "off"}
 PRODUCTION = {"AUTHSVC_PUBLIC_URL": "https://auth.example.com", "AUTHSVC_TRUSTED_PROXY": "192.0.2.1"}
@@ -290,18 +289,6 @@ def test_passwords_are_read_from_files(start: Start, tmp_path: Path) -> None:
     container = start(mounts=mounts, **mail)
     assert container.wait() == 2
     assert "AUTHSVC_SMTP_PASSWORD_FILE cannot be read: No such file or directory" in container.log
-
-
-@pytest.mark.timing
-@pytest.mark.process
-@pytest.mark.container
-def test_the_container_answers_within_half_a_second(start: Start) -> None:
-    times: list[float] = []
-    while not times or min(times) > MAX_START:  # other programs may take the time of this machine for a while
-        assert len(times) < 20, times
-        container = start(**PRODUCTION)
-        times.append(container.wait_for_health())
-        assert container.end() == 0
 
 
 # compose.yaml
