@@ -28,7 +28,7 @@ from bench.report import CONNECTIONS, PASSKEYS, SIZES, Measured, Samples, bars, 
 from bench.subjects import Running, Subject, authsvc, constant, hello, installed, peers
 
 STORMS = 16, 64
-CLOSE = "authsvc", "waitress", "nginx", "pocketbase"  # how the names of those begin that are measured most often
+CLOSE = "authsvc", "pocketbase", "nginx", "waitress"  # how the names of those begin that are measured most often
 USERS = 100_000
 TURNS = 4  # short turns in a round of throughput: the speed of a shared machine changes every few seconds
 # The parts, and about how many minutes each takes on two cores with everything that it measures.
@@ -80,16 +80,20 @@ class Run:
                 these = [one for one in running if one.subject.name.startswith(CLOSE) or number % 4 in (0, 3)]
                 for connections in CONNECTIONS:
                     progress(
-                        f"requests a second, turn {number + 1} of {self.rounds * TURNS}, {connections} connections"
+                        f"requests a second, turn {number + 1} of {self.rounds * TURNS}: {connections} connections"
                     )
+                    found = {}
                     for one in in_turn(these, number):
                         paths = [("rate", ""), *([("verify", "/verify")] if one.subject.name == "authsvc" else [])]
                         rates = {}
                         for what, path in in_turn(paths, number):
                             rates[what] = one.throughput(connections, self.seconds / 2, path)
                             self.note(one.subject, f"{what} {connections}", rates[what])
+                        found[one.subject.name] = rates["rate"]
                         if "verify" in rates:  # from two measurements in a row, because the difference is small
                             self.note(one.subject, "cost of verify", rates["rate"] / rates["verify"])
+                    if "pocketbase" in found:  # the two are neighbours, too
+                        self.note(self.ours, f"rate ÷ PocketBase {connections}", found["authsvc"] / found["pocketbase"])
 
     def latency(self) -> None:
         """Measure p99. One round of the other services takes minutes, and shows enough."""
@@ -144,10 +148,15 @@ class Run:
         compared = [subject for subject in self.subjects if subject.name in ("authsvc", "original")]
         with ExitStack() as stack:
             running = [(users, one) for users in SIZES for one in stack.enter_context(self.started(compared, users))]
+            running.sort(key=lambda pair: pair[1].subject.name)
             for number in range(self.rounds * TURNS):
+                progress(f"up to {SIZES[-1]:,} users, turn {number + 1} of {self.rounds * TURNS}")
+                rates = {}
                 for users, one in in_turn(running, number):
-                    progress(f"{users:,} users, turn {number + 1}: {one.subject.name}")
-                    self.note(one.subject, f"rate at {users}", one.throughput(16, self.seconds / 2))
+                    rates[users, one.subject.name] = one.throughput(16, self.seconds / 2)
+                    self.note(one.subject, f"rate at {users}", rates[users, one.subject.name])
+                ratio = rates[SIZES[-1], "authsvc"] / rates[SIZES[0], "authsvc"]
+                self.note(self.ours, "rate, most ÷ fewest", ratio)
 
     def guarded(self) -> None:
         def note(name: str, what: str, value: float) -> None:
@@ -208,7 +217,8 @@ def main() -> int:
         found = [] if given.only == "-" else list(peers(only, Path(folder)))
         ours = authsvc()
         ours.packages, ours.installed = installed("bottle", "bcrypt", "waitress")
-        subjects = [ours, constant(), *(hello(threads) for threads in (1, 4, 16)), *found]
+        subjects = [ours, *found, constant(), *(hello(threads) for threads in (1, 4, 16))]
+        subjects.sort(key=lambda one: not one.name.startswith(CLOSE))  # neighbours are measured after each other
         one = Run(subjects, Path(folder), given.rounds, given.seconds)
         for number, part in enumerate(parts):
             passed = (time.time() - began) / 60

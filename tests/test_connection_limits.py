@@ -211,7 +211,8 @@ def test_a_client_is_not_limited_where_all_clients_seem_to_be_one(
         request = SimpleNamespace(error=None, command="POST", path="/slow", version="1.1", environ=environ)
         requests_in_queue.append(request)
         server.dispatcher.add_task(SimpleNamespace(requests=[request], addr=(peer, 0), service=lambda: None))  # type: ignore[arg-type]
-    assert [request.error is None for request in requests_in_queue] == [True] * accepted + [False] * (66 - accepted)
+    expected = [True] * accepted + [False] * (66 - accepted)
+    assert awaited(lambda: [request.error is None for request in requests_in_queue] == expected)
 
 
 def test_a_served_request_no_longer_counts(server: LocalServer, connections: list[socket.socket]) -> None:
