@@ -31,7 +31,6 @@ ENTER = "\ue007"  # WebDriver, 15.4.2
 PREFERENCES = {
     "marionette.port": 0,  # any; it is written to a file of the profile
     "network.dns.localDomains": f"{AUTH},{APP},{WIKI}",
-    "dom.ipc.cancel_content_js_when_navigating": False,  # on a busy machine it would end a script with an error
     "security.webauth.webauthn_enable_softtoken": True,  # for passkeys
     "security.webauth.webauthn_enable_usbtoken": False,
 }
@@ -186,7 +185,9 @@ class Firefox:
 
     def forget(self) -> None:
         """Delete all cookies, and what this site has stored."""
-        self.run("sessionStorage.clear(); localStorage.clear()")
+        origin = self.run("sessionStorage.clear(); localStorage.clear(); return location.origin")
+        # Another process shows about:blank. Firefox reports an error of a script that still runs at this change.
+        self.open(f"{origin}/pages/style.css")
         self.open("about:blank")
         self.chrome("Services.cookies.removeAll()")
 
