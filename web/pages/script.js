@@ -317,6 +317,7 @@ async function showFormerEmail() {
 
 async function showAccount() {
   const response = await send("GET", "/sessions");
+  if (!one("#onward")) return; // meanwhile the user has signed out, and this page shows nothing any more
   const {status, message, email = "", second_factor: factor = false, sessions = []} = response;
   // The service redirects to the sign-in page.
   if (["not logged in", "sign in with your second factor"].includes(message)) return location.reload();
