@@ -417,7 +417,7 @@ def test_the_nginx_lines_of_the_readme_are_those_that_the_proxy_tests_run() -> N
 @pytest.mark.slow
 def test_the_product_stays_small() -> None:
     lines = counts()
-    assert lines.pop("all") <= 5870
+    assert lines.pop("all") <= 5872
     assert lines.pop("deciding who gets in") <= 2000
     limits = {"auth.py": 750, "authsvc.py": 550, "storage.py": 600}
     assert [name for name, found in lines.items() if found > limits.get(name, 450)] == []

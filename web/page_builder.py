@@ -14,6 +14,7 @@ FILES = Path(__file__).with_name("pages")
 NAMES = "login", "register", "forgot", "reset", "account", "logout", "confirm", "change"
 
 _GAP = re.compile(r"\{(\w+)\}")  # in a page: the name of a text, or of a value below
+_SECTION = re.compile(r'<section id="(\w+)".*?</section>', re.DOTALL)
 
 
 def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Response]]:
@@ -40,10 +41,13 @@ def build_pages(settings: Settings, passkey_host: str) -> dict[str, dict[str, Re
         values |= {"language": language, "contact": escape(settings.contact) or shown["ask_operator"]}
         for name in NAMES:
             # Its own section, and the one to sign in, which the account page shows after a deletion.
-            page = re.sub(rf'<section id="(?!login"|{name}").*?</section>', "", template, flags=re.DOTALL)
-            page = _fill(page, values | {"page": name, "title": shown[f"{name}_title"]})
+            page = _fill(_only({"login", name}, template), values | {"page": name, "title": shown[f"{name}_title"]})
             pages.setdefault(f"/{name}", {})[language] = _response("html", page)
     return pages
+
+
+def _only(names: set[str], template: str) -> str:
+    return _SECTION.sub(lambda section: section[0] if section[1] in names else "", template)
 
 
 def _fill(template: str, values: dict[str, str]) -> str:
