@@ -113,102 +113,106 @@ def test_the_metrics_name_no_user_and_no_client(service: Service) -> None:
         assert private not in text
 
 
-class TestWhoMayAsk:
-    """Only a program on this machine that asks for itself: nobody through the proxy."""
-
-    @pytest.fixture(params=["development", "production"])
-    def application(self, request: pytest.FixtureRequest, auth: Auth, settings: Settings) -> Client:
-        if request.param == "production":
-            settings = production_settings(settings.database, trusted_proxy=PROXY)
-        handlers = authsvc.Handlers(auth, settings, Metrics(authsvc.ALL_ROUTES))
-        return Client(authsvc._application(handlers, settings))
-
-    def test_a_program_on_this_machine_is_answered(self, application: Client) -> None:
-        answer = application("GET", "/metrics", REMOTE_ADDR="127.0.0.1", HTTP_HOST="127.0.0.1:5000")
-        assert answer.status == 200
-        assert b"authsvc_sign_ins_total" in answer.body
-
-    @pytest.mark.parametrize(
-        "environ",
-        [
-            {"HTTP_X_FORWARDED_FOR": "192.0.2.1"},
-            {"HTTP_X_FORWARDED_PROTO": "https"},
-            {"HTTP_X_FORWARDED_HOST": "auth.example.com"},
-            {"HTTP_FORWARDED": "for=192.0.2.1"},
-            {"HTTP_VIA": "1.1 proxy"},
-            {"HTTP_X_REAL_IP": "192.0.2.1"},
-            {"HTTP_HOST": "auth.example.com"},  # a proxy that passes the name on, or DNS rebinding
-        ],
-        ids=lambda environ: "".join(environ),
-    )
-    def test_nobody_is_answered_through_a_proxy(self, application: Client, environ: dict[str, str]) -> None:
-        direct: dict[str, Any] = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "127.0.0.1"}
-        answer = application("GET", "/metrics", **direct | environ)
-        assert (answer.status, answer.json) == (404, {"message": "not found"})
-
-    def test_nobody_on_another_machine_is_answered(self, auth: Auth, settings: Settings) -> None:
-        settings = production_settings(settings.database)
-        handlers = authsvc.Handlers(auth, settings, Metrics(authsvc.ALL_ROUTES))
-        call = Client(authsvc._application(handlers, settings))
-        answer = call("GET", "/metrics", REMOTE_ADDR="192.0.2.1", HTTP_HOST="127.0.0.1")
-        assert (answer.status, answer.json) == (404, {"message": "not found"})
-
-    def test_another_wsgi_server_has_no_metrics(self, call: Client) -> None:
-        assert call("GET", "/metrics", REMOTE_ADDR="127.0.0.1").status == 404
-
-    def test_without_the_package_the_answer_names_it(
-        self, application: Client, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setitem(sys.modules, "prometheus_client", None)
-        answer = application("GET", "/metrics", REMOTE_ADDR="127.0.0.1", HTTP_HOST="localhost")
-        assert answer.status == 404
-        assert "pip install" in answer.json["message"]
+# Who may ask
 
 
-class TestAnAddressOfItsOwn:
-    @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "[::1]:{port}"])
-    def test_it_answers_there(self, start: Callable[..., Service], address: str) -> None:
-        listen = address.format(port=fixed_port())
-        service = start(AUTHSVC_METRICS_LISTEN=listen)
-        requests.get(f"{service.url}/health", timeout=20)
-        answer = requests.get(f"http://{listen}/metrics", headers={"X-Forwarded-For": "192.0.2.1"}, timeout=20)
-        assert answer.status_code == 200
-        found = parsed(answer.text)
-        assert found["authsvc_request_seconds_count{method=GET,route=/health,status=200}"] >= 1
-        assert found["authsvc_database_up"] == 1
-        assert service.end() == 0
+@pytest.fixture(params=["development", "production"])
+def application(request: pytest.FixtureRequest, auth: Auth, settings: Settings) -> Client:
+    if request.param == "production":
+        settings = production_settings(settings.database, trusted_proxy=PROXY)
+    handlers = authsvc.Handlers(auth, settings, Metrics(authsvc.ALL_ROUTES))
+    return Client(authsvc._application(handlers, settings))
 
-    def test_there_is_nothing_else(self, start: Callable[..., Service]) -> None:
-        listen = f"127.0.0.1:{fixed_port()}"
-        start(AUTHSVC_METRICS_LISTEN=listen)
-        assert requests.post(f"http://{listen}/sessions", BOB, timeout=20).status_code == 405
-        assert "Bienvenue" not in requests.get(f"http://{listen}/", timeout=20).text
 
-    def test_a_port_that_is_taken_stops_the_start(self, tmp_path: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            listen = f"127.0.0.1:{taken.getsockname()[1]}"
-            environ = {"AUTHSVC_LISTEN": "127.0.0.1:0", "AUTHSVC_METRICS_LISTEN": listen}
-            done = subprocess.run(
-                [sys.executable, HERE / "authsvc.py"],
-                cwd=tmp_path,
-                env=environ,
-                capture_output=True,
-                text=True,
-                timeout=60,
-            )
-        assert done.returncode == 2
-        assert done.stderr == f"authsvc: AUTHSVC_METRICS_LISTEN={listen}: address already in use\n"
-        assert not list(tmp_path.iterdir())  # no database was made
+def test_a_program_on_this_machine_is_answered(application: Client) -> None:
+    answer = application("GET", "/metrics", REMOTE_ADDR="127.0.0.1", HTTP_HOST="127.0.0.1:5000")
+    assert answer.status == 200
+    assert b"authsvc_sign_ins_total" in answer.body
 
-    @pytest.mark.parametrize("value", ["9464", "metrics.example.com:9464", "127.0.0.1:99999", "127.0.0.1"])
-    def test_a_malformed_address_is_refused(self, value: str) -> None:
-        with pytest.raises(SettingsError, match=r"AUTHSVC_METRICS_LISTEN=.* must be ADDRESS:PORT"):
-            Settings(metrics_listen=value)
 
-    def test_without_the_package_it_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setitem(sys.modules, "prometheus_client", None)
-        with pytest.raises(SettingsError, match=r"AUTHSVC_METRICS_LISTEN.*pip install"):
-            Metrics(authsvc.ALL_ROUTES).listen("127.0.0.1:0")
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"HTTP_X_FORWARDED_FOR": "192.0.2.1"},
+        {"HTTP_X_FORWARDED_PROTO": "https"},
+        {"HTTP_X_FORWARDED_HOST": "auth.example.com"},
+        {"HTTP_FORWARDED": "for=192.0.2.1"},
+        {"HTTP_VIA": "1.1 proxy"},
+        {"HTTP_X_REAL_IP": "192.0.2.1"},
+        {"HTTP_HOST": "auth.example.com"},  # a proxy that passes the name on, or DNS rebinding
+    ],
+    ids=lambda environ: "".join(environ),
+)
+def test_nobody_is_answered_through_a_proxy(application: Client, environ: dict[str, str]) -> None:
+    direct: dict[str, Any] = {"REMOTE_ADDR": "127.0.0.1", "HTTP_HOST": "127.0.0.1"}
+    answer = application("GET", "/metrics", **direct | environ)
+    assert (answer.status, answer.json) == (404, {"message": "not found"})
+
+
+def test_nobody_on_another_machine_is_answered(auth: Auth, settings: Settings) -> None:
+    settings = production_settings(settings.database)
+    handlers = authsvc.Handlers(auth, settings, Metrics(authsvc.ALL_ROUTES))
+    call = Client(authsvc._application(handlers, settings))
+    answer = call("GET", "/metrics", REMOTE_ADDR="192.0.2.1", HTTP_HOST="127.0.0.1")
+    assert (answer.status, answer.json) == (404, {"message": "not found"})
+
+
+def test_another_wsgi_server_has_no_metrics(call: Client) -> None:
+    assert call("GET", "/metrics", REMOTE_ADDR="127.0.0.1").status == 404
+
+
+def test_without_the_package_the_answer_names_it(application: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    answer = application("GET", "/metrics", REMOTE_ADDR="127.0.0.1", HTTP_HOST="localhost")
+    assert answer.status == 404
+    assert "pip install" in answer.json["message"]
+
+
+# An address of its own
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "[::1]:{port}"])
+def test_the_metrics_have_an_address_of_their_own(start: Callable[..., Service], address: str) -> None:
+    listen = address.format(port=fixed_port())
+    service = start(AUTHSVC_METRICS_LISTEN=listen)
+    requests.get(f"{service.url}/health", timeout=20)
+    answer = requests.get(f"http://{listen}/metrics", headers={"X-Forwarded-For": "192.0.2.1"}, timeout=20)
+    assert answer.status_code == 200
+    found = parsed(answer.text)
+    assert found["authsvc_request_seconds_count{method=GET,route=/health,status=200}"] >= 1
+    assert found["authsvc_database_up"] == 1
+    assert service.end() == 0
+
+
+def test_that_address_has_nothing_but_the_metrics(start: Callable[..., Service]) -> None:
+    listen = f"127.0.0.1:{fixed_port()}"
+    start(AUTHSVC_METRICS_LISTEN=listen)
+    assert requests.post(f"http://{listen}/sessions", BOB, timeout=20).status_code == 405
+    assert "Bienvenue" not in requests.get(f"http://{listen}/", timeout=20).text
+
+
+def test_a_port_for_the_metrics_that_is_taken_stops_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        environ = {"AUTHSVC_LISTEN": "127.0.0.1:0", "AUTHSVC_METRICS_LISTEN": listen}
+        done = subprocess.run(
+            [sys.executable, HERE / "authsvc.py"], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 2
+    assert done.stderr == f"authsvc: AUTHSVC_METRICS_LISTEN={listen}: address already in use\n"
+    assert not list(tmp_path.iterdir())  # no database was made
+
+
+@pytest.mark.parametrize("value", ["9464", "metrics.example.com:9464", "127.0.0.1:99999", "127.0.0.1"])
+def test_a_malformed_address_for_the_metrics_is_refused(value: str) -> None:
+    with pytest.raises(SettingsError, match=r"AUTHSVC_METRICS_LISTEN=.* must be ADDRESS:PORT"):
+        Settings(metrics_listen=value)
+
+
+def test_an_address_for_the_metrics_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(SettingsError, match=r"AUTHSVC_METRICS_LISTEN.*pip install"):
+        Metrics(authsvc.ALL_ROUTES).listen("127.0.0.1:0")
 
 
 def watching(**parts: Any) -> Metrics:
@@ -328,40 +332,47 @@ def test_the_service_starts_without_the_package() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE, timeout=60).returncode == 0
 
 
-class TestPrometheus:
-    """Prometheus's own tool reads the metrics, the alerts and the expressions of the dashboard."""
+# Prometheus
 
-    pytestmark = [
-        pytest.mark.slow,
-        pytest.mark.process,
-        pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: apt-get install prometheus"),
+
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool: apt-get install prometheus")
+
+
+def run_promtool(*arguments: object, given: str = "") -> None:
+    done = subprocess.run(["promtool", *map(str, arguments)], input=given, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+
+@needs_promtool
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_text_is_well_formed(service: Service) -> None:
+    run_promtool("check", "metrics", given=requests.get(f"{service.url}/metrics", timeout=20).text)
+
+
+@needs_promtool
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_alerts_are_raised_when_they_should_be() -> None:
+    run_promtool("check", "rules", FILES / "alerts.yml")
+    run_promtool("test", "rules", HERE / "tests" / "alerts_test.yml")
+
+
+@needs_promtool
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_dashboard_and_the_alerts_use_metrics_that_exist(service: Service, tmp_path: Path) -> None:
+    dashboard = json.loads((FILES / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) > 10
+    rules = [
+        {"record": f"panel:{n}", "expr": one.replace("$__rate_interval", "5m")} for n, one in enumerate(expressions)
     ]
-
-    def promtool(self, *arguments: object, given: str = "") -> None:
-        done = subprocess.run(
-            ["promtool", *map(str, arguments)], input=given, capture_output=True, text=True, timeout=60
-        )
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-
-    def test_the_text_is_well_formed(self, service: Service) -> None:
-        self.promtool("check", "metrics", given=requests.get(f"{service.url}/metrics", timeout=20).text)
-
-    def test_the_alerts_are_raised_when_they_should_be(self) -> None:
-        self.promtool("check", "rules", FILES / "alerts.yml")
-        self.promtool("test", "rules", HERE / "tests" / "alerts_test.yml")
-
-    def test_the_dashboard_and_the_alerts_use_metrics_that_exist(self, service: Service, tmp_path: Path) -> None:
-        dashboard = json.loads((FILES / "grafana.json").read_text())
-        expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-        assert len(expressions) > 10
-        rules = [
-            {"record": f"panel:{n}", "expr": one.replace("$__rate_interval", "5m")} for n, one in enumerate(expressions)
-        ]
-        file = tmp_path / "rules.yml"  # JSON is YAML
-        file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
-        self.promtool("check", "rules", file)
-        text = "".join(expressions) + (FILES / "alerts.yml").read_text()
-        requests.post(f"{service.url}/sessions", BOB, timeout=20)  # so that there is a histogram of requests
-        told = {re.sub("[{].*", "", name) for name in scraped(service)}
-        used = set(re.findall(r"\b(?:authsvc|process)_\w+", text)) - {"authsvc_info, job"}
-        assert used <= told
+    file = tmp_path / "rules.yml"  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    run_promtool("check", "rules", file)
+    text = "".join(expressions) + (FILES / "alerts.yml").read_text()
+    requests.post(f"{service.url}/sessions", BOB, timeout=20)  # so that there is a histogram of requests
+    told = {re.sub("[{].*", "", name) for name in scraped(service)}
+    used = set(re.findall(r"\b(?:authsvc|process)_\w+", text))
+    assert used <= told
