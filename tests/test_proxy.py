@@ -234,7 +234,14 @@ def test_a_session_ended_elsewhere_is_refused_at_the_next_request(site: Site) ->
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 def test_the_application_gets_the_body_of_a_signed_in_user(site: Site, cookie: str, method: str, size: int) -> None:
     headers = {"Content-Type": "text/plain"}
-    reply = site.request(method, f"{site.app}/", b"x" * size, cookie=cookie, headers=headers)
+
+    def ask() -> Reply:
+        return site.request(method, f"{site.app}/", b"x" * size, cookie=cookie, headers=headers)
+
+    try:
+        reply = ask()
+    except http.client.IncompleteRead:  # Debian's Caddy has cut the application's answer short, once in some thousand
+        reply = ask()
     assert (reply.status, reply.json["method"], reply.json["body"]) == (200, method, "x" * size)
     before = site.application.request_count
     assert site.request(method, f"{site.app}/", b"x" * size, headers=headers).status == 302
