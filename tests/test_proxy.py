@@ -479,7 +479,7 @@ def test_traefik_replaces_every_header_about_the_user() -> None:
     assert 'without-token:\n      headers: {customRequestHeaders: {Authorization: ""}}\n' in text
 
 
-def test_the_two_files_for_caddy_differ_only_in_their_spelling_of_buffers_and_arguments() -> None:
+def test_the_two_files_for_caddy_differ_only_in_how_they_spell_buffers_and_arguments() -> None:
     newest, debian = ((HERE / "deploy" / PROXIES[kind]).read_text() for kind in ("caddy", "caddy 2.6"))
     for side in ("request", "response"):
         newest = re.sub(rf"(\t+){side}_buffers (.+)", rf"\1buffer_{side}s\n\1max_buffer_size \2", newest)
