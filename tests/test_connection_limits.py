@@ -93,6 +93,7 @@ class LocalServer:
 @pytest.fixture
 def start_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalServer]]:
     """Start servers with these changes to their settings; they are stopped after the test."""
+    monkeypatch.setattr(web.server, "REFUSAL_DELAY", 0.0)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # only the main thread may set a handler
     monkeypatch.setattr(web.server, "CHECK_INTERVAL", 0.05)
     monkeypatch.setattr(web.server, "LAST_REQUESTS", 0.0)  # most tests leave connections open
