@@ -37,7 +37,7 @@ from web.forms import read_form
 from web.languages import LANGUAGE, choose_language
 from web.metrics import Metrics
 from web.middleware import Observe, SecurityMiddleware, is_direct
-from web.page_builder import build_pages
+from web.page_builder import load_pages
 from web.responses import RETRY_AFTER, Refusal, Response, json_response
 
 DESCRIPTION = "A user authentication service. Without a command it serves until SIGTERM or Ctrl-C."
@@ -99,7 +99,7 @@ class Handlers:
         secure = "; Secure" if settings.production else ""
         self._cookie_attributes = "HttpOnly; Path=/; SameSite=Lax" + secure + (f"; Domain={domain}" if domain else "")
         self._language_name = "__Host-language" if settings.production else "language"
-        self._pages = build_pages(settings, auth.passkey_host)
+        self._page = load_pages(settings, auth.passkey_host)
 
     @_route("GET", "/")
     def welcome(self) -> Response:
@@ -349,7 +349,7 @@ class Handlers:
     @_route("GET", "/pages/style.css", "/pages/script.js")
     @_route("GET", "/login", "/register", "/forgot", "/reset", "/logout", "/confirm", "/change")
     def page(self) -> Response:
-        return self._pages[request.path][self._language()]
+        return self._page(request.path, self._language())
 
     @_route("GET", "/account")
     def account(self) -> Response:
@@ -430,8 +430,7 @@ class Handlers:
 
 
 # Routes of which the form names the account. Those of all others need a session.
-RANKED_BY_EMAIL = {(method, path) for path in ("/users", "/reset_password") for method in ("POST", "PUT")}
-RANKED_BY_EMAIL |= {("POST", "/sessions")}
+RANKED_BY_EMAIL = {(method, path) for path in ("/sessions", "/users", "/reset_password") for method in ("POST", "PUT")}
 
 # The server looks them up by path, so none may be a GET: those run on the I/O thread. "*" is a variable.
 HASHING_ROUTES = frozenset((method, re.sub("<.*>", "*", path)) for method, path, _, hashes in ROUTES if hashes)
@@ -565,6 +564,9 @@ def _flush(code: int) -> int:
 
 
 def _run(arguments: list[str] | None) -> int:
+    if not (sys.argv[1:] if arguments is None else arguments):
+        return serve(Settings.from_environ())  # without the modules of the commands, which take 1 MB
+
     from cli import commands
 
     name = Path(sys.argv[0]).name.removesuffix(".pyz")  # the command "authsvc" of deploy/ starts authsvc.pyz

@@ -643,11 +643,12 @@ class DB:
         each recorded use of a session slower.
         """
         (last,) = self._engine.read(f"SELECT max(id) FROM {table}", {})
-        for first in range(0, (last or 0) + 1, SEARCH_STEP):
-            values = times | {"first": first, "last": first + SEARCH_STEP - 1}
-            found = self._engine.read_all(f"{statement} AND id BETWEEN :first AND :last ORDER BY id", values)
-            for start in range(0, len(found), limit):
-                yield [times | {"id": row[0], "user_id": row[1]} for row in found[start : start + limit]]
+        with self._engine.own_connection() as reader:  # what it has read is not kept in memory
+            for first in range(0, (last or 0) + 1, SEARCH_STEP):
+                values = times | {"first": first, "last": first + SEARCH_STEP - 1}
+                found = reader.execute(f"{statement} AND id BETWEEN :first AND :last ORDER BY id", values).fetchall()
+                for start in range(0, len(found), limit):
+                    yield [times | {"id": row[0], "user_id": row[1]} for row in found[start : start + limit]]
 
 
 def newest_session_time(database: str) -> int:

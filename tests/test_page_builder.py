@@ -19,7 +19,7 @@ from tests.cases import each
 from tests.conftest import Client
 from tests.product import TREES, nodes_of
 from web.languages import LANGUAGES
-from web.page_builder import FILES, NAMES, build_pages
+from web.page_builder import FILES, NAMES, load_pages
 
 TEXTS: dict[str, dict[str, dict[str, str]]] = {
     language: json.loads((FILES / f"texts/{language}.json").read_text(encoding="utf-8")) for language in LANGUAGES
@@ -38,7 +38,7 @@ ELSEWHERE = {
 
 
 def page(settings: Settings, name: str = "login", language: str = "en") -> str:
-    return build_pages(settings, "localhost")[f"/{name}"][language].body.decode()
+    return load_pages(settings, "localhost")(f"/{name}", language).body.decode()
 
 
 def gaps(text: str) -> list[str]:
@@ -74,9 +74,10 @@ def test_every_text_is_used() -> None:
 
 
 def test_every_gap_of_a_page_is_filled() -> None:
-    for responses in build_pages(PRODUCTION, "auth.example.com").values():
-        for response in responses.values():
-            text = response.body.decode().partition('<template id="texts">')[0]
+    pages = load_pages(PRODUCTION, "auth.example.com")
+    for path in ("/pages/style.css", "/pages/script.js", *(f"/{name}" for name in NAMES)):
+        for language in LANGUAGES:
+            text = pages(path, language).body.decode().partition('<template id="texts">')[0]
             assert not re.search(r"<!--|/\*|^ *//", text, re.MULTILINE)  # nor has it a comment
             if text.startswith("<!doctype html>"):
                 assert not re.search("[{}]", text)
@@ -187,6 +188,6 @@ def test_without_a_name_the_host_is_shown() -> None:
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_a_page_with_its_files_takes_at_most_56_kb(language: str) -> None:
-    pages = build_pages(PRODUCTION, "auth.example.com")
+    pages = load_pages(PRODUCTION, "auth.example.com")
     loaded = ("/account", "/pages/style.css", "/pages/script.js")
-    assert sum(len(pages[path][language].body) for path in loaded) <= 56_000
+    assert sum(len(pages(path, language).body) for path in loaded) <= 56_000
