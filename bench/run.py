@@ -30,10 +30,10 @@ from bench.subjects import Running, Subject, authsvc, constant, hello, installed
 STORMS = 16, 64
 CLOSE = "authsvc", "pocketbase", "nginx", "waitress"  # how the names of those begin that are measured most often
 USERS = 100_000
-TURNS = 4  # short turns in a round of throughput: the speed of a shared machine changes every few seconds
+TURNS = 3  # short turns in a round of throughput: the speed of a shared machine changes every few seconds
 # The parts, and about how many minutes each takes on two cores with everything that it measures.
 PARTS = {
-    "throughput": 9, "latency": 10, "logins": 2, "limits": 1, "guarded": 7, "passkeys": 3, "sizes": 3, "memory": 2,
+    "throughput": 7, "latency": 10, "logins": 2, "limits": 1, "guarded": 7, "passkeys": 3, "sizes": 2, "memory": 2,
     "cold": 1,
 }  # fmt: skip
 INSTALLING = 2  # minutes
