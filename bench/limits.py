@@ -58,8 +58,10 @@ def raw_fido2(seconds: float) -> float:
 def raw_look_up(database: Path, seconds: float) -> float:
     """Return how often a second SQLite finds a session and its user, with the statement of GET /profile."""
     now = int(time.time())
-    sought = {"session_hash": f"{1:064x}", "now": now, "idle_since": 0, "latest": now + 60}
     with closing(sqlite3.connect(database)) as db:
+        # The newest: sign-ins that were measured before may have ended an older one.
+        (newest,) = db.execute("SELECT session_hash FROM sessions ORDER BY id DESC LIMIT 1").fetchone()
+        sought = {"session_hash": newest, "now": now, "idle_since": 0, "latest": now + 60}
         if db.execute(FIND_SESSION, sought).fetchone() is None:
-            raise SystemExit("there is no such session")
+            raise SystemExit("the newest session has expired")
         return rate(lambda: db.execute(FIND_SESSION, sought).fetchone(), seconds)
