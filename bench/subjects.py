@@ -264,7 +264,8 @@ def peers(names: list[str], folder: Path) -> Iterator[Subject]:
             return parts
 
         guard = peer.get("guard", {})
-        guard["options"] = command(guard.get("options", []))
+        if guard:
+            guard["options"] = command(guard.get("options", []))
         filling, programs = command(peer["fill"]), command(peer.get("programs", []))
 
         def fill(target: Path, users: int, parts: list[str] = filling) -> None:
