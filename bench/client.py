@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
 PASSWORD = "correct horse battery staple"
+TRIES, PAUSE = 3, 5.0  # of wrk, and seconds between them
 
 
 class Client:
@@ -125,20 +126,28 @@ def wrk(
     *,
     strict: bool,
 ) -> float:
-    """Return the answers per second that wrk counts, without errors; with ``strict`` an error ends the run."""
+    """Return the answers per second that wrk counts, without errors; with ``strict`` an error ends the run.
+
+    A machine can stand still for a second, and all local ports can be in use for one. So it is tried again if there was
+    no good answer at all.
+    """
     options = [part for name, value in headers.items() for part in ("-H", f"{name}: {value}")]
     options += ["-s", str(HERE / "post.lua")] if method == "POST" else []
-    said = subprocess.run(
-        ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", *options,
-         f"http://127.0.0.1:{port}{path}"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    refused = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
-    rate = float(re.findall(r"Requests/sec: +([\d.]+)", said)[0])
-    if refused and strict:
-        raise SystemExit(f"{path}: {said}")
-    asked = int(re.findall(r"(\d+) requests in", said)[0])
-    return rate * (1 - int(refused[1]) / asked) if refused else rate
+    said = ""
+    for _ in range(TRIES):
+        said = subprocess.run(
+            ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", *options,
+             f"http://127.0.0.1:{port}{path}"],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        refused = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
+        if refused and strict:
+            break
+        asked = int(re.findall(r"(\d+) requests in", said)[0])
+        if good := asked - int(refused[1] if refused else 0):
+            return float(re.findall(r"Requests/sec: +([\d.]+)", said)[0]) * good / asked
+        time.sleep(PAUSE)
+    raise SystemExit(f"{path}: {said}")
 
 
 def latencies(
