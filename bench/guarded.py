@@ -198,7 +198,9 @@ def chains(guards: list[Guard], folder: Path) -> Iterator[dict[str, int]]:
     """Start the application and both proxies; yield the port of each proxy."""
     hashed = bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(BASIC_COST)).decode()
     found, ports = programs(), {}
-    serve = [f"{sys.prefix}/bin/waitress-serve", "--listen=127.0.0.1:{port}", "flask_app:app"]
+    # Caddy keeps up to 32 connections open for each row, and with its default waitress would accept no more than 100.
+    options = ["--listen=127.0.0.1:{port}", "--connection-limit=500"]
+    serve = [f"{sys.prefix}/bin/waitress-serve", *options, "flask_app:app"]
     commands = {
         "nginx": (nginx, [found["nginx"], "-p", ".", "-c", "proxy.conf", "-e", "stderr"]),
         "caddy": (caddy, [found["caddy"], "run", "--adapter", "caddyfile", "--config", "proxy.conf"]),
