@@ -147,7 +147,9 @@ def wrk(
         if good := asked - int(refused[1] if refused else 0):
             return float(re.findall(r"Requests/sec: +([\d.]+)", said)[0]) * good / asked
         time.sleep(PAUSE)
-    raise SystemExit(f"{path}: {said}")
+    if strict:
+        raise SystemExit(f"{path}: {said}")
+    return 0.0  # others can be too slow for one answer while many sign in
 
 
 def latencies(
