@@ -255,8 +255,8 @@ def measure(running: list[Running], folder: Path, turns: int, seconds: float, no
                         strict, path = guard.name == "authsvc", guard.path_of(application)
                         rates[guard.name] = wrk(ports[proxy], path, guard.headers, connections, seconds, strict=strict)
                         note(guard.name, f"{proxy} {application} {connections}", rates[guard.name])
-                    ratio = rates["authsvc"] / rates["constant"]
-                    note("authsvc", f"{proxy} {application} ÷ constant {connections}", ratio)
+                    if limit := rates["constant"]:
+                        note("authsvc", f"{proxy} {application} ÷ constant {connections}", rates["authsvc"] / limit)
         measure_latency(guards, ports, seconds, note)
 
 
