@@ -48,7 +48,7 @@ help:
 	@echo "              PASSKEYS=1: with fido2, for this version of Python only)"
 	@echo "make release  build that file, the list of its packages (CycloneDX) and dist/SHA256SUMS"
 	@echo "make install  install that file, its systemd units and its settings (as root); then follow deploy/README.md"
-	@echo "make bench    compare its speed with other services, about 40 minutes (needs wrk, nginx, Node and npm)"
+	@echo "make bench    compare its speed with other services, about 30 minutes (needs wrk, nginx, Node and npm)"
 	@echo "make check    check format, lint, types and branch coverage (98 %); runs the tests if a file is newer"
 	@echo "make lint     check format, lint and types only (installs the packages of the tests, about 470 MB)"
 	@echo "make format   format the code with ruff"
