@@ -1,8 +1,9 @@
 """Signing in with passkeys beside signing in with passwords, in one run.
 
-``python bench/passkeys.py`` takes three minutes. Sixteen clients sign in over and over, with passkeys and passwords
-in turns. Each has an address of its own. A sign-in with a passkey is two requests: the options, and the
-answer of the authenticator, which the clients compute on the same cores.
+``python bench/passkeys.py`` takes five minutes. Sixteen clients sign in over and over, with passkeys and passwords
+in turns. Each has an address of its own. A sign-in with a passkey is two requests: the options, and the answer of the
+authenticator, which the clients compute on the same cores. Beside it, nginx answers a constant: its latency shows what
+the load on the machine costs any program.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.client import Client, p99, progress
-from bench.subjects import Running, authsvc, fill_authsvc
+from bench.subjects import Running, authsvc, constant, fill_authsvc
 from tests.authenticator import Authenticator, cbor, to_text
 
 CLIENTS = 16
@@ -114,8 +115,8 @@ def signing_in(one: Running, owners: list[Authenticator], pause: float) -> Itera
     process.join()
 
 
-def measure(one: Running, owners: list[Authenticator], figures: Figures) -> None:
-    """Add the figures of one round."""
+def measure(one: Running, limit: Running, owners: list[Authenticator], figures: Figures) -> None:
+    """Add the figures of one round. ``limit`` answers a constant."""
 
     def note(what: str, value: float) -> None:
         figures.setdefault(what, []).append(value)
@@ -123,6 +124,8 @@ def measure(one: Running, owners: list[Authenticator], figures: Figures) -> None
     client = Client(one.port)
     idle = p99(one.latency(SECONDS, "/verify"))
     note("/verify, p99 idle, ms", idle)
+    limit_idle = p99(limit.latency(SECONDS))
+    note("nginx, a constant answer, p99 idle, ms", limit_idle)
     note("sign-in with a passkey, p99 idle, ms", p99([sign_in(client, owners[0], "198.18.1.1") for _ in range(200)]))
     with one.storm(CLIENTS) as counted:
         note("/verify, p99 while 16 sign in with passwords, ms", p99(one.latency(SECONDS, "/verify")))
@@ -133,11 +136,13 @@ def measure(one: Running, owners: list[Authenticator], figures: Figures) -> None
     note(FASTEST, found[0])
     note("passkeys ÷ passwords", found[0] / passwords)
     with signing_in(one, owners[1:], CLIENTS / (FACTOR * passwords)) as found:
-        busy = p99(one.latency(SECONDS, "/verify"))
+        busy, limit_busy = p99(one.latency(SECONDS, "/verify")), p99(limit.latency(SECONDS))
     note(f"at {FACTOR} times the passwords: sign-ins with passkeys a second", found[0])
     note(f"at {FACTOR} times the passwords: sign-in with a passkey, p99, ms", found[1])
     note(f"at {FACTOR} times the passwords: /verify, p99, ms", busy)
+    note(f"at {FACTOR} times the passwords: nginx, a constant answer, p99, ms", limit_busy)
     note(f"at {FACTOR} times the passwords: /verify, p99 ÷ idle", busy / idle)
+    note(f"at {FACTOR} times the passwords: nginx, a constant answer, p99 ÷ idle", limit_busy / limit_idle)
 
 
 def measure_all(rounds: int) -> Figures:
@@ -146,13 +151,15 @@ def measure_all(rounds: int) -> Figures:
     with tempfile.TemporaryDirectory(prefix="authsvc-bench-") as folder:
         fill_authsvc(Path(folder), 1000)
         owners = enroll(Path(folder) / "authsvc.db")
-        one = Running(authsvc(), Path(folder))
-        try:
+        (Path(folder) / "limit").mkdir()
+        with ExitStack() as stack:
+            one = Running(authsvc(), Path(folder))
+            stack.callback(one.stop)
+            limit = Running(constant(), Path(folder) / "limit")
+            stack.callback(limit.stop)
             for number in range(rounds):
                 progress(f"passkeys beside passwords, round {number + 1} of {rounds}")
-                measure(one, owners, figures)
-        finally:
-            one.stop()
+                measure(one, limit, owners, figures)
     return figures
 
 
