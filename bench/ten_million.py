@@ -1,7 +1,7 @@
 """This service with ten million users beside one thousand, on SQLite and on PostgreSQL.
 
 ``python bench/ten_million.py`` measures both sizes in turns. Of the commands it tells how long they take and how much
-memory. It needs PostgreSQL, wrk, 10 GB in the folder for temporary files, and about half an hour.
+memory. It needs PostgreSQL, wrk, 10 GB in the folder for temporary files, and about 20 minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import psycopg
 from auth import Auth
 from bench.client import PASSWORD, in_turn, progress
 from bench.postgres import Server
-from bench.report import machine
+from bench.report import machine, short
 from bench.subjects import AGENT, COST, HERE, SESSIONS, Running, Subject, authsvc, fill_authsvc
 from engines.schema import POSTGRES_VERSION, SQLITE_VERSION
 from settings import Settings
@@ -127,7 +127,7 @@ class Engine:
             pairs.append([found[one.port] for one in both])
         few, many = (statistics.median(values) for values in zip(*pairs, strict=True))
         self.ratios[f"{self.name}, {what}"] = ratio = statistics.median(many / few for few, many in pairs)
-        self.note(what, f"{many:,.4g}, with {FEW:,} users {few:,.4g}; ratio {ratio:.3f}, at least {BAR}")
+        self.note(what, f"{short(many)}, with {FEW:,} users {short(few)}; ratio {ratio:.3f}, at least {BAR}")
 
     def command(self, users: int, *arguments: str) -> None:
         """Run a command of the operator; note its time and memory."""
