@@ -1,8 +1,8 @@
 """Effect of the length of the hashing queue on logins, and on requests of users who are signed in.
 
-``python bench/queue_bound.py`` lets 160 clients sign in repeatedly, each from an address of its own. After a 503 a
-client retries at once, like a careless script, or after the five seconds of the Retry-After header. It takes five
-minutes.
+``python bench/queue_bound.py`` lets 160 clients sign in repeatedly, each from a network of its own, as one network gets
+only some of the places. After a 503 a client retries at once, like a careless script, or after the five seconds of the
+Retry-After header. It takes five minutes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bench.client import Client, login, p99
 from bench.subjects import HERE, Running, authsvc, fill_authsvc
 
 CLIENTS = 160  # more than the longest queue holds
+APART = 251  # between the numbers of two clients: with it they have different users and networks
 BOUNDS = 8, 32, 128
 FILLING = 16.0  # seconds until the longest queue is full
 SECONDS = 24.0
@@ -40,7 +41,7 @@ def log_in_over_and_over(port: int, described: dict[str, Any], pause: float, sto
         began = time.perf_counter()
         while not stop.is_set():
             try:
-                status = client.ask("POST", *login(described, number))[0]
+                status = client.ask("POST", *login(described, number * APART))[0]
             except OSError:  # the service was stopped
                 return
             now = time.perf_counter()
